@@ -1,0 +1,1 @@
+"""The device side: trains from a package with numpy and onnxruntime alone; never imports torch or onnx."""

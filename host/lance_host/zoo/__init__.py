@@ -1,0 +1,1 @@
+"""Networks that come with lance-host, one family a file."""

@@ -1,0 +1,196 @@
+"""The package file: a deterministic, uncompressed tar whose first member is `manifest.json`.
+
+Reading trusts nothing: member names, kinds, sizes and hashes are checked against the manifest before a
+byte is used, and nothing is ever extracted to the file system.  The format is in `docs/artifact.md`.
+"""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_edge import manifest as manifests
+from lance_edge.errors import ArtifactError
+from lance_edge.files import atomic_writer
+from lance_edge.manifest import Manifest, Member
+
+MANIFEST_MEMBER = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20
+CHUNK_BYTES = 1 << 16
+
+
+def describe(name: str, data: bytes) -> Member:
+    """The manifest's entry for a member with this content."""
+    return Member(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def write_bundle(path: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> None:
+    """Write the package: the same manifest and contents give the same bytes.
+
+    Args:
+        manifest: its `members` must describe `contents`, in the order in which they are written.
+
+    Raises:
+        StorageError: if the file cannot be written; nothing is left behind.
+    """
+    encoded = manifests.encode(manifest)
+    with atomic_writer(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        _add(tar, MANIFEST_MEMBER, encoded)
+        for member in manifest.members:
+            _add(tar, member.name, contents[member.name])
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # owner, mode and time keep their constant defaults: determinism
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+class Bundle:
+    """An open, verified package.  Use as a context manager; members are read on demand."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and verify.
+
+        Raises:
+            ArtifactError: if the file is missing, truncated, tampered with, unsafe or too new.
+        """
+        self.path = path
+        self._file = _open_file(path)
+        try:
+            self._tar = tarfile.open(fileobj=self._file, mode="r:")
+            infos = _checked_infos(path, self._tar)
+            encoded = self._read_manifest(infos[0])
+            self.manifest = manifests.decode(encoded, str(path))
+            self.sha256 = hashlib.sha256(encoded).hexdigest()  # covers every member through its hash
+            self._infos = {info.name: info for info in infos[1:]}
+            self._verify_members()
+        except (tarfile.TarError, EOFError, OSError, UnicodeError, ValueError) as error:
+            self._file.close()
+            raise ArtifactError(
+                f"{path}: not a readable package ({error}); expected an uncompressed tar from lance-host;"
+                " it may be cut off: copy it again"
+            ) from None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "Bundle":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def read(self, name: str) -> bytes:
+        """The content of a member."""
+        with self._open(name) as stream:
+            return stream.read()
+
+    def arrays(self, name: str) -> "ArrayReader":
+        """The arrays of an `.npz` member, each read when it is asked for."""
+        return ArrayReader(self._open(name), f"{self.path}: {name}")
+
+    def _open(self, name: str) -> BinaryIO:
+        if name not in self._infos:
+            raise ArtifactError(f"{self.path}: no member {name}; rebuild the package with lance-host")
+        stream = self._tar.extractfile(self._infos[name])
+        return cast(BinaryIO, stream)
+
+    def _read_manifest(self, info: tarfile.TarInfo) -> bytes:
+        if info.name != MANIFEST_MEMBER or info.size > MAX_MANIFEST_BYTES:
+            raise ArtifactError(
+                f"{self.path}: expected {MANIFEST_MEMBER} as first member, found {info.name!r}"
+                f" of {info.size} bytes; this is not a package of lance-host"
+            )
+        return cast(BinaryIO, self._tar.extractfile(info)).read()
+
+    def _verify_members(self) -> None:
+        declared = {member.name: member for member in self.manifest.members}
+        if list(declared) != list(self._infos) or len(declared) != len(self.manifest.members):
+            difference = sorted(set(declared) ^ set(self._infos)) or "their order"
+            raise ArtifactError(
+                f"{self.path}: members differ from the manifest: {difference}; the package was changed:"
+                " copy it again from where it was made"
+            )
+        for name, member in declared.items():
+            found_size, found_sha256 = self._infos[name].size, ""
+            if found_size == member.size:
+                found_sha256 = self._digest(name)
+            if found_sha256 != member.sha256:
+                raise ArtifactError(
+                    f"{self.path}: {name} is not what the manifest declares (expected {member.size} bytes,"
+                    f" sha256 {member.sha256[:12]}; found {found_size} bytes, sha256 {found_sha256[:12] or 'not read'});"
+                    " the package was changed or damaged: copy it again"
+                )
+
+    def _digest(self, name: str) -> str:
+        digest = hashlib.sha256()
+        with self._open(name) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+
+class ArrayReader(Mapping[str, NDArray[np.generic]]):
+    """Arrays of an `.npz`, never unpickled."""
+
+    def __init__(self, stream: BinaryIO, where: str) -> None:
+        self._where = where
+        try:
+            self._npz = np.load(stream, allow_pickle=False)
+            self._names = list(self._npz.files)
+        except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
+            raise ArtifactError(f"{where}: not a readable npz ({error}); rebuild the package") from None
+
+    def __getitem__(self, name: str) -> NDArray[np.generic]:
+        if name not in self._names:
+            raise ArtifactError(f"{self._where}: no array {name}; rebuild the package with lance-host")
+        try:
+            return cast(NDArray[np.generic], self._npz[name])
+        except Exception as error:
+            raise ArtifactError(f"{self._where}: array {name} is unreadable ({error}); rebuild the package") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def npz_bytes(arrays: Mapping[str, NDArray[np.generic]]) -> bytes:
+    """An uncompressed `.npz`; the same arrays give the same bytes (numpy stamps no time)."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: np.ascontiguousarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _open_file(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: cannot open the package ({error.strerror}); make one with lance-host calibrate"
+        ) from None
+
+
+def _checked_infos(path: Path, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    infos = tar.getmembers()
+    names = [info.name for info in infos]
+    if not infos:
+        raise ArtifactError(f"{path}: an empty tar; expected a package of lance-host")
+    for info in infos:
+        parts = PurePosixPath(info.name).parts
+        if not info.isreg() or info.name.startswith("/") or ".." in parts or "\\" in info.name:
+            raise ArtifactError(
+                f"{path}: member {info.name!r} is a link, a folder or a path that escapes; a package holds"
+                " plain files only: do not use this file"
+            )
+    if len(set(names)) != len(names):
+        raise ArtifactError(f"{path}: a member stands twice; the package was changed: do not use this file")
+    return infos

@@ -1,0 +1,59 @@
+"""Errors that a user can act on.
+
+Every message says where, what was expected, what was found and what to do.  Libraries raise these;
+only the command-line modules print them (one line on stderr) and turn them into an exit code.
+"""
+
+
+class LanceError(Exception):
+    """Base of every expected failure.  `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class ArtifactError(LanceError):
+    """A package (`pkg.tar`) that is damaged, unsafe, or of a schema this version does not read."""
+
+    exit_code = 3
+
+
+class CheckpointError(LanceError):
+    """A checkpoint that is damaged or belongs to another package."""
+
+    exit_code = 4
+
+
+class DataError(LanceError):
+    """Images or class folders that cannot be used as given."""
+
+    exit_code = 5
+
+
+class ModelError(LanceError):
+    """A network, or weights of a network, that cannot be used as given."""
+
+    exit_code = 6
+
+
+class NumericalError(LanceError):
+    """Training produced a value that is not a number."""
+
+    exit_code = 7
+
+
+class StorageError(LanceError):
+    """A file could not be written: disk full, no permission, read-only card."""
+
+    exit_code = 8
+
+
+class PlatformError(LanceError):
+    """This machine cannot run what was asked for."""
+
+    exit_code = 9
+
+
+class Interrupted(LanceError):
+    """Stopped on request (Ctrl-C or SIGTERM) with the last complete step kept."""
+
+    exit_code = 130

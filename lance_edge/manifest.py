@@ -1,0 +1,227 @@
+"""What a package says about itself: `manifest.json`, the plan that the device applies.
+
+The host decides everything (which layers train, their ranks, which tensors cross from forward to
+backward); the device feeds graphs by tensor name as written here and in `docs/artifact.md`.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from lance_edge.errors import ArtifactError
+from lance_edge.records import RecordError, from_json, to_json
+
+SCHEMA_VERSION = 1
+
+# Names with a fixed meaning in the graphs' signatures.
+IMAGES = "images"  # float32 [N, 3, R, R], input of the prefix
+LABELS = "labels"  # int64 [N], input of forward (and of backward, where it reads them)
+SCALE = "scale"  # float32 [], input of backward: 1 / batch size
+LOSS = "loss"  # float32 [], output of forward: cross-entropy summed over the N samples
+LOGITS = "logits"  # float32 [N, classes], output of forward and of predict
+
+WEIGHTS_MEMBER = "weights.npz"
+PROJECTIONS_MEMBER = "projections.npz"
+SPECTRA_MEMBER = "spectra.npz"
+
+
+def gradient_name(parameter: str) -> str:
+    """The tensor that holds the gradient of a trainable parameter."""
+    return f"{parameter}/grad"
+
+
+def projection_name(layer: str, mode: int) -> str:
+    """The projection of one mode of a layer's input: `[n_mode, r_mode]`, orthonormal columns."""
+    return f"{layer}/U{mode}"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image file to the network's input; the same for calibration, training and prediction.
+
+    EXIF-oriented, RGB, bilinear to `resize` on the short side, centre crop `resolution`, then
+    `(x / 255 - mean) / std` per channel.
+    """
+
+    resolution: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How class folders without their own `train/` and `test/` are divided (see `images.py`).
+
+    `validation_fraction` is taken from the training part; `best.npz` is chosen on it.
+    """
+
+    seed: int
+    test_fraction: float
+    validation_fraction: float
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor.  A `str` in `shape` is the micro-batch dimension, `"N"`."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+    def nbytes(self, samples: int) -> int:
+        """Bytes when the micro-batch has `samples` samples."""
+        itemsize = {"float32": 4, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}[self.dtype]
+        size = itemsize
+        for dim in self.shape:
+            size *= samples if isinstance(dim, str) else dim
+        return size
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A trainable convolution: geometry without the batch dimension.
+
+    `input_shape` is `[C, H, W]`, `output_shape` `[O, H', W']`, `padding` `[top, left, bottom, right]`.
+    """
+
+    name: str
+    weight: str
+    weight_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer trains in one variant, and what that costs at the package's batch size.
+
+    `ranks` and `energy_kept` have one entry per mode (batch, channels, height, width) and are empty
+    for plain backpropagation.  `activation_bytes` is the paper's figure: the input, or core and
+    factors.  `forward_macs` and `weight_gradient_macs` are the paper's multiply-adds.
+    """
+
+    layer: str
+    ranks: tuple[int, ...]
+    energy_kept: tuple[float, ...]
+    activation_bytes: int
+    forward_macs: int
+    weight_gradient_macs: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: graphs, and the tensors that pass between them.
+
+    `graphs` maps a role to a member: `prefix`, `forward`, `backward`, `predict`, and `gradient` where
+    gradients are computed from accumulated statistics.  `graph_macs` is the exact multiply-add count
+    of each graph for one batch.  `boundary` are the prefix's outputs.  `saved` are the tensors that
+    backward reads from forward or from the prefix (they live for one micro-batch).  `statistics` are
+    summed over the micro-batches of a batch.  `batch_projections` are inputs of which a micro-batch
+    is fed its own rows; `projections` are fed whole.
+    """
+
+    method: str
+    graphs: dict[str, str]
+    parameters: tuple[str, ...]
+    layers: tuple[LayerPlan, ...]
+    boundary: tuple[TensorSpec, ...]
+    saved: tuple[TensorSpec, ...]
+    statistics: tuple[TensorSpec, ...]
+    batch_projections: tuple[str, ...]
+    projections: tuple[str, ...]
+    graph_macs: dict[str, int]
+
+    @property
+    def activation_bytes(self) -> int:
+        """The paper's activation memory at the package's batch size, all trainable convs."""
+        return sum(plan.activation_bytes for plan in self.layers)
+
+    def saved_bytes(self, micro_batch: int) -> int:
+        """Everything alive between forward and backward of a micro-batch: saved and statistics."""
+        tensors = self.saved + self.statistics
+        return sum(tensor.nbytes(micro_batch) for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of the package."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The package.  `parameters` are all trainable tensors; `members` every other file of the tar."""
+
+    schema_version: int
+    created_by: str
+    model: str
+    weights_source: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    split: Split
+    seed: int
+    mode: str
+    energy: float
+    batch_size: int
+    calibration_batches: int
+    parameters: tuple[TensorSpec, ...]
+    layers: tuple[Layer, ...]
+    variants: dict[str, Variant]
+    members: tuple[Member, ...]
+
+    def variant(self, name: str | None) -> Variant:
+        """The variant called `name`, by default the first in the package.
+
+        Raises:
+            ArtifactError: if the package has no such variant.
+        """
+        chosen = next(iter(self.variants)) if name is None else name
+        if chosen not in self.variants:
+            raise ArtifactError(
+                f"this package holds the methods {', '.join(self.variants)}, not {chosen}; choose one of"
+                f" them, or calibrate again with --methods {','.join([*self.variants, chosen])}"
+            )
+        return self.variants[chosen]
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`: sorted nowhere, indented by one, the same for the same manifest."""
+    return (json.dumps(to_json(manifest), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Read and check `manifest.json`; `where` names the package in messages.
+
+    Raises:
+        ArtifactError: for anything but a well-formed manifest of this schema.
+    """
+    try:
+        value: Any = json.loads(data)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: manifest.json is not JSON ({error}); copy the package again") from None
+    version = value.get("schema_version") if isinstance(value, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(_schema_message(where, version))
+    try:
+        return from_json(Manifest, value)
+    except RecordError as error:
+        raise ArtifactError(
+            f"{where}: manifest.json does not fit schema {SCHEMA_VERSION}: {error}; rebuild the package"
+        ) from None
+
+
+def _schema_message(where: str, version: Any) -> str:
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        return (
+            f"{where}: schema {version}, this runtime reads {SCHEMA_VERSION};"
+            " install a newer lance-edge here, or rebuild the package with the version installed here"
+        )
+    return f"{where}: expected schema {SCHEMA_VERSION}, found {version!r}; rebuild the package with lance-host"
