@@ -84,7 +84,9 @@ class Bundle:
     def __enter__(self) -> "Bundle":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
     def read(self, name: str) -> bytes:
@@ -154,7 +156,9 @@ class ArrayReader(Mapping[str, NDArray[np.generic]]):
         try:
             return cast(NDArray[np.generic], self._npz[name])
         except Exception as error:
-            raise ArtifactError(f"{self._where}: array {name} is unreadable ({error}); rebuild the package") from None
+            raise ArtifactError(
+                f"{self._where}: array {name} is unreadable ({error}); rebuild the package"
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

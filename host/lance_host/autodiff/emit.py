@@ -1,0 +1,81 @@
+"""Appending plain ONNX operators to a graph.
+
+The rules write `emit("MatMul", a, b)` and read like the formula they implement.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+Attribute = int | float | str | Sequence[int]
+
+
+class Emit:
+    """A pen for one graph: every call appends a node and returns its output."""
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        """Write into `graph`; names of new values start with `prefix` and are unique."""
+        self.graph = graph
+        self._prefix = prefix
+        self._count = 0
+
+    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
+        """Append a node of the standard domain with one output."""
+        self._count += 1
+        output = ir.Value(name=f"{self._prefix}{op_type}_{self._count}")
+        node = ir.Node(
+            "",
+            op_type,
+            inputs,
+            attributes=ir.convenience.convert_attributes(attributes),
+            outputs=[output],
+            name=f"{self._prefix}{op_type}_{self._count}/node",
+        )
+        self.graph.append(node)
+        return output
+
+    def constant(self, value: NDArray[np.generic] | Sequence[int] | float) -> ir.Value:
+        """An initializer: arrays as they are, numbers as float32, integer lists as int64."""
+        array = np.asarray(value)
+        if isinstance(value, float):
+            array = array.astype(np.float32)
+        elif not isinstance(value, np.ndarray):
+            array = array.astype(np.int64)
+        self._count += 1
+        name = f"{self._prefix}constant_{self._count}"
+        initializer = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        self.graph.register_initializer(initializer)
+        return initializer
+
+    def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
+        """ONNX Reshape: 0 keeps a dimension, -1 is inferred."""
+        return self("Reshape", value, self.constant(shape))
+
+    def transpose(self, value: ir.Value, *perm: int) -> ir.Value:
+        """Permute the axes."""
+        return self("Transpose", value, perm=perm)
+
+    def sum(self, value: ir.Value, *axes: int, keepdims: bool = False) -> ir.Value:
+        """Sum over axes."""
+        return self("ReduceSum", value, self.constant(axes), keepdims=int(keepdims))
+
+
+def dims(value: ir.Value) -> tuple[int | str, ...]:
+    """The shape of a value of the captured network; the batch dimension is a `str`.
+
+    Raises:
+        ValueError: if shape inference left it open.
+    """
+    if value.shape is None:
+        raise ValueError(f"shape of {value.name} is unknown")
+    return tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+
+
+def static_dims(value: ir.Value, start: int = 0) -> tuple[int, ...]:
+    """The dimensions from `start` on, which must be numbers."""
+    found = dims(value)[start:]
+    if not all(isinstance(dim, int) for dim in found):
+        raise ValueError(f"shape of {value.name} is {found} from axis {start} on: expected numbers")
+    return tuple(dim for dim in found if isinstance(dim, int))

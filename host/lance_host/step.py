@@ -1,0 +1,154 @@
+"""The joint graph of one training step, and how it is cut into the graphs that a device runs.
+
+    images -> prefix -> boundary -> forward -> loss, logits, saved, statistics
+                                    saved -> backward -> statistics -> gradient -> <parameter>/grad
+
+All of it is one ONNX graph first, which runs as it stands and can be checked against autograd as a whole;
+`stages.py` extracts the device's graphs from it, between named values.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from lance_edge.manifest import gradient_name
+from lance_host.autodiff import conv
+from lance_host.autodiff.emit import Emit
+from lance_host.autodiff.reverse import InputGradient, gradients
+from lance_host.capture import Captured
+from lance_host.methods import METHODS, LayerContext, WeightGradient, projection_inputs
+from lance_host.traverse import depends_on, descendants
+
+
+@dataclass(frozen=True)
+class Step:
+    """A differentiated network: every value is of the one graph of `model`.
+
+    `boundary` are the prefix's outputs, `statistics` the sums over micro-batches, `gradients` the final
+    gradient of each parameter, `projections` the inputs of a method (U0 of every layer first, ...).
+    """
+
+    model: ir.Model
+    images: ir.Value
+    parameters: tuple[ir.Value, ...]
+    labels: ir.Value
+    scale: ir.Value
+    loss: ir.Value
+    logits: ir.Value
+    boundary: tuple[ir.Value, ...]
+    projections: tuple[ir.Value, ...]
+    statistics: tuple[ir.Value, ...]
+    gradients: tuple[ir.Value, ...]
+
+
+def differentiate(captured: Captured, method: str, ranks: Mapping[str, Sequence[int]]) -> Step:
+    """Append the gradients of a method to the captured graph, which this call consumes.
+
+    Args:
+        method: a name of `METHODS`.
+        ranks: for a compressing method, layer name -> rank of each mode.
+    """
+    graph = captured.model.graph
+    boundary = split_prefix(graph, captured.images, captured.parameters)
+    contexts = {
+        layer.name: _context(layer.name, layer.input_shape, ranks.get(layer.name, ()))
+        for layer in captured.layers
+    }
+    projections = [value for context in contexts.values() for value in context.projections]
+    graph.inputs.extend(projections)
+    overrides = {
+        (node, 1): _override(METHODS[method], contexts[layer.name])
+        for layer, node in zip(captured.layers, captured.convs, strict=True)
+    }
+    results = gradients(Emit(graph, "grad/"), captured.logits, captured.seed, captured.parameters, overrides)
+    statistics = [value for context in contexts.values() for value in context.statistics]
+    from_statistics = descendants(graph, statistics)
+    for parameter, value in zip(captured.parameters, results, strict=True):
+        assert parameter.name is not None
+        value.name = gradient_name(parameter.name)
+        if value not in from_statistics:
+            statistics.append(value)
+    lower_forward(graph, captured.convs)
+    graph.outputs[:] = [captured.loss, captured.logits, *results]
+    _tidy(captured.model, keep=statistics)
+    return Step(
+        model=captured.model,
+        images=captured.images,
+        parameters=captured.parameters,
+        labels=captured.labels,
+        scale=captured.scale,
+        loss=captured.loss,
+        logits=captured.logits,
+        boundary=boundary,
+        projections=tuple(projections),
+        statistics=tuple(statistics),
+        gradients=tuple(results),
+    )
+
+
+def split_prefix(graph: ir.Graph, images: ir.Value, parameters: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+    """The boundary tensors: what the trainable part reads of the frozen part.
+
+    Where it reads the images themselves, an Identity stands between, so that a prefix always exists.
+    """
+    tail = descendants(graph, parameters)
+    boundary: dict[ir.Value, None] = {}
+    for node in graph:
+        if any(output in tail for output in node.outputs):
+            for value in node.inputs:
+                if value is not None and value not in tail and depends_on(value, images):
+                    boundary[value] = None
+    if images in boundary:
+        copy = ir.Value(name="images/copy", type=images.type, shape=images.shape)
+        readers = [use for use in images.uses() if use.node.outputs[0] in tail]
+        graph.insert_before(graph[0], ir.Node("", "Identity", (images,), outputs=[copy]))
+        for use in readers:
+            use.node.replace_input_with(use.idx, copy)
+        boundary = {copy if value is images else value: None for value in boundary}
+    return tuple(boundary)
+
+
+def _context(layer: str, input_shape: Sequence[int], ranks: Sequence[int]) -> LayerContext:
+    inputs = projection_inputs(layer, input_shape, ranks) if ranks else ()
+    return LayerContext(layer, tuple(ranks), inputs)
+
+
+def _override(method: WeightGradient, context: LayerContext) -> InputGradient:
+    def weight_gradient(emit: Emit, node: ir.Node, dy: ir.Value) -> ir.Value:
+        x = node.inputs[0]
+        assert x is not None
+        return method(emit, context, conv.geometry(node), x, dy)
+
+    return weight_gradient
+
+
+def lower_forward(graph: ir.Graph, convs: Sequence[ir.Node]) -> None:
+    """Write trainable depthwise convolutions on small maps as matrix products over positions."""
+    emit = Emit(graph, "forward/")
+    for node in convs:
+        geo = conv.geometry(node)
+        if not geo.by_positions:
+            continue
+        x, weight = node.inputs[0], node.inputs[1]
+        assert x is not None
+        assert weight is not None
+        y = conv.forward_by_positions(emit, geo, x, weight)
+        if len(node.inputs) > 2:
+            bias = node.inputs[2]
+            assert bias is not None
+            y = emit("Add", y, emit.reshape(bias, -1, 1, 1))
+        ir.convenience.replace_all_uses_with(node.outputs[0], y)
+        graph.remove(node, safe=True)
+    graph.sort()
+
+
+def _tidy(model: ir.Model, keep: Sequence[ir.Value]) -> None:
+    """Remove what no output needs, and what is computed twice; `keep` survives under its own name."""
+    graph = model.graph
+    outputs = list(graph.outputs)
+    graph.outputs.extend(value for value in keep if value not in outputs)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    graph.outputs[:] = outputs
