@@ -1,0 +1,79 @@
+"""A trained network and what one needs to use it: from a package and a checkpoint, or from a plain ONNX."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_device.checkpoint import read_checkpoint
+from lance_device.graphs import load_network
+from lance_device.session import Graph
+from lance_edge.bundle import Bundle
+from lance_edge.errors import ModelError
+from lance_edge.manifest import IMAGES, LOGITS, Preprocessing
+from lance_edge.records import RecordError, from_json
+
+Float = NDArray[np.float32]
+CLASSES_KEY = "classes"  # metadata of an exported model: a JSON list of names
+PREPROCESSING_KEY = "preprocessing"  # and the fields of `Preprocessing`
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Prepared images `[N, 3, R, R]` to logits `[N, classes]`."""
+
+    logits: Callable[[Float], Float]
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+
+def from_package(bundle: Bundle, checkpoint_path: Path, threads: int) -> Classifier:
+    """The network of a package with the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or belongs to another package.
+    """
+    checkpoint = read_checkpoint(checkpoint_path, bundle)
+    manifest = bundle.manifest
+    network = load_network(bundle, manifest.variant(checkpoint.meta.method), checkpoint.parameters, threads)
+    return Classifier(network, manifest.classes, manifest.preprocessing)
+
+
+def from_onnx(path: Path, threads: int) -> Classifier:
+    """An inference model as `lance-host merge` exports it.
+
+    Raises:
+        ArtifactError: if it is no ONNX model that loads here.
+        ModelError: if it is missing, or does not say its classes and preprocessing.
+    """
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot open the model ({error.strerror}); make one with lance-host merge -o model.onnx"
+        ) from None
+    graph = Graph(model, str(path), threads)
+    if IMAGES not in graph.inputs or LOGITS not in graph.outputs:
+        raise ModelError(
+            f"{path}: expected an input {IMAGES} and an output {LOGITS}, found {', '.join(graph.inputs)} and"
+            f" {', '.join(graph.outputs)}; export it with lance-host merge"
+        )
+    classes, preprocessing = _read_metadata(path, graph.metadata)
+    return Classifier(lambda images: graph.run({IMAGES: images})[LOGITS], classes, preprocessing)
+
+
+def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...], Preprocessing]:
+    try:
+        classes = from_json(tuple[str, ...], json.loads(metadata[CLASSES_KEY]))
+        return classes, from_json(Preprocessing, json.loads(metadata[PREPROCESSING_KEY]))
+    except KeyError as error:
+        reason = f"no {error.args[0]}"
+    except (ValueError, RecordError) as error:
+        reason = str(error)
+    raise ModelError(
+        f"{path}: its metadata must hold {CLASSES_KEY} and {PREPROCESSING_KEY} as JSON ({reason});"
+        " export it with lance-host merge"
+    )

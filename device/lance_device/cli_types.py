@@ -1,0 +1,65 @@
+"""Option values of the command line, and the turning of errors into exit codes."""
+
+import math
+from typing import Any
+
+import click
+
+from lance_edge.errors import LanceError
+
+
+def auto_or_count(context: click.Context, option: click.Parameter, text: str) -> int | None:
+    """Parse `auto` (`None`) or a whole number from 1."""
+    if text == "auto":
+        return None
+    count = int(text) if text.isdecimal() else 0
+    if count < 1:
+        raise click.BadParameter(f"expected auto or a whole number from 1, found {text!r}")
+    return count
+
+
+def minutes_or_steps(
+    context: click.Context, option: click.Parameter, text: str
+) -> tuple[float | None, int | None]:
+    """Parse `5m` (minutes) or `200` (steps) to `(minutes, steps)`, of which one is `None`."""
+    is_minutes = text.endswith("m")
+    try:
+        amount = float(text[:-1]) if is_minutes else int(text)
+    except ValueError:
+        amount = 0
+    if not 0 < amount < math.inf:
+        raise click.BadParameter(f"expected minutes such as 5m, or steps such as 200, found {text!r}")
+    return (float(amount), None) if is_minutes else (None, int(amount))
+
+
+class Number(click.FloatRange):
+    """A finite number in a range."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, found {value!r}", param, ctx)
+        return number
+
+
+class Commands(click.Group):
+    """Commands whose expected failures end as one line on stderr and the exit code of their kind."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except LanceError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "stopped on request", 130)
+        except MemoryError:
+            _fail(ctx, "not enough memory; close other programs or use a smaller --micro-batch", 9)
+
+
+def _fail(context: click.Context, message: str, exit_code: int) -> None:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    context.exit(exit_code)

@@ -1,0 +1,104 @@
+"""What a package gives to run: graphs, starting weights and projections, checked against the manifest."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_device.session import Array, Graph
+from lance_edge.bundle import ArrayReader, Bundle
+from lance_edge.errors import ArtifactError
+from lance_edge.manifest import (
+    IMAGES,
+    LOGITS,
+    PROJECTIONS_MEMBER,
+    WEIGHTS_MEMBER,
+    Manifest,
+    Variant,
+)
+
+Float = NDArray[np.float32]
+
+
+def load_graph(bundle: Bundle, variant: Variant, role: str, threads: int) -> Graph:
+    """The graph of a role (`prefix`, `forward`, ...).
+
+    Raises:
+        ArtifactError: if the package does not have it or it cannot be loaded.
+    """
+    if role not in variant.graphs:
+        raise ArtifactError(
+            f"{bundle.path}: method {variant.method} has no {role} graph; rebuild the package with lance-host"
+        )
+    member = variant.graphs[role]
+    return Graph(bundle.read(member), f"{bundle.path}: {member}", threads)
+
+
+def starting_parameters(bundle: Bundle, variant: Variant) -> dict[str, Float]:
+    """The trainable tensors as calibrated, by state-dict name: fresh, writable arrays."""
+    weights = bundle.arrays(WEIGHTS_MEMBER)
+    shapes = parameter_shapes(bundle.manifest, variant)
+    return {name: _float_array(weights, name, shape, bundle) for name, shape in shapes.items()}
+
+
+def parameter_shapes(manifest: Manifest, variant: Variant) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that the variant trains."""
+    shapes = {spec.name: tuple(int(dim) for dim in spec.shape) for spec in manifest.parameters}
+    return {name: shapes[name] for name in variant.parameters}
+
+
+def load_projections(bundle: Bundle, variant: Variant) -> dict[str, Float]:
+    """The projections `[n_mode, r_mode]` of a variant; batch modes have a row for each sample."""
+    names = (*variant.projections, *variant.batch_projections)
+    if not names:
+        return {}
+    stored = bundle.arrays(PROJECTIONS_MEMBER)
+    projections = {name: _float_array(stored, name, None, bundle) for name in names}
+    for name in variant.batch_projections:
+        if len(projections[name]) != bundle.manifest.batch_size:
+            raise ArtifactError(
+                f"{bundle.path}: projection {name} has {len(projections[name])} rows, expected one for each"
+                f" of the {bundle.manifest.batch_size} samples of a batch; rebuild the package"
+            )
+    return projections
+
+
+def _float_array(arrays: ArrayReader, name: str, shape: tuple[int, ...] | None, bundle: Bundle) -> Float:
+    found = arrays[name]
+    if found.dtype != np.float32 or (shape is not None and found.shape != shape):
+        raise ArtifactError(
+            f"{bundle.path}: array {name} is {found.dtype} {list(found.shape)}, expected float32"
+            f" {list(shape) if shape is not None else ''}; rebuild the package".replace(" ;", ";")
+        )
+    return np.array(found, dtype=np.float32, order="C")
+
+
+class Network:
+    """Images to logits: the frozen prefix and the inference tail with the trainable weights as inputs."""
+
+    def __init__(self, prefix: Graph, predict: Graph, parameters: dict[str, Float]) -> None:
+        """Join.
+
+        Args:
+            parameters: read at every call, so a training run sees its present weights.
+        """
+        self._prefix = prefix
+        self._predict = predict
+        self._parameters = parameters
+
+    def __call__(self, images: Float) -> Float:
+        """Logits `[N, classes]` of prepared images `[N, 3, R, R]`."""
+        values: dict[str, Array] = {**self._parameters, **self._prefix.run({IMAGES: images})}
+        return self._predict.run(values)[LOGITS]
+
+
+def load_network(bundle: Bundle, variant: Variant, parameters: dict[str, Float], threads: int) -> Network:
+    """The network of a package with these weights."""
+    prefix = load_graph(bundle, variant, "prefix", threads)
+    return Network(prefix, load_graph(bundle, variant, "predict", threads), parameters)
+
+
+def missing_names(wanted: Iterable[str], *provided: Iterable[str]) -> list[str]:
+    """Names that none of the providers has."""
+    have = {name for names in provided for name in names}
+    return [name for name in wanted if name not in have]

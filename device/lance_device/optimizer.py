@@ -1,0 +1,86 @@
+"""Stochastic gradient descent with momentum, weight decay and clipping, exactly as PyTorch does it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_edge.errors import NumericalError
+
+Tensors = dict[str, NDArray[np.float32]]
+
+CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class SGD:
+    """`g <- clip(g) + wd p;  v <- m v + g  (v = g the first time);  p <- p - lr v`, in float32.
+
+    Attributes:
+        clip: largest global norm of all gradients together; 0 leaves them as they are.
+    """
+
+    momentum: float
+    weight_decay: float
+    clip: float
+
+    def update(self, parameters: Tensors, velocity: Tensors, gradients: Tensors, learning_rate: float) -> None:
+        """One step, in place: of `parameters`, and of `velocity`, which is empty before the first step.
+
+        Takes the arrays of `gradients` for its own use.  Nothing is changed when a value does not fit
+        in float32.
+
+        Raises:
+            NumericalError: naming the parameter whose gradient or update is not finite.
+        """
+        _clip(gradients, self.clip)
+        for name, gradient in gradients.items():
+            if self.weight_decay:
+                gradient += np.float32(self.weight_decay) * parameters[name]
+            if self.momentum and name in velocity:
+                gradient += np.float32(self.momentum) * velocity[name]
+            _check_range(name, parameters[name], gradient, learning_rate)
+        for name, gradient in gradients.items():
+            parameters[name] -= np.float32(learning_rate) * gradient
+            if self.momentum:
+                velocity[name] = gradient  # the gradient array has become the new momentum
+
+
+def _clip(gradients: Tensors, limit: float) -> None:
+    norms = {name: _norm(gradient) for name, gradient in gradients.items()}
+    for name, norm in norms.items():
+        if not math.isfinite(norm):
+            raise NumericalError(f"the gradient of {name} is not finite")
+    if limit:
+        factor = limit / (math.hypot(*norms.values()) + CLIP_EPSILON)
+        if factor < 1:
+            for gradient in gradients.values():
+                gradient *= np.float32(factor)
+
+
+def _norm(array: NDArray[np.float32]) -> float:
+    """Euclidean norm in float64, where no finite float32 overflows when squared."""
+    flat = array.reshape(-1).astype(np.float64)
+    return math.sqrt(float(flat @ flat))
+
+
+def _check_range(
+    name: str, parameter: NDArray[np.float32], velocity: NDArray[np.float32], learning_rate: float
+) -> None:
+    reach = _largest(parameter) + learning_rate * _largest(velocity)
+    if not reach < FLOAT32_MAX:  # also true of nan
+        raise NumericalError(f"the update of {name} is not finite in float32")
+
+
+def _largest(array: NDArray[np.float32]) -> float:
+    return float(max(abs(float(array.max())), abs(float(array.min()))))
+
+
+def check_names(parameters: Mapping[str, object], gradients: Mapping[str, object]) -> None:
+    """Every trainable parameter has a gradient (a package that was compiled otherwise is a defect)."""
+    missing = sorted(set(parameters) - set(gradients))
+    if missing:
+        raise NumericalError(f"no gradient of {', '.join(missing)}")

@@ -1,0 +1,94 @@
+"""How to train: the options of a run, with every `auto` resolved on this machine."""
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import psutil
+
+from lance_edge.errors import CheckpointError
+from lance_edge.manifest import Manifest
+
+DEFAULT_MICRO_BATCH = 8  # larger ones gain little speed and cost memory in proportion
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides which weights come out.
+
+    Stored in every checkpoint; a resumed run keeps them, so that it ends with the same bits.
+
+    Attributes:
+        steps: train so many batches, whatever `epochs` says; `None` follows `epochs`.
+        clip: largest global gradient norm; 0 is off.
+        eval_every: epochs between evaluations; 0 evaluates at the end only.
+    """
+
+    method: str
+    epochs: int
+    steps: int | None
+    lr: float
+    momentum: float
+    weight_decay: float
+    clip: float
+    schedule: str
+    augment: str
+    seed: int
+    threads: int
+    micro_batch: int
+    shuffle: bool
+    eval_every: int
+
+
+def resolve(values: Mapping[str, Any], manifest: Manifest) -> TrainOptions:
+    """The options with `None` for "auto" replaced by what fits this machine and this package.
+
+    Raises:
+        ArtifactError: if the package does not hold the method.
+    """
+    chosen = {field.name: values[field.name] for field in fields(TrainOptions)}
+    chosen["method"] = manifest.variant(values["method"]).method
+    chosen["threads"] = values["threads"] or available_cores()
+    chosen["micro_batch"] = min(values["micro_batch"] or DEFAULT_MICRO_BATCH, manifest.batch_size)
+    return TrainOptions(**chosen)
+
+
+def keep_stored(stored: TrainOptions, wanted: TrainOptions, given: Collection[str], where: str) -> TrainOptions:
+    """The options of the run that is resumed.
+
+    Args:
+        wanted: what the command line asks for.
+        given: the options that were written on the command line; all others follow the stored run.
+
+    Raises:
+        CheckpointError: naming the first given option that differs.
+    """
+    for field in fields(TrainOptions):
+        before, now = getattr(stored, field.name), getattr(wanted, field.name)
+        if field.name in given and before != now:
+            raise CheckpointError(
+                f"{where}: this run was started with {_flag(field.name, before)}, not {_flag(field.name, now)};"
+                f" {_reason(field.name)}: leave the option out, or start a new run with another --out"
+            )
+    return stored
+
+
+def available_cores() -> int:
+    """Cores that this process may use; one thread a physical core is fastest for matrix products."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    physical = psutil.cpu_count(logical=False) or allowed
+    return max(1, min(allowed, physical))
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = "--" + name.replace("_", "-")
+    if name == "shuffle":
+        return flag if value else "--no-shuffle"
+    return f"no {flag}" if value is None else f"{flag} {value}"
+
+
+def _reason(name: str) -> str:
+    if name in ("epochs", "steps"):
+        return "the learning-rate schedule runs over the length that was planned at the start"
+    return "a resumed run keeps its options, so that it ends as it would have without the break"

@@ -1,0 +1,97 @@
+"""`run.json`: everything that one needs to know to read or repeat a measurement."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lance_device.session import SESSION_CONFIG, SESSION_OPTIONS, runtime_version
+from lance_edge.files import atomic_writer
+
+SCHEMA_VERSION = 1
+BOARD = Path("/proc/device-tree/model")
+CPU_INFO = Path("/proc/cpuinfo")
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+PACKAGES = ("lance-edge", "numpy", "pillow", "psutil", "click")
+CHUNK_BYTES = 1 << 16
+
+
+def describe_machine() -> dict[str, Any]:
+    """Board, processor, system; `None` where the machine does not say."""
+    return {
+        "board": _read(BOARD),
+        "cpu": _cpu_model(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "cores_physical": psutil.cpu_count(logical=False),
+        "ram_bytes": psutil.virtual_memory().total,
+        "governor": _read(GOVERNOR),
+        "system": platform.system(),
+        "kernel": platform.release(),
+        "libc": "-".join(platform.libc_ver()) or None,
+    }
+
+
+def describe_software() -> dict[str, Any]:
+    """Versions, and how ONNX Runtime is set up."""
+    versions = {"python": platform.python_version(), "onnxruntime": runtime_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return {"versions": versions, "session_options": {**SESSION_OPTIONS, **SESSION_CONFIG}}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a whole file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def now_utc() -> str:
+    """The time, `2025-01-31T12:00:00+00:00`."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write, atomically."""
+    with atomic_writer(path) as file:
+        file.write(
+            (json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=1, default=str) + "\n").encode()
+        )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What was written, or nothing where there is no readable record: it is a report, no state."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _cpu_model() -> str | None:
+    text = _read(CPU_INFO) or ""
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    if "model name" in named:
+        return named["model name"]
+    implementer, part = named.get("CPU implementer"), named.get("CPU part")  # ARM: 0x41, 0xd08
+    return f"ARM implementer {implementer} part {part}" if part else platform.processor() or None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").rstrip("\0\n") or None
+    except OSError:
+        return None

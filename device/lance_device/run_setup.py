@@ -1,0 +1,184 @@
+"""Beginning a run: a new one, or one that is taken up again where its last checkpoint stands."""
+
+import datetime
+import secrets
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_device.checkpoint import SCHEMA_VERSION, Checkpoint, Meta, Progress, read_checkpoint
+from lance_device.graphs import starting_parameters
+from lance_device.measure import keep_rows
+from lance_device.options import TrainOptions, keep_stored, resolve
+from lance_device.run_folder import RunFolder, data_identity
+from lance_device.stream import SampleStream
+from lance_edge.bundle import Bundle
+from lance_edge.datasets import Dataset
+from lance_edge.errors import CheckpointError, DataError
+from lance_edge.manifest import Manifest, Variant
+from lance_edge.profiles import HistoryRow, StepRow
+
+Float = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CheckpointEvery:
+    """How often `last.npz` is written: after so many steps, or so many seconds."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What somebody asks for.
+
+    Attributes:
+        values: of every field of `TrainOptions`; `None` is "auto".
+        given: the fields that were asked for by name: a resumed run must agree with these.
+        arguments: the command line as it was, for `run.json`.
+    """
+
+    artifact: Path
+    data: Path
+    out: Path
+    values: Mapping[str, Any]
+    given: frozenset[str]
+    checkpoint_every: CheckpointEvery
+    resume: bool
+    arguments: tuple[str, ...] = ()
+
+    def resume_command(self) -> str:
+        """What takes the run up again."""
+        words = ("train", "--artifact", self.artifact, "--data", self.data, "--out", self.out, "--resume")
+        return shlex.join(["lance-device", *map(str, words)])
+
+
+@dataclass
+class Run:
+    """A run that is ready to train: what is fixed, and its state (weights, momentum, progress)."""
+
+    folder: RunFolder
+    run_id: str
+    options: TrainOptions
+    variant: Variant
+    stream: SampleStream
+    total_steps: int
+    data_sha256: str
+    parameters: dict[str, Float]
+    velocity: dict[str, Float]
+    progress: Progress
+
+
+def open_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
+    """A new run in an empty folder, or the one in it with `resume`.
+
+    Raises:
+        ArtifactError: if the package lacks the method.
+        CheckpointError: if there is nothing to resume, or it does not belong to this request.
+        DataError: if there are too few images for a batch, or others than before.
+        StorageError: if the folder holds a run already, or cannot be made.
+    """
+    _expect_full_batch(request.data, len(dataset.train), bundle.manifest.batch_size)
+    return _resume_run(request, bundle, dataset) if request.resume else _new_run(request, bundle, dataset)
+
+
+def make_checkpoint(run: Run, bundle: Bundle) -> Checkpoint:
+    """The state of a run; shares its arrays."""
+    best, manifest = run.progress.best, bundle.manifest
+    meta = Meta(
+        schema_version=SCHEMA_VERSION,
+        run_id=run.run_id,
+        artifact_sha256=bundle.sha256,
+        data_sha256=run.data_sha256,
+        model=manifest.model,
+        classes=manifest.classes,
+        method=run.variant.method,
+        step=run.progress.step,
+        epoch=run.progress.epoch,
+        best_accuracy=best.validation_accuracy if best is not None else None,
+        options=run.options,
+        progress=run.progress,
+    )
+    return Checkpoint(meta, run.parameters, run.velocity)
+
+
+def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
+    options = resolve(request.values, bundle.manifest)
+    variant = bundle.manifest.variant(options.method)
+    parameters = starting_parameters(bundle, variant)
+    folder = RunFolder(request.out)
+    folder.claim()
+    return Run(
+        folder=folder,
+        run_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
+        options=options,
+        variant=variant,
+        **_plan(options, bundle.manifest, dataset),
+        parameters=parameters,
+        velocity={},
+        progress=Progress(),
+    )
+
+
+def _resume_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
+    folder = RunFolder(request.out)
+    folder.expect_run()
+    checkpoint = read_checkpoint(folder.last, bundle)
+    meta = checkpoint.meta
+    wanted = resolve(request.values, bundle.manifest)
+    options = keep_stored(meta.options, wanted, request.given, str(folder.path))
+    run = Run(
+        folder=folder,
+        run_id=meta.run_id,
+        options=options,
+        variant=bundle.manifest.variant(options.method),
+        **_plan(options, bundle.manifest, dataset),
+        parameters=checkpoint.parameters,
+        velocity=checkpoint.velocity,
+        progress=meta.progress,
+    )
+    if run.data_sha256 != meta.data_sha256:
+        raise CheckpointError(
+            f"{request.data}: the training images are not those that {folder.last} was trained on;"
+            " give the same --data, unchanged, or start a new run with another --out"
+        )
+    _drop_later_rows(run)
+    return run
+
+
+def _plan(options: TrainOptions, manifest: Manifest, dataset: Dataset) -> dict[str, Any]:
+    stream = SampleStream(
+        count=len(dataset.train),
+        batch_size=manifest.batch_size,
+        seed=options.seed,
+        shuffle=options.shuffle,
+        flip=options.augment == "flip",
+    )
+    total_steps = options.steps if options.steps is not None else stream.total_steps(options.epochs)
+    return {"stream": stream, "total_steps": total_steps, "data_sha256": data_identity(dataset.train)}
+
+
+def _drop_later_rows(run: Run) -> None:
+    """Rows of steps after the checkpoint: those steps are about to be done again."""
+    step, evaluated_step = run.progress.step, run.progress.evaluated_step
+
+    def belongs(row: StepRow) -> bool:
+        return row.step <= (evaluated_step if row.phase == "eval" else step)
+
+    keep_rows(run.folder.steps, StepRow, belongs)
+    keep_rows(run.folder.history, HistoryRow, lambda row: row.step <= evaluated_step)
+
+
+def _expect_full_batch(data: Path, images: int, batch_size: int) -> None:
+    if images < batch_size:
+        largest = 1 << (images.bit_length() - 1)
+        raise DataError(
+            f"{data}: {images} training images, but the package was calibrated for batches of {batch_size};"
+            f" add images, or calibrate again with --batch-size {largest}"
+        )

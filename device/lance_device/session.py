@@ -1,0 +1,157 @@
+"""The engine: ONNX Runtime sessions, fed and fetched by tensor name.
+
+This is the only module that imports onnxruntime, and it does so late: `require_runtime` first says in
+one line what is wrong on a machine that has no wheel of it.
+"""
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_edge.errors import ArtifactError, PlatformError
+
+Array = NDArray[Any]
+
+# Chosen for little memory and no wasted power on a board; recorded in run.json.
+SESSION_OPTIONS: dict[str, Any] = {
+    "enable_cpu_mem_arena": False,  # an arena keeps the largest step's memory for ever
+    "enable_mem_pattern": False,  # patterns are per input shape; the last micro-batch may be shorter
+    "inter_op_num_threads": 1,
+    "log_severity_level": 3,  # errors only
+}
+SESSION_CONFIG: dict[str, str] = {
+    "session.intra_op.allow_spinning": "0",  # idle threads sleep while Python reads the next images
+    "session.use_device_allocator_for_initializers": "1",
+}
+
+
+def require_runtime() -> None:
+    """Check that this machine can run ONNX Runtime, before anything imports it.
+
+    Raises:
+        PlatformError: on a 32-bit system, or where onnxruntime is not installed.
+    """
+    machine = platform.machine()
+    if sys.maxsize < 2**32:
+        raise PlatformError(
+            f"this is a 32-bit Python on {machine}: there is no onnxruntime wheel for 32-bit ARM;"
+            " install a 64-bit OS (Raspberry Pi OS 64-bit) and lance-edge in its Python"
+        )
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise PlatformError(
+            f"onnxruntime is not installed in {sys.executable} (Python {platform.python_version()}, {machine});"
+            " install it with: pip install onnxruntime"
+            " (on ARM it has wheels for a 64-bit OS with CPython 3.11 or newer only)"
+        )
+
+
+def runtime_version() -> str:
+    """The version of ONNX Runtime in use."""
+    return str(_runtime().__version__)
+
+
+def _runtime() -> ModuleType:
+    require_runtime()
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read at import; Linux wheels since 1.29 report home otherwise
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as error:
+        raise PlatformError(
+            f"onnxruntime is installed but does not load here ({error}); reinstall it for this Python and OS"
+        ) from None
+    return onnxruntime  # type: ignore[no-any-return]
+
+
+class Graph:
+    """One ONNX graph, ready to run."""
+
+    def __init__(self, model: bytes, where: str, threads: int) -> None:
+        """Load.
+
+        Args:
+            model: the serialised graph.
+            where: how messages call it, `pkg.tar: graphs/prefix.onnx`.
+            threads: of one operator.
+
+        Raises:
+            ArtifactError: if ONNX Runtime cannot load it.
+        """
+        runtime = _runtime()
+        self._where = where
+        try:
+            self._session = runtime.InferenceSession(
+                model, sess_options=_session_options(runtime, threads), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise ArtifactError(
+                f"{where}: onnxruntime {runtime.__version__} cannot load this graph ({_one_line(error)});"
+                " rebuild the file with lance-host, or install a newer onnxruntime"
+            ) from None
+        self.inputs = tuple(tensor.name for tensor in self._session.get_inputs())
+        self.outputs = tuple(tensor.name for tensor in self._session.get_outputs())
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's own key-value pairs."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs by name; takes from `values` exactly the declared inputs.
+
+        Raises:
+            ArtifactError: if an input is missing or does not fit.
+            PlatformError: if memory does not suffice.
+        """
+        missing = [name for name in self.inputs if name not in values]
+        if missing:
+            raise ArtifactError(
+                f"{self._where}: input {missing[0]!r} is provided by no graph and no array of the package;"
+                " rebuild it with lance-host"
+            )
+        feeds = {name: values[name] for name in self.inputs}
+        try:
+            return dict(zip(self.outputs, self._fetch(feeds), strict=True))
+        except MemoryError as error:
+            raise _out_of_memory(self._where, error) from None
+        except Exception as error:
+            if "alloc" in str(error).lower():
+                raise _out_of_memory(self._where, error) from None
+            raise ArtifactError(
+                f"{self._where}: onnxruntime cannot run this graph ({_one_line(error)});"
+                " rebuild it with lance-host"
+            ) from None
+
+    def _fetch(self, feeds: Mapping[str, Array]) -> Sequence[Array]:
+        return self._session.run(list(self.outputs), dict(feeds))  # type: ignore[no-any-return]
+
+
+def _session_options(runtime: ModuleType, threads: int) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    for name, value in SESSION_OPTIONS.items():
+        setattr(options, name, value)
+    for key, text in SESSION_CONFIG.items():
+        options.add_session_config_entry(key, text)
+    return options
+
+
+def _out_of_memory(where: str, error: Exception) -> PlatformError:
+    return PlatformError(
+        f"{where}: not enough memory ({_one_line(error)}); close other programs or use a smaller --micro-batch"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def as_input(array: Array) -> Array:
+    """The array as ONNX Runtime takes it without a copy: contiguous."""
+    return np.ascontiguousarray(array)

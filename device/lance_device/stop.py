@@ -1,0 +1,58 @@
+"""Stopping on request: Ctrl-C and SIGTERM end a run at the next micro-batch."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from lance_edge.errors import Interrupted
+
+
+def _heard_signals() -> tuple[signal.Signals, ...]:
+    """Ctrl-C, a polite kill, and the end of the terminal unless it was told to be ignored (nohup)."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        return (signal.SIGINT, signal.SIGTERM)
+    return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopRequest:
+    """Whether somebody asked to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Leave the work at hand.
+
+        Raises:
+            Interrupted: if a stop was asked for.
+        """
+        if self.requested:
+            raise Interrupted("stopped on request")
+
+
+@contextlib.contextmanager
+def stop_on_signals(notify: Callable[[str], None]) -> Iterator[StopRequest]:
+    """A request that Ctrl-C or SIGTERM sets; a second signal ends the process at once.
+
+    Outside the main thread no handler can be set and the request stays as it is.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        request.requested = True
+        for heard in previous:
+            signal.signal(heard, signal.SIG_DFL)
+        with contextlib.suppress(RuntimeError):  # the signal may have come amid a write to the same stream
+            notify("stopping after this micro-batch; a second Ctrl-C stops at once, without saving")
+
+    previous = {number: signal.signal(number, on_signal) for number in _heard_signals()}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

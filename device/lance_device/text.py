@@ -1,0 +1,74 @@
+"""Results as text for people."""
+
+from lance_device.evaluate import Evaluation
+from lance_device.predict import Prediction
+from lance_device.run_log import TrainResult
+from lance_device.units import duration, percent, size
+
+
+def result_table(result: TrainResult) -> str:
+    """What a run came to: accuracy, memory, time."""
+    rows = [
+        ("steps", f"{result.step} of {result.total_steps} in {duration(result.seconds)}"),
+        ("test accuracy", f"{percent(result.test_accuracy)} (last.npz)"),
+        ("validation accuracy", percent(result.validation_accuracy)),
+        ("best epoch", _best_text(result)),
+        ("activation bytes", f"{size(result.activation_bytes)} (layer inputs kept for backward, per batch)"),
+        ("saved bytes", f"{size(result.saved_bytes)} (all that crosses, per micro-batch)"),
+        ("peak RSS", size(None if result.peak_rss_kib is None else result.peak_rss_kib * 1024)),
+    ]
+    rows += [(f"median {phase}", f"{median_ms:.1f} ms") for phase, median_ms in result.median_ms.items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _best_text(result: TrainResult) -> str:
+    if result.best_epoch is None:
+        return "-"
+    validation, test = percent(result.best_validation_accuracy), percent(result.best_test_accuracy)
+    chosen = f"{result.best_epoch} by {result.best_chosen_by}"
+    return f"{chosen}: validation {validation}, test {test} (best.npz)"
+
+
+def evaluation_table(evaluation: Evaluation, classes: tuple[str, ...], part: str) -> str:
+    """Accuracy overall and per class, and loss."""
+    width = max(len(name) for name in classes)
+    per_class = zip(
+        classes, evaluation.class_accuracy, evaluation.class_correct, evaluation.class_counts, strict=True
+    )
+    lines = [
+        f"  {name:<{width}}  {percent(share):>7}  {correct} of {count}"
+        for name, share, correct, count in per_class
+    ]
+    accuracy = percent(evaluation.accuracy)
+    head = f"{part}: accuracy {accuracy} of {evaluation.count} images, loss {evaluation.loss:.4f}"
+    return "\n".join([head, *lines])
+
+
+def evaluation_json(evaluation: Evaluation, classes: tuple[str, ...], part: str) -> dict[str, object]:
+    """The same as data."""
+    per_class = zip(
+        classes, evaluation.class_accuracy, evaluation.class_correct, evaluation.class_counts, strict=True
+    )
+    return {
+        "part": part,
+        "images": evaluation.count,
+        "accuracy": evaluation.accuracy,
+        "loss": evaluation.loss,
+        "classes": {
+            name: {"accuracy": accuracy, "correct": correct, "images": count}
+            for name, accuracy, correct, count in per_class
+        },
+    }
+
+
+def prediction_line(prediction: Prediction) -> str:
+    """`photos/a.jpg  cat 97.3 %  dog 2.1 %`."""
+    ranking = "  ".join(f"{name} {percent(probability)}" for name, probability in prediction.ranking)
+    return f"{prediction.file}  {ranking}"
+
+
+def prediction_json(prediction: Prediction) -> dict[str, object]:
+    """The same as data."""
+    ranking = [{"class": name, "probability": probability} for name, probability in prediction.ranking]
+    return {"file": str(prediction.file), "predictions": ranking}

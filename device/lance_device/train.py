@@ -1,0 +1,243 @@
+"""Training: the loop, and what happens around it."""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from lance_device.checkpoint import Best, Checkpoint, write_checkpoint
+from lance_device.evaluate import Evaluation, evaluate
+from lance_device.graphs import Network, load_graph
+from lance_device.live import Reporter, StepView
+from lance_device.measure import PhaseMeter
+from lance_device.optimizer import SGD
+from lance_device.probe import MemoryProbe
+from lance_device.run_log import RunLog, TrainResult
+from lance_device.run_setup import Run, TrainRequest, make_checkpoint, open_run
+from lance_device.schedule import SCHEDULES
+from lance_device.step import Batch, StepOutcome, TrainingStep
+from lance_device.stop import StopRequest, stop_on_signals
+from lance_edge.bundle import Bundle
+from lance_edge.datasets import Dataset, open_dataset
+from lance_edge.errors import Interrupted, LanceError, NumericalError, StorageError
+from lance_edge.images import Part
+from lance_edge.profiles import HistoryRow
+
+
+def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
+    """Train from a package as asked for, and leave a complete run folder, however it ends.
+
+    Raises:
+        LanceError: of the kind that fits; all but `StorageError` leave the last complete step in `last.npz`.
+    """
+    with Bundle(request.artifact) as bundle:
+        dataset = open_dataset(request.data, bundle.manifest.split, bundle.manifest.classes)
+        run = open_run(request, bundle, dataset)
+        with stop_on_signals(reporter.note) as stop:
+            return Training(request, run, bundle, dataset, reporter).run(stop)
+
+
+class Training:
+    """A run at work."""
+
+    def __init__(
+        self, request: TrainRequest, run: Run, bundle: Bundle, dataset: Dataset, reporter: Reporter
+    ) -> None:
+        """Load the graphs and write the first files; the state on disk is complete from here on."""
+        options = run.options
+        self._request, self._run, self._bundle, self._dataset = request, run, bundle, dataset
+        self._reporter = reporter
+        self._step = TrainingStep(bundle, run.variant, run.parameters, options.threads)
+        predict = load_graph(bundle, run.variant, "predict", options.threads)
+        self._network = Network(self._step.prefix, predict, run.parameters)
+        self._sgd = SGD(options.momentum, options.weight_decay, options.clip)
+        self._unwritten_best: Checkpoint | None = None
+        self._saved_step, self._saved_at = run.progress.step, time.monotonic()
+        if not request.resume:
+            write_checkpoint(run.folder.last, make_checkpoint(run, bundle))
+            run.folder.write_split(dataset)
+        memory = MemoryProbe()
+        self._meter = PhaseMeter(memory)
+        self._log = RunLog(request, run, bundle, dataset, memory)
+
+    def run(self, stop: StopRequest) -> TrainResult:
+        """The loop."""
+        self._announce()
+        try:
+            self._evaluate_if_due(stop)  # a run that was stopped while it evaluated
+            while self._run.progress.step < self._run.total_steps:
+                self._train_step(stop)
+                self._evaluate_if_due(stop)
+                self._save_if_due()
+            self._save()
+        except LanceError as error:
+            raise self._wind_up(error) from None
+        return self._log.finish("finished")
+
+    def _announce(self) -> None:
+        dataset = self._dataset
+        if self._request.resume:
+            self._reporter.note(f"resuming after step {self._run.progress.step} of {self._run.total_steps}")
+        self._reporter.note(
+            f"{self._bundle.manifest.model}, {self._run.variant.method}: {len(dataset.train)} training,"
+            f" {len(dataset.validation)} validation, {len(dataset.test)} test images;"
+            f" {self._run.total_steps} steps of {self._run.stream.batch_size}"
+        )
+        if not len(dataset.validation):
+            self._reporter.note("no validation images: best.npz will be the epoch of the lowest training loss")
+
+    def _train_step(self, stop: StopRequest) -> None:
+        run, number = self._run, self._run.progress.step
+        batch = Batch(
+            self._dataset.train,
+            run.stream.indices(number),
+            run.stream.flips(number),
+            self._bundle.manifest.preprocessing,
+        )
+        try:
+            outcome = self._step.run(batch, run.options.micro_batch, self._meter, stop.check)
+            with self._meter.phase("update"):
+                rate = self._learning_rate(number)
+                self._sgd.update(run.parameters, run.velocity, outcome.gradients, rate)
+        except NumericalError as error:
+            raise self._explain(error) from None
+        self._count(outcome)
+        costs = self._meter.take_step()
+        self._log.step(outcome, costs)
+        self._reporter.step(self._view(outcome, costs["step"].latency_ns, costs["step"].rss_kib))
+
+    def _learning_rate(self, step: int) -> float:
+        options = self._run.options
+        return SCHEDULES[options.schedule](options.lr, step, self._run.total_steps)
+
+    def _count(self, outcome: StepOutcome) -> None:
+        """The step is complete: weights, momentum and progress belong together again."""
+        progress, stream = self._run.progress, self._run.stream
+        progress.step += 1
+        progress.epoch = stream.complete_epochs(progress.step)
+        progress.loss_sum += outcome.loss * stream.batch_size
+        progress.correct += outcome.correct
+        progress.samples += stream.batch_size
+        progress.seconds = self._log.seconds()
+
+    def _evaluate_if_due(self, stop: StopRequest) -> None:
+        progress, stream, every = self._run.progress, self._run.stream, self._run.options.eval_every
+        is_end = progress.step == self._run.total_steps
+        is_epoch = progress.step > 0 and stream.ends_epoch(progress.step)
+        is_due = is_end or (is_epoch and every > 0 and progress.epoch % every == 0)
+        if is_due and progress.evaluated_step < progress.step:
+            self._evaluate(stop)
+
+    def _evaluate(self, stop: StopRequest) -> None:
+        progress, dataset = self._run.progress, self._dataset
+        with self._meter.phase("eval"):
+            validation = self._evaluate_part(dataset.validation, stop.check)
+            test = self._evaluate_part(dataset.test, stop.check)
+        row = self._history_row(validation, test)
+        if row.best:
+            self._remember_best(row)
+        progress.evaluated_step = progress.step
+        progress.loss_sum, progress.correct, progress.samples = 0.0, 0, 0
+        progress.seconds = self._log.seconds()
+        self._log.evaluation(row, len(dataset.validation) + len(dataset.test), self._meter.take("eval"))
+        self._reporter.epoch(row)
+
+    def _evaluate_part(self, part: Part, before_each: Callable[[], None]) -> Evaluation | None:
+        preprocessing = self._bundle.manifest.preprocessing
+        return evaluate(self._network, part, preprocessing, self._run.options.micro_batch, before_each)
+
+    def _history_row(self, validation: Evaluation | None, test: Evaluation | None) -> HistoryRow:
+        progress = self._run.progress
+        row = HistoryRow(
+            epoch=self._log.epoch_of(progress.step),
+            step=progress.step,
+            learning_rate=self._learning_rate(progress.step - 1),
+            train_loss=progress.loss_sum / progress.samples,
+            train_accuracy=progress.correct / progress.samples,
+            validation_accuracy=validation.accuracy if validation else None,
+            validation_loss=validation.loss if validation else None,
+            test_accuracy=test.accuracy if test else None,
+            test_loss=test.loss if test else None,
+            best=False,
+            time_s=self._log.seconds(),
+        )
+        return dataclasses.replace(row, best=is_better(row, progress.best))
+
+    def _remember_best(self, row: HistoryRow) -> None:
+        """Keep a copy of the weights; it reaches the disk with the next `last.npz`, to spare an SD card."""
+        run = self._run
+        run.progress.best = Best(
+            row.epoch, row.step, row.train_loss, row.validation_accuracy, row.validation_loss, row.test_accuracy
+        )
+        self._unwritten_best = copy.deepcopy(make_checkpoint(run, self._bundle))
+
+    def _save_if_due(self) -> None:
+        every = self._request.checkpoint_every
+        by_steps = every.steps is not None and self._run.progress.step - self._saved_step >= every.steps
+        by_time = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
+        if by_steps or by_time:
+            self._save()
+
+    def _save(self) -> None:
+        with self._meter.phase("checkpoint"):
+            if self._unwritten_best is not None:
+                write_checkpoint(self._run.folder.best, self._unwritten_best)
+                self._unwritten_best = None
+            write_checkpoint(self._run.folder.last, make_checkpoint(self._run, self._bundle))
+        self._saved_step, self._saved_at = self._run.progress.step, time.monotonic()
+        self._log.checkpoint(self._meter.take("checkpoint"))
+
+    def _wind_up(self, error: LanceError) -> LanceError:
+        """Save what is good, complete the files, and say how to go on."""
+        if isinstance(error, StorageError):
+            with suppress(StorageError):  # the disk is full: what was saved before still stands
+                self._log.finish("failed", str(error))
+            return error
+        self._save()
+        if not isinstance(error, Interrupted):
+            self._log.finish("failed", str(error))
+            return error
+        self._log.finish("interrupted")
+        progress, folder = self._run.progress, self._run.folder
+        return Interrupted(
+            f"stopped after step {progress.step} of {self._run.total_steps}, which is in {folder.last};"
+            f" continue with: {self._request.resume_command()}"
+        )
+
+    def _explain(self, error: NumericalError) -> NumericalError:
+        options, step = self._run.options, self._run.progress.step
+        return NumericalError(
+            f"step {step + 1}: {error}; the step was not applied, the state after step {step} is in"
+            f" {self._run.folder.last}; start again with a lower --lr (this run: {options.lr:g})"
+            + ("" if options.clip else " or with --clip 2")
+        )
+
+    def _view(self, outcome: StepOutcome, latency_ns: int, rss_kib: int | None) -> StepView:
+        run, progress = self._run, self._run.progress
+        return StepView(
+            epoch=self._log.epoch_of(progress.step),
+            epochs=self._log.epoch_of(run.total_steps),
+            step=progress.step,
+            total_steps=run.total_steps,
+            loss=outcome.loss,
+            accuracy=progress.correct / progress.samples,
+            images_per_s=run.stream.batch_size / (latency_ns * 1e-9),
+            rss_kib=rss_kib,
+            seconds_left=self._log.seconds_left(),
+        )
+
+
+def is_better(row: HistoryRow, best: Best | None) -> bool:
+    """Whether an evaluation beats the best so far.
+
+    By validation accuracy, ties by validation loss; without validation images by training loss.  Never by
+    the test images: they would no longer tell how the chosen weights do on images never seen.
+    """
+    if best is None:
+        return True
+    if row.validation_accuracy is None or best.validation_accuracy is None:
+        return row.train_loss < best.train_loss
+    if row.validation_accuracy != best.validation_accuracy:
+        return row.validation_accuracy > best.validation_accuracy
+    return (row.validation_loss or 0.0) < (best.validation_loss or 0.0)

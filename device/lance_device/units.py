@@ -1,0 +1,22 @@
+"""Numbers as text for people."""
+
+
+def percent(fraction: float | None) -> str:
+    """`81.2 %`, or `-` where there is none."""
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def size(nbytes: float | None) -> str:
+    """`512 B`, `34.5 KiB`, `1.25 MiB`, or `-` where it is not known."""
+    if nbytes is None:
+        return "-"
+    if nbytes < 1024:
+        return f"{nbytes:.0f} B"
+    return f"{nbytes / 1024:.1f} KiB" if nbytes < 1 << 20 else f"{nbytes / (1 << 20):.2f} MiB"

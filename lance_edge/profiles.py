@@ -1,0 +1,239 @@
+"""Latency profiles: the rows of `steps.csv`, `history.csv` and `summary.csv`, typed.
+
+The columns of a file are the fields of its row, in order.  An empty cell is a value that this machine
+could not give (`None`), a flag is 0 or 1.  The device writes these files; reports on any machine read them.
+"""
+
+import csv
+import dataclasses
+import types
+import typing
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lance_edge.errors import DataError
+
+STEP_PHASES = ("data", "prefix", "forward", "backward", "update")  # "step" is their sum
+PHASES = (*STEP_PHASES, "step", "eval", "checkpoint")
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One phase of one training step (`steps.csv`).
+
+    Attributes:
+        layers: trainable convolutions.
+        energy: the package's energy threshold; `None` for a method that compresses nothing.
+        epoch, step: from 1; the epoch in which the step's first sample lies.
+        warmup: the first step after the start of a process: kept, but not in summaries.
+        latency_ms: wall time, summed over the micro-batches.
+        rss_kib, peak_rss_kib: resident memory at the end of the phase, and its peak during the phase.
+        loss: mean cross-entropy over the batch.
+        throttled: the firmware's flags, as `vcgencmd get_throttled` prints them (`0x50000`).
+        time_s: seconds of training so far, earlier parts of a resumed run included.
+        activation_bytes: the paper's figure: layer inputs, or cores and factors.
+        saved_bytes: measured: everything alive between forward and backward, statistics included.
+    """
+
+    run_id: str
+    method: str
+    model: str
+    layers: int
+    energy: float | None
+    batch_size: int
+    micro_batch: int
+    threads: int
+    epoch: int
+    step: int
+    warmup: bool
+    phase: str
+    latency_ms: float
+    rss_kib: int | None
+    peak_rss_kib: int | None
+    loss: float | None
+    temperature_c: float | None
+    arm_mhz: float | None
+    throttled: str | None
+    time_s: float
+    samples: int
+    cached: bool
+    activation_bytes: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """One evaluation (`history.csv`); losses are means, accuracies fractions of 1.
+
+    `train_loss` and `train_accuracy` are running figures over the steps since the row before.
+    """
+
+    epoch: int
+    step: int
+    learning_rate: float
+    train_loss: float
+    train_accuracy: float
+    validation_accuracy: float | None
+    validation_loss: float | None
+    test_accuracy: float | None
+    test_loss: float | None
+    best: bool
+    time_s: float
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """Latency of one phase over all steps but the warm-ups (`summary.csv`)."""
+
+    phase: str
+    n: int
+    mean_ms: float
+    std_ms: float
+    min_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    max_ms: float
+
+
+class LatencyCollector:
+    """Gathers rows into summaries; holds 8 bytes a row, so that a small board can keep a long run."""
+
+    def __init__(self) -> None:
+        self._latencies_ms: dict[str, array[float]] = {}
+
+    def add(self, row: StepRow) -> None:
+        """Count a row, unless it is a warm-up."""
+        if not row.warmup:
+            self._latencies_ms.setdefault(row.phase, array("d")).append(row.latency_ms)
+
+    def rows(self) -> tuple[SummaryRow, ...]:
+        """Latency per phase, in the order of `PHASES`; phases that never ran are left out."""
+        known = self._latencies_ms
+        return tuple(_summary(phase, known[phase]) for phase in PHASES if phase in known)
+
+
+def summarise(rows: Iterable[StepRow]) -> tuple[SummaryRow, ...]:
+    """The content of `summary.csv` for the rows of `steps.csv`."""
+    collector = LatencyCollector()
+    for row in rows:
+        collector.add(row)
+    return collector.rows()
+
+
+def _summary(phase: str, latencies_ms: "array[float]") -> SummaryRow:
+    values = np.array(latencies_ms)  # [n]
+    p50, p90, p99 = np.percentile(values, (50, 90, 99))
+    return SummaryRow(
+        phase=phase,
+        n=len(values),
+        mean_ms=float(values.mean()),
+        std_ms=float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        min_ms=float(values.min()),
+        p50_ms=float(p50),
+        p90_ms=float(p90),
+        p99_ms=float(p99),
+        max_ms=float(values.max()),
+    )
+
+
+def columns(kind: type) -> tuple[str, ...]:
+    """The header of the file that holds rows of this kind."""
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
+def cells(row: Any) -> list[str]:
+    """The row as text, one cell a column."""
+    return [_cell(getattr(row, name)) for name in columns(type(row))]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return format(value, ".9g")  # nine digits bring back every float32
+    return str(value)
+
+
+def read_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
+    """The rows of a file, one after the other.
+
+    Raises:
+        DataError: naming file, line and column of the first thing that is not a row of this kind.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            yield from _parse(csv.reader(file), kind, str(path))
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot read ({error.strerror or error}); expected a CSV file of a training run"
+        ) from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable CSV file ({error}); copy it again") from None
+
+
+def read_intact_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
+    """Like `read_rows`, but ends quietly at the first unreadable row.
+
+    A board that lost power in the middle of a write leaves a torn last row; everything before it counts.
+    """
+    try:
+        yield from read_rows(path, kind)
+    except DataError:
+        return
+
+
+def _parse(reader: Iterator[list[str]], kind: type[Row], where: str) -> Iterator[Row]:
+    names = columns(kind)
+    header = next(reader, [])
+    if tuple(header) != names:
+        missing = [name for name in names if name not in header]
+        unknown = [name for name in header if name not in names]
+        raise DataError(
+            f"{where}: expected the columns {','.join(names)}; missing {missing}, unknown {unknown};"
+            " read it with the version of lance-edge that wrote it"
+        )
+    hints = typing.get_type_hints(kind)
+    for line, texts in enumerate(reader, start=2):
+        if len(texts) != len(names):
+            raise DataError(
+                f"{where} line {line}: expected {len(names)} cells, found {len(texts)};"
+                " the file is cut off or was edited"
+            )
+        yield kind(**_values(dict(zip(names, texts, strict=True)), hints, f"{where} line {line}"))
+
+
+def _values(texts: Mapping[str, str], hints: Mapping[str, Any], where: str) -> dict[str, Any]:
+    values = {}
+    for name, text in texts.items():
+        try:
+            values[name] = _value(text, hints[name])
+        except ValueError:
+            raise DataError(
+                f"{where}: column {name}: expected {_kind_name(hints[name])}, found {text!r};"
+                " the file was edited or damaged"
+            ) from None
+    return values
+
+
+def _value(text: str, hint: Any) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if text == "" and types.NoneType in kinds:
+        return None
+    if kinds[0] is bool and text not in ("0", "1"):
+        raise ValueError(text)
+    return text == "1" if kinds[0] is bool else kinds[0](text)
+
+
+def _kind_name(hint: Any) -> str:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}[kinds[0]]
