@@ -64,7 +64,7 @@ class Bundle:
         self.path = path
         self._file = _open_file(path)
         try:
-            self._tar = tarfile.open(fileobj=self._file, mode="r:")
+            self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - open as long as the bundle
             infos = _checked_infos(path, self._tar)
             encoded = self._read_manifest(infos[0])
             self.manifest = manifests.decode(encoded, str(path))
@@ -127,7 +127,8 @@ class Bundle:
             if found_sha256 != member.sha256:
                 raise ArtifactError(
                     f"{self.path}: {name} is not what the manifest declares (expected {member.size} bytes,"
-                    f" sha256 {member.sha256[:12]}; found {found_size} bytes, sha256 {found_sha256[:12] or 'not read'});"
+                    f" sha256 {member.sha256[:12]}; found {found_size} bytes,"
+                    f" sha256 {found_sha256[:12] or 'not read'});"
                     " the package was changed or damaged: copy it again"
                 )
 

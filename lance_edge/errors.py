@@ -48,12 +48,12 @@ class StorageError(LanceError):
 
 
 class PlatformError(LanceError):
-    """This machine cannot run what was asked for."""
+    """What was asked for cannot run on this machine."""
 
     exit_code = 9
 
 
-class Interrupted(LanceError):
+class Interrupted(LanceError):  # noqa: N818 - a stop on request is no error
     """Stopped on request (Ctrl-C or SIGTERM) with the last complete step kept."""
 
     exit_code = 130

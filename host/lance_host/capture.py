@@ -10,7 +10,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -47,6 +47,30 @@ class Captured:
     loss: ir.Value
     seed: ir.Value
     logits: ir.Value
+
+
+def clone(captured: Captured) -> Captured:
+    """An independent copy: differentiation consumes the graph that it is given."""
+    model = captured.model.clone()
+    values = ir.convenience.create_value_mapping(model.graph)
+
+    def same(value: ir.Value) -> ir.Value:
+        assert value.name is not None
+        return values[value.name]
+
+    convs = [same(node.outputs[0]).producer() for node in captured.convs]
+    return replace(
+        captured,
+        model=model,
+        convs=tuple(node for node in convs if node is not None),
+        parameters=tuple(same(value) for value in captured.parameters),
+        images=same(captured.images),
+        labels=same(captured.labels),
+        scale=same(captured.scale),
+        loss=same(captured.loss),
+        seed=same(captured.seed),
+        logits=same(captured.logits),
+    )
 
 
 def capture(network: torch.nn.Module, resolution: int, layers: Sequence[str], head: str) -> Captured:

@@ -112,7 +112,10 @@ def _project_batch(emit: Emit, rows: ir.Value, value: ir.Value, width: int) -> i
 
 
 def _spatial_basis(emit: Emit, layer: LayerContext, geo: ConvGeometry, at_outputs: bool = False) -> ir.Value:
-    """U2 (x) U3 as one matrix `[P, r2 r3]`; `at_outputs` keeps the positions that a stride reads, `[P', r2 r3]`."""
+    """U2 (x) U3 as one matrix `[P, r2 r3]`.
+
+    `at_outputs` keeps only the positions that a strided one-tap convolution reads: `[P', r2 r3]`.
+    """
     rows, columns = layer.projections[2:]
     size = geo.in_size
     if at_outputs and geo.stride != (1, 1):

@@ -37,6 +37,11 @@ def infer_specs(model: ir.Model) -> dict[str, TensorSpec]:
     return specs
 
 
+def infer_shapes(model: ir.Model, batch: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every value, by name, when the micro-batch has `batch` samples."""
+    return {name: shape for name, (_, shape) in _infer(model, batch).items()}
+
+
 def _merge(first: int, second: int) -> int | str:
     if first == second:
         return first

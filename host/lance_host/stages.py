@@ -1,9 +1,11 @@
 """The joint graph of a step, cut into the graphs that a device runs one after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 
 from lance_edge.manifest import TensorSpec
@@ -95,6 +97,16 @@ def extract(
     passes.RemoveUnusedNodesPass()(extracted)
     passes.ClearMetadataAndDocStringPass()(extracted)
     return extracted
+
+
+def bind(model: ir.Model, weights: Mapping[str, NDArray[np.generic]]) -> None:
+    """Turn those inputs of the graph that `weights` names into constants."""
+    graph = model.graph
+    for value in [value for value in graph.inputs if value.name in weights]:
+        assert value.name is not None
+        graph.inputs.remove(value)
+        value.const_value = ir.tensor(np.asarray(weights[value.name]), name=value.name)
+        graph.register_initializer(value)
 
 
 def _declare(value: ir.Value, spec: TensorSpec) -> None:

@@ -15,7 +15,7 @@ def descendants(graph: ir.Graph, values: Sequence[ir.Value]) -> set[ir.Value]:
 
 
 def ancestors(values: Sequence[ir.Value], stop: Callable[[ir.Value], bool]) -> Iterator[ir.Value]:
-    """`values` and everything they are computed from, each once, not looking behind those where `stop` holds."""
+    """`values` and everything they are computed from, each once; not behind those where `stop` holds."""
     seen: set[ir.Value] = set()
     stack = list(values)
     while stack:

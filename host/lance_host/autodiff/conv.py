@@ -5,6 +5,7 @@ is a matrix product over pairs of positions (`benchmarks/` has the measurements)
 single matrix product, and everything else a convolution with batch and channels exchanged.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -99,9 +100,9 @@ def geometry(node: ir.Node) -> ConvGeometry:
     )
 
 
-def _pair(values: object) -> tuple[int, int]:
-    first, second = values  # type: ignore[misc, attr-defined]
-    return int(first), int(second)
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    first, second = values
+    return first, second
 
 
 def _padding(node: ir.Node) -> tuple[int, int, int, int]:
@@ -161,7 +162,7 @@ def _channels_first(emit: Emit, value: ir.Value, channels: int) -> ir.Value:
 
 
 def _weight_gradient_by_conv(emit: Emit, geo: ConvGeometry, x: ir.Value, dy: ir.Value) -> ir.Value:
-    """One convolution whose batch is C / groups, whose channels are the samples, stride and dilation swapped."""
+    """A convolution with batch C / groups whose channels are the samples, stride and dilation swapped."""
     per_group = geo.in_channels // geo.groups
     samples = emit.reshape(x, -1, geo.groups, per_group, geo.in_positions)  # [N, g, C/g, P]
     samples = emit.reshape(emit.transpose(samples, 2, 1, 0, 3), per_group, -1, *geo.in_size)  # [C/g, g N, H, W]

@@ -1,0 +1,20 @@
+"""`lance-host` before anything heavy is imported: is the workstation's extra installed?"""
+
+import importlib.util
+import sys
+
+REQUIRED = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors")
+
+
+def main() -> None:
+    """Run the command line, or say which command installs what it needs."""
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.stderr.write(
+            f"lance-host: {', '.join(missing)} not installed; lance-host needs the host extra:"
+            " pip install 'lance-edge[host]'\n"
+        )
+        raise SystemExit(9)
+    from lance_host.cli import cli
+
+    cli()

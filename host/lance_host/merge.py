@@ -1,0 +1,97 @@
+"""A package and a checkpoint become a fine-tuned network again, in the form its users know."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.compose
+import onnx_ir as ir
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
+from onnxscript import optimizer
+
+from lance_edge.bundle import Bundle
+from lance_edge.checkpoints import read_weights
+from lance_edge.errors import LanceError
+from lance_edge.files import atomic_writer
+from lance_edge.manifest import WEIGHTS_MEMBER
+from lance_edge.records import to_json
+from lance_host.compile import serialise
+from lance_host.stages import bind
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+def merge(artifact: Path, checkpoint: Path, output: Path) -> None:
+    """Write the fine-tuned network: `.pth` or `.safetensors` (state dict), or `.onnx` (images to logits).
+
+    Raises:
+        LanceError: if the ending is unknown, or package and checkpoint do not belong together; nothing is
+            written.
+    """
+    if output.suffix not in WRITERS:
+        raise LanceError(
+            f"{output}: expected an ending of {', '.join(WRITERS)}, found {output.suffix or 'none'}"
+        )
+    with Bundle(artifact) as bundle:
+        trained = dict(read_weights(checkpoint, bundle))
+        data = WRITERS[output.suffix](bundle, trained)
+    with atomic_writer(output) as file:
+        file.write(data)
+
+
+def merged_state(bundle: Bundle, trained: Arrays) -> Arrays:
+    """The whole state dict: the package's weights, trained ones replaced."""
+    original = bundle.arrays(WEIGHTS_MEMBER)
+    return {name: trained.get(name, original[name]) for name in original}
+
+
+def _pth(bundle: Bundle, trained: Arrays) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({name: torch.from_numpy(value) for name, value in merged_state(bundle, trained).items()}, buffer)
+    return buffer.getvalue()
+
+
+def _safetensors(bundle: Bundle, trained: Arrays) -> bytes:
+    return safetensors.numpy.save(merged_state(bundle, trained))
+
+
+def _onnx(bundle: Bundle, trained: Arrays) -> bytes:
+    """Prefix and tail joined, weights constant, batch-norm folded; classes and preprocessing as metadata."""
+    manifest = bundle.manifest
+    variant = manifest.variant(None)
+    prefix, tail = (onnx.load_from_string(bundle.read(variant.graphs[role])) for role in ("prefix", "tail"))
+    tail = _with_own_names(tail)
+    joined = onnx.compose.merge_models(
+        prefix, tail, io_map=[(spec.name, spec.name) for spec in variant.boundary]
+    )
+    model = ir.serde.deserialize_model(joined)
+    bind(model, trained)
+    optimizer.fold_constants(model, input_size_limit=1 << 30, output_size_limit=1 << 30)
+    passes.RemoveUnusedNodesPass()(model)
+    model.metadata_props["classes"] = json.dumps(list(manifest.classes))
+    model.metadata_props["preprocessing"] = json.dumps(to_json(manifest.preprocessing))
+    return serialise(model, "inference")
+
+
+def _with_own_names(tail: onnx.ModelProto) -> onnx.ModelProto:
+    """Both graphs were cut from one: constants may bear the same name in each."""
+    renamed = {item.name: f"tail/{item.name}" for item in tail.graph.initializer}
+    for item in tail.graph.initializer:
+        item.name = renamed[item.name]
+    for node in tail.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    return tail
+
+
+WRITERS: dict[str, Callable[[Bundle, Arrays], bytes]] = {
+    ".pth": _pth,
+    ".safetensors": _safetensors,
+    ".onnx": _onnx,
+}

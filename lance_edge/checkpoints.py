@@ -1,0 +1,144 @@
+"""Reading a checkpoint (`last.npz`, `best.npz`) without trusting it; the format is in `docs/artifact.md`.
+
+The device writes and resumes from checkpoints, the workstation merges them: both read them here.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_edge.bundle import Bundle
+from lance_edge.errors import CheckpointError, LanceError
+
+SCHEMA_VERSION = 1
+META = "meta"
+OPTIMIZER = "optimizer/"
+MAX_META_BYTES = 1 << 24
+NPY_OVERHEAD_BYTES = 4096  # header of an array inside the npz
+
+Float = NDArray[np.float32]
+
+
+class Archive:
+    """An open checkpoint file: every array is checked before it is unpacked."""
+
+    def __init__(self, path: Path, npz: Any) -> None:
+        """`npz` is what `numpy.load` opened.
+
+        Raises:
+            CheckpointError: if it is an array or an npz without the checkpoint's `meta`.
+        """
+        self.path = path
+        self._npz = npz
+        if not hasattr(npz, "zip") or META not in npz.files:
+            raise CheckpointError(
+                f"{path}: not a checkpoint: expected an npz with {META}; give the last.npz or best.npz of a run"
+            )
+
+    @property
+    def momentum_names(self) -> set[str]:
+        """The parameters whose momentum is stored."""
+        return {name.removeprefix(OPTIMIZER) for name in self._npz.files if name.startswith(OPTIMIZER)}
+
+    @property
+    def weight_names(self) -> set[str]:
+        """The parameters that are stored."""
+        return {name for name in self._npz.files if name != META and not name.startswith(OPTIMIZER)}
+
+    def meta(self, bundle: Bundle) -> dict[str, Any]:
+        """The meta data, as JSON, of a checkpoint that belongs to this package.
+
+        Raises:
+            CheckpointError: if it is of a newer schema, damaged, or of another package.
+        """
+        self._check_size(META, MAX_META_BYTES)
+        value = json.loads(str(self._npz[META]))
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{self.path}: checkpoint schema {version}, this runtime reads {SCHEMA_VERSION};"
+                " install a newer lance-edge"
+            )
+        if not isinstance(value, dict) or not isinstance(value.get("artifact_sha256"), str):
+            raise CheckpointError(f"{self.path}: its {META} is damaged; use another checkpoint")
+        if value["artifact_sha256"] != bundle.sha256:
+            raise CheckpointError(
+                f"{self.path}: belongs to another package: expected {bundle.sha256[:12]}, found"
+                f" {value['artifact_sha256'][:12]} ({value.get('model')});"
+                " give the pkg.tar that this run was trained from"
+            )
+        return value
+
+    def weights(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Float]:
+        """The trained tensors, which must be exactly those of `shapes`."""
+        if self.weight_names != set(shapes):
+            differing = ", ".join(sorted(self.weight_names ^ set(shapes)))
+            raise CheckpointError(
+                f"{self.path}: its tensors are not those of the package: {differing}; use another checkpoint"
+            )
+        return {name: self.tensor(name, shape) for name, shape in shapes.items()}
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Float:
+        """A finite float32 array of this shape.
+
+        Raises:
+            CheckpointError: if it is anything else; nothing larger than expected is unpacked.
+        """
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        self._check_size(name, size + NPY_OVERHEAD_BYTES)
+        array = self._npz[name]
+        if array.dtype != np.float32 or array.shape != shape or not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{self.path}: {name} is {array.dtype} {list(array.shape)}, expected finite float32"
+                f" {list(shape)}; use another checkpoint"
+            )
+        return np.array(array, dtype=np.float32, order="C")
+
+    def _check_size(self, name: str, limit: int) -> None:
+        archive: zipfile.ZipFile = self._npz.zip
+        size = archive.getinfo(name + ".npy").file_size
+        if size > limit:
+            raise CheckpointError(
+                f"{self.path}: {name} has {size} bytes, expected at most {limit}; use another checkpoint"
+            )
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[Archive]:
+    """Open a checkpoint; whatever a damaged file makes numpy raise becomes a `CheckpointError`."""
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            yield Archive(path, npz)
+    except LanceError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give the last.npz or best.npz of a run") from None
+    except Exception as error:  # zipfile, zlib, json and numpy raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({reason}); it may be cut off: copy it again, or use another"
+        ) from None
+
+
+def trained_shapes(bundle: Bundle, method: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a method of the package trains, by state-dict name."""
+    trained = bundle.manifest.variant(method).parameters
+    shapes = {spec.name: spec.shape for spec in bundle.manifest.parameters}
+    return {name: tuple(int(dim) for dim in shapes[name]) for name in trained}
+
+
+def read_weights(path: Path, bundle: Bundle) -> dict[str, Float]:
+    """The trained tensors of a checkpoint of this package, by state-dict name.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or of another package.
+    """
+    with open_archive(path) as archive:
+        method = str(archive.meta(bundle).get("method"))
+        return archive.weights(trained_shapes(bundle, method))
