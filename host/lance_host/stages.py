@@ -93,6 +93,9 @@ def extract(
     graph = ir.convenience.extract(model.graph, read, outputs)
     for value in (*graph.inputs, *graph.outputs):
         _declare(value, _spec(value, specs))
+    constants = sorted(graph.initializers.items())  # extraction leaves them in the order of a set
+    graph.initializers.clear()
+    graph.initializers.update(constants)
     extracted = ir.Model(graph, ir_version=IR_VERSION, producer_name="lance-edge")
     passes.RemoveUnusedNodesPass()(extracted)
     passes.ClearMetadataAndDocStringPass()(extracted)
