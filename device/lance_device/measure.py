@@ -108,13 +108,12 @@ class RowLog:
 
     def _append(self, data: bytes) -> None:
         try:
-            written = self._file.write(data)
+            if self._file.write(data) != len(data):  # the disk became full in the middle
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            os.ftruncate(self._file.fileno(), self._size)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._size)  # take a torn row back
             raise _cannot_write(self._path, error) from None
-        if written != len(data):  # the disk is full: take the torn row back
-            os.ftruncate(self._file.fileno(), self._size)
-            raise _cannot_write(self._path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         self._size += len(data)
 
 

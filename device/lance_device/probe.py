@@ -4,6 +4,7 @@ A value that a machine does not give is `None` and leaves its column empty.
 """
 
 import contextlib
+import os
 import resource
 import shutil
 import subprocess
@@ -54,11 +55,15 @@ class MemoryProbe:
     @staticmethod
     def _try_reset() -> bool:
         try:
-            with CLEAR_REFS.open("wb", buffering=0) as file:
-                file.write(RESET_PEAK)
+            descriptor = os.open(CLEAR_REFS, os.O_WRONLY)
         except OSError:
             return False
-        return True
+        try:
+            return os.write(descriptor, RESET_PEAK) > 0
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
 
 
 def _status_sizes_kib() -> dict[str, int]:

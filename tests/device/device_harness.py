@@ -1,0 +1,68 @@
+"""Running the command line from tests."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from click.testing import CliRunner, Result
+from lance_device.cli import main
+from tiny_package import TinyPackage
+
+
+def lance_device(*arguments: Any) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def train(package: TinyPackage, images: Path, out: Path, *arguments: Any) -> Result:
+    """`lance-device train` with one thread, for speed."""
+    return lance_device(*train_words(package, images, out), *arguments)
+
+
+def train_words(package: TinyPackage, images: Path, out: Path) -> tuple[Any, ...]:
+    return ("train", "--artifact", package.path, "--data", images, "--out", out, "--threads", 1)
+
+
+def started(result: Result) -> Result:
+    """The result of a command that must have ended well."""
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(result: Result, exit_code: int) -> str:
+    """The one line of a command that must have failed in this way."""
+    assert result.exit_code == exit_code, (result.exit_code, result.output, result.exception)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+def spawn(*arguments: Any, prelude: str = "") -> subprocess.Popen[str]:
+    """Run a command in a process of its own, after some Python statements."""
+    code = f"{prelude}\nfrom lance_device.cli import main\nmain()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """Everything in a checkpoint but its meta."""
+    with np.load(path) as archive:
+        return {name: archive[name] for name in archive.files if name != "meta"}
+
+
+def assert_same_arrays(found: Path, expected: Path) -> None:
+    """Bit for bit."""
+    a, b = arrays(found), arrays(expected)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,173 @@
+import os
+import resource
+import stat
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from device_harness import spawn, table, train_words
+from lance_device import probe
+from lance_device.live import Live, StepView, epoch_text, step_text
+from lance_device.measure import PhaseMeter, RowLog
+from lance_device.options import available_cores
+from lance_device.probe import Health, HealthProbe, MemoryProbe
+from lance_device.units import duration, percent, size
+from tiny_package import write_images, write_tiny_package
+
+from lance_edge.errors import StorageError
+from lance_edge.profiles import HistoryRow
+
+MIB = 1 << 20
+ROW = HistoryRow(1, 3, 0.05, 1.5, 0.25, 0.5, 1.25, None, None, True, 250.0)
+needs_reset = pytest.mark.skipif(not MemoryProbe().resets_peak, reason="this kernel does not reset VmHWM")
+
+
+@needs_reset
+def test_the_peak_of_a_phase_is_its_own():
+    meter = PhaseMeter(MemoryProbe())
+    with meter.phase("forward"):
+        large = np.ones(64 * MIB, np.uint8)
+        del large
+    with meter.phase("backward"):
+        pass
+    costs = meter.take_step()
+    assert costs["forward"].peak_rss_kib - costs["backward"].peak_rss_kib > 32 * 1024
+    assert costs["step"].peak_rss_kib == costs["forward"].peak_rss_kib
+
+
+def test_without_permission_the_peak_is_that_of_the_process(monkeypatch):
+    monkeypatch.setattr(probe, "CLEAR_REFS", Path("/nonexistent"))
+    memory = MemoryProbe()
+    assert memory.peak_source == "ru_maxrss, only rises"
+    assert memory.read().peak_rss_kib == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_a_failed_phase_does_not_count():
+    meter = PhaseMeter(MemoryProbe())
+    with pytest.raises(ValueError, match="x"), meter.phase("forward"):
+        raise ValueError("x")
+    assert meter.take_step()["step"].latency_ns == 0
+
+
+def _fake_vcgencmd(folder: Path, body: str) -> None:
+    script = folder / "vcgencmd"
+    script.write_text("#!/bin/sh\n" + body)
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+
+
+def test_health_from_vcgencmd(tmp_path, monkeypatch):
+    _fake_vcgencmd(
+        tmp_path,
+        'case "$1" in\nmeasure_temp) echo "temp=48.3\'C";;\nmeasure_clock) echo "frequency(48)=1400000000";;\n'
+        'get_throttled) echo "throttled=0x50000";;\nesac\n',
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert HealthProbe().read() == Health(temperature_c=48.3, arm_mhz=1400.0, throttled="0x50000")
+
+
+def test_health_from_sysfs_where_vcgencmd_fails(tmp_path, monkeypatch):
+    _fake_vcgencmd(tmp_path, "echo 'VCHI initialization failed'; exit 255\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name, text in (("TEMPERATURE", "51200\n"), ("CLOCK", "600000\n")):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(probe, name, tmp_path / name)
+    assert HealthProbe().read() == Health(temperature_c=pytest.approx(51.2), arm_mhz=600.0, throttled=None)
+
+
+def test_health_is_empty_where_there_is_none_and_is_not_read_too_often(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(probe, "TEMPERATURE", tmp_path / "temp")
+    monkeypatch.setattr(probe, "CLOCK", tmp_path / "clock")
+    health = HealthProbe(interval_s=1000)
+    assert health.read() == Health(None, None, None)
+    (tmp_path / "temp").write_text("50000")
+    assert health.read().temperature_c is None
+
+
+def test_rows_are_written_at_once_and_appended(tmp_path):
+    path = tmp_path / "history.csv"
+    log = RowLog(path, HistoryRow)
+    log.write(ROW)
+    assert len(table(path)) == 1
+    log.close()
+    log = RowLog(path, HistoryRow)
+    log.write(ROW, ROW)
+    log.close()
+    assert [row["test_accuracy"] for row in table(path)] == ["", "", ""]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "steps.csv").symlink_to("/dev/full")
+    with pytest.raises(
+        StorageError, match=r"steps.csv: cannot write \(No space left on device\); free some space"
+    ):
+        RowLog(tmp_path / "steps.csv", HistoryRow)
+
+
+VIEW = StepView(3, 50, 120, 2000, 0.5321, 0.812, 23.44, 98304, 720.0)
+
+
+def test_live_texts():
+    assert step_text(VIEW) == (
+        "epoch 3/50  step 120/2000  loss 0.532  accuracy 81.2 %  23.4 images/s  RSS 96 MiB  12 min left"
+    )
+    assert epoch_text(ROW) == "epoch 1  train loss 1.500, accuracy 25.0 %  validation 50.0 % (best)  4 min"
+
+
+class _Screen:
+    def __init__(self, is_terminal):
+        self.text, self._is_terminal = "", is_terminal
+
+    def isatty(self):
+        return self._is_terminal
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_a_terminal_gets_one_line_and_a_file_few(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    screen, file = _Screen(True), _Screen(False)
+    for stream in (screen, file):
+        live = Live(stream)
+        live.step(VIEW)
+        live.step(VIEW)
+        live.epoch(ROW)
+    assert screen.text.startswith("\r\x1b[K")
+    assert max(len(part) for part in screen.text.split("\r\x1b[K")[:2]) <= 59  # never wraps
+    assert screen.text.count("\n") == 1
+    assert file.text.splitlines() == [step_text(VIEW), epoch_text(ROW)]
+
+
+def test_units():
+    assert [percent(None), percent(0.5)] == ["-", "50.0 %"]
+    assert [duration(5), duration(600), duration(36000)] == ["5 s", "10 min", "10.0 h"]
+    assert [size(None), size(512), size(2048), size(3 * MIB)] == ["-", "512 B", "2.0 KiB", "3.00 MiB"]
+
+
+def test_threads_by_default_are_the_cores_of_this_process():
+    assert 1 <= available_cores() <= os.cpu_count()
+
+
+@needs_reset
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_does_not_follow_the_batch(tmp_path):
+    """Batches of 8 and of 128 images of 240 x 240 pixels: the larger is 84 MiB as float32."""
+    peaks = {}
+    for batch_size in (8, 128):
+        folder = tmp_path / str(batch_size)
+        folder.mkdir()
+        package = write_tiny_package(folder / "pkg.tar", batch_size, pool=20)
+        images = write_images(folder / "images", per_class=80, side=24)
+        words = (*train_words(package, images, folder / "run"), "--steps", 3, "--eval-every", 0)
+        process = spawn(*words)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        rows = table(folder / "run/steps.csv")
+        peaks[batch_size] = max(int(row["peak_rss_kib"]) for row in rows)
+    assert abs(peaks[128] - peaks[8]) < 4 * 1024, peaks

@@ -1,0 +1,284 @@
+"""A package small enough to train within a test, its graphs and backward passes written by hand.
+
+prefix   images [N,3,12,12] -> conv 3x3, stride 2 -> relu -> features [N,6,6,6]
+tail     features -> conv 1x1 (trained) -> relu -> global average -> Gemm (trained) -> logits [N,3]
+
+`lance` keeps the core of `features` instead of `features`; both variants share prefix and predict.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from lance_edge.bundle import describe, npz_bytes, write_bundle
+from lance_edge.manifest import (
+    PROJECTIONS_MEMBER,
+    SCHEMA_VERSION,
+    WEIGHTS_MEMBER,
+    Layer,
+    LayerPlan,
+    Manifest,
+    Preprocessing,
+    Split,
+    TensorSpec,
+    Variant,
+)
+
+CLASSES = ("blue", "green", "red")
+CHANNELS, FEATURES, SIDE = 8, 6, 6
+RANKS = (5, 3, 4, 2)
+PREPROCESSING = Preprocessing(resolution=12, resize=13, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.2)
+PARAMETERS = ("conv.weight", "head.weight", "head.bias")
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+KINDS = {FLOAT: "float32", INT64: "int64"}
+
+SHAPES = {
+    "images": ("N", 3, "R", "R"),
+    "features": ("N", FEATURES, SIDE, SIDE),
+    "hidden": ("N", CHANNELS, SIDE, SIDE),
+    "pooled": ("N", CHANNELS),
+    "logits": ("N", 3),
+    "loss": (),
+    "scale": (),
+    "labels": ("N",),
+    "conv.weight": (CHANNELS, FEATURES, 1, 1),
+    "head.weight": (3, CHANNELS),
+    "head.bias": (3,),
+    "conv/U0": ("N", RANKS[0]),
+    "conv/U1": (FEATURES, RANKS[1]),
+    "conv/U2": (SIDE, RANKS[2]),
+    "conv/U3": (SIDE, RANKS[3]),
+    "conv/G": RANKS,
+    "conv/D": (RANKS[0], CHANNELS, SIDE, SIDE),
+}
+SHAPES |= {f"{name}/grad": SHAPES[name] for name in PARAMETERS}
+
+
+@dataclass(frozen=True)
+class TinyPackage:
+    """Where it is, and the arrays that went into it."""
+
+    path: Path
+    batch_size: int
+    weights: dict[str, NDArray[np.float32]]
+    projections: dict[str, NDArray[np.float32]]
+
+
+def write_tiny_package(
+    path: Path, batch_size: int = 16, split: Split = SPLIT, seed: int = 0, pool: int = 1
+) -> TinyPackage:
+    """Make the package; with `pool`, images are larger by that factor and averaged down to 12 x 12."""
+    random = np.random.default_rng(seed)
+    weights = {
+        "stem.weight": random.normal(0, 0.3, (FEATURES, 3, 3, 3)),
+        "conv.weight": random.normal(0, 0.5, SHAPES["conv.weight"]),
+        "head.weight": random.normal(0, 0.5, SHAPES["head.weight"]),
+        "head.bias": random.normal(0, 0.1, SHAPES["head.bias"]),
+    }
+    weights = {name: value.astype(np.float32) for name, value in weights.items()}
+    sizes = (batch_size, FEATURES, SIDE, SIDE)
+    projections = {
+        f"conv/U{mode}": _orthonormal(random, size, rank)
+        for mode, (size, rank) in enumerate(zip(sizes, RANKS, strict=True))
+    }
+    contents = {
+        "graphs/prefix.onnx": _prefix(weights["stem.weight"], pool),
+        "graphs/predict.onnx": _predict(),
+        "graphs/bp-forward.onnx": _forward(core=False),
+        "graphs/bp-backward.onnx": _backward(core=False),
+        "graphs/lance-forward.onnx": _forward(core=True),
+        "graphs/lance-backward.onnx": _backward(core=True),
+        "graphs/lance-gradient.onnx": _gradient(),
+        WEIGHTS_MEMBER: npz_bytes(weights),
+        PROJECTIONS_MEMBER: npz_bytes(projections),
+    }
+    write_bundle(path, _manifest(batch_size, split, pool, contents), contents)
+    return TinyPackage(path, batch_size, weights, projections)
+
+
+def write_images(root: Path, per_class: int = 20, side: int = 16) -> Path:
+    """Class folders of noisy images of one colour each."""
+    for label, name in enumerate(reversed(CLASSES)):  # red is channel 0
+        (root / name).mkdir(parents=True)
+        for number in range(per_class):
+            digest = hashlib.sha256(f"{name}{number}".encode()).digest()
+            random = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+            pixels = random.integers(0, 160, (side, side, 3), dtype=np.uint8)
+            pixels[: side // 2, :, label] += 70
+            Image.fromarray(pixels).save(root / name / f"{number:03}.png")
+    return root
+
+
+def _orthonormal(random: np.random.Generator, size: int, rank: int) -> NDArray[np.float32]:
+    return np.linalg.qr(random.normal(size=(size, rank)))[0].astype(np.float32)
+
+
+def _graph(nodes, inputs, outputs, constants=None) -> bytes:
+    def info(name):
+        return helper.make_tensor_value_info(name, INT64 if name == "labels" else FLOAT, SHAPES[name])
+
+    initializers = [numpy_helper.from_array(value, name) for name, value in (constants or {}).items()]
+    graph = helper.make_graph(
+        nodes, "tiny", [info(i) for i in inputs], [info(o) for o in outputs], initializers
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+def node(kind, inputs, outputs, **attributes):
+    return helper.make_node(kind, inputs.split(), outputs.split(), **attributes)
+
+
+def _prefix(stem: NDArray[np.float32], pool: int) -> bytes:
+    nodes = [
+        node("AveragePool", "images", "small", kernel_shape=[pool, pool], strides=[pool, pool]),
+        node("Conv", "small stem", "stem_out", strides=[2, 2], pads=[1, 1, 1, 1]),
+        node("Relu", "stem_out", "features"),
+    ]
+    return _graph(nodes, ["images"], ["features"], {"stem": stem})
+
+
+def _tail_nodes():
+    return [
+        node("Conv", "features conv.weight", "linear"),
+        node("Relu", "linear", "hidden"),
+        node("ReduceMean", "hidden axes23", "pooled", keepdims=0),
+        node("Gemm", "pooled head.weight head.bias", "logits", transB=1),
+    ]
+
+
+AXES = {"axes23": np.array([2, 3])}
+
+
+def _predict() -> bytes:
+    return _graph(_tail_nodes(), ["features", *PARAMETERS], ["logits"], AXES)
+
+
+def _forward(core: bool) -> bytes:
+    nodes = [*_tail_nodes(), node("SoftmaxCrossEntropyLoss", "logits labels", "loss", reduction="sum")]
+    inputs, outputs = ["features", *PARAMETERS, "labels"], ["loss", "logits", "hidden", "pooled"]
+    if core:
+        inputs += [f"conv/U{mode}" for mode in range(4)]
+        outputs.append("conv/G")
+        nodes += [
+            node("Einsum", "features conv/U1", "p1", equation="nchw,cq->nqhw"),
+            node("Einsum", "p1 conv/U2", "p2", equation="nqhw,hr->nqrw"),
+            node("Einsum", "p2 conv/U3", "p3", equation="nqrw,ws->nqrs"),
+            node("Einsum", "conv/U0 p3", "conv/G", equation="np,nqrs->pqrs"),
+        ]
+    return _graph(nodes, inputs, outputs, AXES)
+
+
+def _backward(core: bool) -> bytes:
+    nodes = [
+        node("Softmax", "logits", "probabilities", axis=1),
+        node("OneHot", "labels depth off_on", "target", axis=1),
+        node("Sub", "probabilities target", "difference"),
+        node("Mul", "difference scale", "d_logits"),
+        node("Gemm", "d_logits pooled", "head.weight/grad", transA=1),
+        node("ReduceSum", "d_logits axis0", "head.bias/grad", keepdims=0),
+        node("MatMul", "d_logits head.weight", "d_pooled"),
+        node("Mul", "d_pooled mean", "d_mean"),
+        node("Unsqueeze", "d_mean axes23", "d_hidden"),
+        node("Sign", "hidden", "mask"),
+        node("Mul", "d_hidden mask", "delta"),
+    ]
+    constants = AXES | {
+        "depth": np.array(len(CLASSES)),
+        "off_on": np.array([0, 1], np.float32),
+        "axis0": np.array([0]),
+        "mean": np.array(1 / SIDE**2, np.float32),
+    }
+    inputs = ["logits", "labels", "scale", "pooled", "hidden", "head.weight"]
+    outputs = ["head.weight/grad", "head.bias/grad"]
+    if core:
+        nodes.append(node("Einsum", "conv/U0 delta", "conv/D", equation="np,nohw->pohw"))
+        return _graph(nodes, [*inputs, "conv/U0"], [*outputs, "conv/D"], constants)
+    nodes.append(node("Einsum", "delta features", "dw", equation="nohw,nchw->oc"))
+    nodes.append(node("Unsqueeze", "dw axes23", "conv.weight/grad"))
+    return _graph(nodes, [*inputs, "features"], [*outputs, "conv.weight/grad"], constants)
+
+
+def _gradient() -> bytes:
+    nodes = [
+        node("Einsum", "conv/G conv/U1", "r1", equation="pqrs,cq->pcrs"),
+        node("Einsum", "r1 conv/U2", "r2", equation="pcrs,hr->pchs"),
+        node("Einsum", "r2 conv/U3", "r3", equation="pchs,ws->pchw"),
+        node("Einsum", "conv/D r3", "dw", equation="pohw,pchw->oc"),
+        node("Unsqueeze", "dw axes23", "conv.weight/grad"),
+    ]
+    inputs = ["conv/G", "conv/D", "conv/U1", "conv/U2", "conv/U3"]
+    return _graph(nodes, inputs, ["conv.weight/grad"], AXES)
+
+
+def _spec(name: str) -> TensorSpec:
+    return TensorSpec(name, SHAPES[name], "int64" if name == "labels" else "float32")
+
+
+def _specs(*names: str) -> tuple[TensorSpec, ...]:
+    return tuple(_spec(name) for name in names)
+
+
+def _variant(method: str, batch_size: int) -> Variant:
+    is_core = method == "lance"
+    elements = batch_size * FEATURES * SIDE**2
+    if is_core:
+        sizes = (batch_size, FEATURES, SIDE, SIDE)
+        elements = int(np.prod(RANKS)) + sum(size * rank for size, rank in zip(sizes, RANKS, strict=True))
+    roles = ("forward", "backward", "gradient") if is_core else ("forward", "backward")
+    graphs = {role: f"graphs/{method}-{role}.onnx" for role in roles}
+    plan = LayerPlan("conv", RANKS if is_core else (), (0.7,) * 4 if is_core else (), 4 * elements, 1, 1)
+    saved = ("logits", "pooled", "hidden") if is_core else ("logits", "pooled", "hidden", "features")
+    own = ("conv/G", "conv/D") if is_core else ("conv.weight/grad",)
+    return Variant(
+        method=method,
+        graphs={"prefix": "graphs/prefix.onnx", "predict": "graphs/predict.onnx", **graphs},
+        parameters=PARAMETERS,
+        layers=(plan,),
+        boundary=_specs("features"),
+        saved=_specs(*saved),
+        statistics=_specs("head.weight/grad", "head.bias/grad", *own),
+        batch_projections=("conv/U0",) if is_core else (),
+        projections=("conv/U1", "conv/U2", "conv/U3") if is_core else (),
+        graph_macs={},
+    )
+
+
+def _manifest(batch_size: int, split: Split, pool: int, contents: dict[str, bytes]) -> Manifest:
+    layer = Layer(
+        name="conv",
+        weight="conv.weight",
+        weight_shape=SHAPES["conv.weight"],
+        input_shape=(FEATURES, SIDE, SIDE),
+        output_shape=(CHANNELS, SIDE, SIDE),
+        stride=(1, 1),
+        padding=(0, 0, 0, 0),
+        dilation=(1, 1),
+        groups=1,
+    )
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        created_by="tests",
+        model="tiny",
+        weights_source="random",
+        classes=CLASSES,
+        preprocessing=replace(PREPROCESSING, resolution=12 * pool, resize=13 * pool),
+        split=split,
+        seed=0,
+        mode="channel",
+        energy=0.7,
+        batch_size=batch_size,
+        calibration_batches=1,
+        parameters=_specs(*PARAMETERS),
+        layers=(layer,),
+        variants={method: _variant(method, batch_size) for method in ("lance", "bp")},
+        members=tuple(describe(name, data) for name, data in contents.items()),
+    )
