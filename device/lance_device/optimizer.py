@@ -63,8 +63,7 @@ def _clip(gradients: Tensors, limit: float) -> None:
 
 def _norm(array: NDArray[np.float32]) -> float:
     """Euclidean norm in float64, where no finite float32 overflows when squared."""
-    flat = array.reshape(-1).astype(np.float64)
-    return math.sqrt(float(flat @ flat))
+    return math.sqrt(float(np.square(array, dtype=np.float64).sum()))
 
 
 def _check_range(

@@ -28,7 +28,6 @@ SESSION_OPTIONS: dict[str, Any] = {
 }
 SESSION_CONFIG: dict[str, str] = {
     "session.intra_op.allow_spinning": "0",  # idle threads sleep while Python reads the next images
-    "session.use_device_allocator_for_initializers": "1",
 }
 
 

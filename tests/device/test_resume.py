@@ -33,6 +33,7 @@ def _run_until(package, images, out, step, number=signal.SIGINT, flags=LENGTH):
     The signal is sent from within, at a known step: a step here takes 3 ms, too little to hit from outside.
     """
     prelude = f"""
+import os
 from lance_device.run_log import RunLog
 write = RunLog.step
 def step(self, outcome, costs):
