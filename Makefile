@@ -1,0 +1,49 @@
+# Two commands set everything up: `make demo` and `make test`.  Everything happens in $(VENV).
+
+PYTHON    ?= python3
+VENV      ?= .venv
+# On x86-64 Linux outside this constraint's index: PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+PIP_FLAGS ?=
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-slow lint format bench clean
+
+help:
+	@echo "make demo      train MCUNet with LANCE and with backpropagation, side by side (about five minutes)"
+	@echo "make test      run the tests"
+	@echo "make lint      formatting, lint, types, import contracts"
+	@echo "make bench     measure step time and memory on this machine"
+	@echo "make clean     remove what the above made"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo.sh
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/step_time.py
+
+clean:
+	rm -rf $(VENV) demo-data demo-run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,19 @@
+#!/bin/sh
+# The main job from end to end, on handwritten digits and the bundled checkpoint: no download.
+set -eu
+
+data=demo-data run=demo-run
+[ -d "$data" ] || lance-host sample-data "$data"
+rm -rf "$run"
+mkdir "$run"
+
+echo "== workstation: calibrate once"
+lance-host calibrate --model mcunet --weights bundled --data "$data" --layers 4 --resolution 64 -o "$run/pkg.tar"
+
+for method in lance bp; do
+    echo "== device: train with $method"
+    lance-device train --artifact "$run/pkg.tar" --data "$data" --method "$method" --epochs 3 --out "$run/$method"
+done
+
+echo "== side by side"
+lance-device compare "$run/lance" "$run/bp"
