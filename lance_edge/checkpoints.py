@@ -113,8 +113,8 @@ class Archive:
 def open_archive(path: Path) -> Iterator[Archive]:
     """Open a checkpoint; whatever a damaged file makes numpy raise becomes a `CheckpointError`."""
     try:
-        with np.load(path, allow_pickle=False) as npz:
-            yield Archive(path, npz)
+        with path.open("rb") as file:
+            yield Archive(path, np.load(file, allow_pickle=False))
     except LanceError:
         raise
     except FileNotFoundError:
@@ -140,5 +140,10 @@ def read_weights(path: Path, bundle: Bundle) -> dict[str, Float]:
         CheckpointError: if the file is missing, damaged, or of another package.
     """
     with open_archive(path) as archive:
-        method = str(archive.meta(bundle).get("method"))
+        method = archive.meta(bundle).get("method")
+        if not isinstance(method, str) or method not in bundle.manifest.variants:
+            raise CheckpointError(
+                f"{path}: its {META} is damaged: expected a method of the package"
+                f" ({', '.join(bundle.manifest.variants)}), found {method!r}; use another checkpoint"
+            )
         return archive.weights(trained_shapes(bundle, method))
