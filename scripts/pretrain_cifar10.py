@@ -219,9 +219,7 @@ def save_checkpoint(
         torch.save(state | {"recipe": vars(recipe)}, file)
 
 
-def load_checkpoint(
-    path: Path, network: nn.Module, optimizer: torch.optim.SGD | None, recipe: Recipe
-) -> int:
+def load_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.SGD | None, recipe: Recipe) -> int:
     """The number of steps done, 0 without a checkpoint."""
     if not path.exists():
         return 0
