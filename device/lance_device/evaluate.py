@@ -78,6 +78,7 @@ def evaluate(
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a network that diverged has a loss of inf or nan
 def cross_entropy(logits: Float, labels: NDArray[np.int64]) -> NDArray[np.float64]:
     """`-log softmax(logits)[label]` of each sample, in float64: `[N, classes], [N] -> [N]`."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
@@ -85,6 +86,7 @@ def cross_entropy(logits: Float, labels: NDArray[np.int64]) -> NDArray[np.float6
     return np.asarray(np.log(np.exp(shifted).sum(axis=1)) - chosen)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def softmax(logits: Float) -> NDArray[np.float64]:
     """Class probabilities `[N, classes]`."""
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))

@@ -1,7 +1,6 @@
 """Stochastic gradient descent with momentum, weight decay and clipping, exactly as PyTorch does it."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +26,7 @@ class SGD:
     weight_decay: float
     clip: float
 
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is found below and ends in one clear line
     def update(self, parameters: Tensors, velocity: Tensors, gradients: Tensors, learning_rate: float) -> None:
         """One step, in place: of `parameters`, and of `velocity`, which is empty before the first step.
 
@@ -76,10 +76,3 @@ def _check_range(
 
 def _largest(array: NDArray[np.float32]) -> float:
     return float(max(abs(float(array.max())), abs(float(array.min()))))
-
-
-def check_names(parameters: Mapping[str, object], gradients: Mapping[str, object]) -> None:
-    """Every trainable parameter has a gradient (a package that was compiled otherwise is a defect)."""
-    missing = sorted(set(parameters) - set(gradients))
-    if missing:
-        raise NumericalError(f"no gradient of {', '.join(missing)}")

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from lance_edge.errors import ArtifactError, PlatformError
@@ -149,8 +148,3 @@ def _out_of_memory(where: str, error: Exception) -> PlatformError:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def as_input(array: Array) -> Array:
-    """The array as ONNX Runtime takes it without a copy: contiguous."""
-    return np.ascontiguousarray(array)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from click.testing import CliRunner, Result
-from lance_device.cli import main
 from tiny_package import TinyPackage
+
+from lance_device.cli import main
 
 
 def lance_device(*arguments: Any) -> Result:

@@ -7,9 +7,9 @@ import pytest
 from device_harness import started, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lance_device.checkpoint import read_checkpoint, write_checkpoint
 from tiny_package import write_tiny_package
 
+from lance_device.checkpoint import read_checkpoint, write_checkpoint
 from lance_edge.bundle import Bundle
 from lance_edge.errors import CheckpointError
 

@@ -1,8 +1,8 @@
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import numpy as np
 import onnx
@@ -39,12 +39,13 @@ def test_help_teaches_with_an_example(command):
 
 def test_help_is_quick():
     command = [sys.executable, "-c", "from lance_device.cli import main; main()", "--help"]
-    times = []
+    times_s = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times_s) < 0.3  # processor time: the machine may be busy with other things
 
 
 def test_version():

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device_harness import spawn, table, train_words
+from tiny_package import write_images, write_tiny_package
+
 from lance_device import probe
 from lance_device.live import Live, StepView, epoch_text, step_text
 from lance_device.measure import PhaseMeter, RowLog
 from lance_device.options import available_cores
 from lance_device.probe import Health, HealthProbe, MemoryProbe
 from lance_device.units import duration, percent, size
-from tiny_package import write_images, write_tiny_package
-
 from lance_edge.errors import StorageError
 from lance_edge.profiles import HistoryRow
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+
 from lance_device.optimizer import SGD
 from lance_device.schedule import SCHEDULES
-
 from lance_edge.errors import NumericalError
 
 SHAPES = {"conv.weight": (8, 6, 3, 3), "head.weight": (3, 8), "head.bias": (3,)}

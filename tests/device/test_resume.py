@@ -180,6 +180,17 @@ def test_there_must_be_a_run_to_resume(package, images, tmp_path):
     assert "no run to resume" in refused(train(package, images, tmp_path / "none", "--resume"), 4)
 
 
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(package, images, tmp_path):
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))"
+    out = tmp_path / "run"
+    process = spawn(*train_words(package, images, out), "--steps", 4, prelude=prelude)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 8
+    assert errors.startswith(f"Error: {out / 'last.npz'}: cannot write (File too large); free some space")
+    assert len(errors.splitlines()) == 1
+    assert list(out.iterdir()) == []
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(package, images, tmp_path):
     """A limit on file size stands for a full disk: writes fail in the middle of a run."""
     prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"

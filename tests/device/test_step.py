@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from tiny_package import PREPROCESSING, SPLIT
+from tiny_training import loss_of, rebuilt, trainable
+
 from lance_device.graphs import starting_parameters
 from lance_device.measure import PhaseMeter
 from lance_device.probe import MemoryProbe
 from lance_device.step import Batch, TrainingStep, micro_batches
-from tiny_package import PREPROCESSING, SPLIT
-from tiny_training import loss_of, rebuilt, trainable
-
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import Interrupted, NumericalError
