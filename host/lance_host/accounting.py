@@ -1,0 +1,96 @@
+"""The paper's figures: activation bytes and multiply-adds of one trainable convolution.
+
+These are formulas, reported beside what the emitted graphs really save and compute.  Notation as in the
+paper: B images, input `[C, H, W]`, output `[O, H', W']`, kernel k x k, ranks r0 (batch), r1 (channels),
+r2 (height), r3 (width).  All activations are float32; one multiply-add counts as one.
+
+Source: LANCE, arXiv 2509.21617; for grouped convolutions C / groups stands for C where the kernel is met.
+"""
+
+import math
+from collections.abc import Sequence
+
+from lance_edge.manifest import Layer
+
+FLOAT32_BYTES = 4
+MODES = 4  # batch, channels, height, width
+
+
+def bp_activation_bytes(layer: Layer, batch_size: int) -> int:
+    """Plain backpropagation keeps the layer's input: `B C H W` float32 values, in bytes."""
+    return FLOAT32_BYTES * batch_size * math.prod(layer.input_shape)
+
+
+def core_bytes(ranks: Sequence[int]) -> int:
+    """The core `[r0, r1, r2, r3]`, in bytes."""
+    return FLOAT32_BYTES * math.prod(_four(ranks))
+
+
+def factor_bytes(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
+    """The factors `U0 [B, r0]`, `U1 [C, r1]`, `U2 [H, r2]`, `U3 [W, r3]`, in bytes."""
+    sizes = (batch_size, *layer.input_shape)
+    return FLOAT32_BYTES * sum(size * rank for size, rank in zip(sizes, _four(ranks), strict=True))
+
+
+def lance_activation_bytes(ranks: Sequence[int]) -> int:
+    """The core alone, in bytes: what changes from step to step, as LANCE's factors are constant.
+
+    This is not the paper's figure; `factored_activation_bytes` is.
+    """
+    return core_bytes(ranks)
+
+
+def factored_activation_bytes(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
+    """The paper's activation memory of LANCE, ASI and HOSVD, in bytes: core and factors."""
+    return core_bytes(ranks) + factor_bytes(layer, batch_size, ranks)
+
+
+def bp_forward_macs(layer: Layer, batch_size: int) -> int:
+    """`B O H' W' (C/groups) k k` multiply-adds: the convolution itself."""
+    return batch_size * math.prod(layer.output_shape) * _patch(layer)
+
+
+def lance_forward_macs(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
+    """The convolution and `B C H W (r0 + r1 + r2 + r3)` multiply-adds for the projection to the core.
+
+    C is the full number of channels in the second term: the whole input is projected, whatever the
+    groups.  The paper counts every mode on the unprojected input, which no good order of them costs.
+    """
+    projection = batch_size * math.prod(layer.input_shape) * sum(_four(ranks))
+    return bp_forward_macs(layer, batch_size) + projection
+
+
+def bp_weight_gradient_macs(layer: Layer, batch_size: int) -> int:
+    """`B O H' W' (C/groups) k k` multiply-adds, as many as forward."""
+    return bp_forward_macs(layer, batch_size)
+
+
+def lance_weight_gradient_macs(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
+    """The weight gradient from the core, in multiply-adds.
+
+    The terms, in this order: the output gradient projected on the batch mode, the core rebuilt over
+    height, then over width, the weight gradient of r0 images with r1 channels, and those channels
+    expanded to C / groups.
+    """
+    r0, r1, r2, r3 = _four(ranks)
+    _, height, width = layer.input_shape
+    out_channels, out_height, out_width = layer.output_shape
+    kernel = math.prod(layer.weight_shape[2:])
+    return (
+        r0 * out_channels * out_height * out_width * batch_size
+        + height * r0 * r1 * r2 * r3
+        + height * width * r0 * r1 * r3
+        + out_channels * r0 * r1 * kernel * out_height * out_width
+        + out_channels * _patch(layer) * r1
+    )
+
+
+def _patch(layer: Layer) -> int:
+    """`(C/groups) k k`: the inputs that one output value sums over."""
+    return math.prod(layer.weight_shape[1:])
+
+
+def _four(ranks: Sequence[int]) -> Sequence[int]:
+    if len(ranks) != MODES:
+        raise ValueError(f"ranks: expected {MODES} (batch, channels, height, width), found {tuple(ranks)}")
+    return ranks

@@ -1,0 +1,173 @@
+"""Phase I, the runs: which images to calibrate on, and the spectra of the trainable layers' inputs."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_edge.errors import DataError, LanceError, ModelError, NumericalError
+from lance_edge.manifest import IMAGES
+from lance_host.hosvd import ModeCovariances, Spectrum
+
+DEFAULT_BATCH_SIZE = 128  # the published recipe's
+CHUNK_IMAGES = 32  # images per run of the network: bounds the memory of its intermediate tensors
+
+
+def choose_batch_size(train_images: int, requested: int | None) -> int:
+    """The training batch size B: `requested`, else 128, else what a small data set can fill twice.
+
+    Without a request B is the largest power of two, at most 128, that gives at least two full batches.
+
+    Raises:
+        DataError: for fewer than two training images, or a request that they cannot fill once.
+    """
+    if train_images < 2:
+        raise DataError(f"training images: expected at least 2, found {train_images}; add images to the data")
+    if requested is None:
+        return int(min(DEFAULT_BATCH_SIZE, 1 << ((train_images // 2).bit_length() - 1)))
+    if requested < 1:
+        raise DataError(f"batch size: expected at least 1, found {requested}; ask for {DEFAULT_BATCH_SIZE}")
+    if requested > train_images:
+        raise DataError(
+            f"batch size: expected at most the {train_images} training images, found {requested};"
+            f" ask for {choose_batch_size(train_images, None)} or add images"
+        )
+    return requested
+
+
+def calibration_batches(train_images: int, batch_size: int, requested: int, seed: int) -> NDArray[np.int64]:
+    """Indices of the images of each calibration batch, `[N, B]`; `len()` says how many there are.
+
+    N is `requested`, or as many full batches as one pass over a seeded permutation gives: no image is
+    used twice, and the remainder of the permutation is left out (of calibration only).
+
+    Raises:
+        LanceError: if fewer than one batch is requested.
+        DataError: if there are fewer images than one batch.
+    """
+    if requested < 1:
+        raise LanceError(
+            f"calibration batches: expected at least 1, found {requested}; the usual number is 100"
+        )
+    if not 1 <= batch_size <= train_images:
+        raise DataError(
+            f"calibration: expected a batch size from 1 to the {train_images} training images,"
+            f" found {batch_size}; ask for a smaller one"
+        )
+    number = min(requested, train_images // batch_size)
+    order = np.random.default_rng(seed).permutation(train_images).astype(np.int64)
+    return order[: number * batch_size].reshape(number, batch_size)
+
+
+def layer_spectra(
+    model: bytes,
+    taps: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    batches: Iterable[NDArray[np.float32]],
+    batch_size: int,
+    threads: int,
+    progress: Callable[[int], None],
+) -> dict[str, tuple[Spectrum, ...]]:
+    """The spectra of every trainable layer's input, all modes, batch first.
+
+    Memory follows the batch size (one batch of every tapped tensor), never the number of batches.
+
+    Args:
+        model: a serialised ONNX model from `images` `[N, 3, R, R]` to at least the tapped tensors.
+        taps: layer name -> the model's output that is the layer's input; layers may share one.
+        shapes: layer name -> shape of that input without the batch, `[C, H, W]`.
+        batches: preprocessed images, float32 `[B, 3, R, R]` each.
+        batch_size: B.
+        threads: of the runtime.
+        progress: called after each batch with the number of batches done so far.
+
+    Raises:
+        ModelError: if the model has no such output, or it has another shape.
+        DataError: if there is no batch, or one has another size than B.
+        NumericalError: if a layer's input is not finite.
+    """
+    runner = _Runner(model, taps, shapes, batch_size, threads)
+    for number, images in enumerate(batches, start=1):
+        runner.add(images, number)
+        progress(number)
+    return runner.spectra()
+
+
+class _Runner:
+    """One pass over the batches: a session, a buffer and the covariances per tapped tensor."""
+
+    def __init__(
+        self,
+        model: bytes,
+        taps: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]],
+        batch_size: int,
+        threads: int,
+    ) -> None:
+        self.taps = taps
+        self.batch_size = batch_size
+        self.session = _session(model, threads)
+        _require_outputs(self.session, taps)
+        # Keyed by tensor, not by layer: what several layers share is computed once, under one's name.
+        self.layers = {tensor: layer for layer, tensor in taps.items()}
+        sizes = {tensor: (batch_size, *shapes[layer]) for tensor, layer in self.layers.items()}
+        self.buffers = {tensor: np.empty(size, np.float32) for tensor, size in sizes.items()}
+        self.covariances = {tensor: ModeCovariances(size) for tensor, size in sizes.items()}
+
+    def add(self, images: NDArray[np.float32], number: int) -> None:
+        if len(images) != self.batch_size:
+            raise DataError(
+                f"calibration batch {number}: expected {self.batch_size} images, found {len(images)};"
+                " the batch mode needs full batches"
+            )
+        for start in range(0, len(images), CHUNK_IMAGES):
+            self._run_chunk(images, start)
+        for tensor, buffer in self.buffers.items():
+            if not np.isfinite(buffer).all():
+                raise NumericalError(
+                    f"calibration batch {number}, input of {self.layers[tensor]}: expected finite values, found"
+                    " NaN or infinity; check the weights and the preprocessing"
+                )
+            self.covariances[tensor].add(buffer)
+
+    def _run_chunk(self, images: NDArray[np.float32], start: int) -> None:
+        """Run one chunk and put the tapped tensors into their rows of the batch."""
+        chunk = images[start : start + CHUNK_IMAGES]
+        names = list(self.buffers)
+        for tensor, part in zip(names, self.session.run(names, {IMAGES: chunk}), strict=True):
+            rows = self.buffers[tensor][start : start + len(chunk)]  # [n, C, H, W]
+            if part.shape != rows.shape:
+                raise ModelError(
+                    f"input of {self.layers[tensor]}: expected shape {rows.shape[1:]} per image, found"
+                    f" {part.shape[1:]}; the network was exported at another resolution than its layers say"
+                )
+            rows[...] = part
+
+    def spectra(self) -> dict[str, tuple[Spectrum, ...]]:
+        if any(covariance.count == 0 for covariance in self.covariances.values()):
+            raise DataError("calibration: expected at least one full batch of images, found none; add images")
+        done = {tensor: covariance.spectra() for tensor, covariance in self.covariances.items()}
+        return {layer: done[tensor] for layer, tensor in self.taps.items()}
+
+
+def _session(model: bytes, threads: int) -> Any:
+    """An onnxruntime session on the CPU; the runtime's telemetry is switched off before its import."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _require_outputs(session: Any, taps: Mapping[str, str]) -> None:
+    present = {output.name for output in session.get_outputs()}
+    for layer, tensor in taps.items():
+        if tensor not in present:
+            raise ModelError(
+                f"input of {layer}: expected the calibration model to have the output {tensor!r}, found"
+                f" {', '.join(sorted(present))}; export the model with the layer's input as an output"
+            )

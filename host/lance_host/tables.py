@@ -1,0 +1,200 @@
+"""What the workstation prints about a package: plain text, at most 120 characters wide."""
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+
+from lance_edge.manifest import LayerPlan, Manifest, Preprocessing, Variant
+from lance_host.accounting import bp_activation_bytes
+
+WIDTH = 120
+MICRO_BATCH = 8  # the micro-batch at which a package quotes its saved bytes
+GAP = "  "
+LABEL_WIDTH = 20
+
+
+def layer_table(manifest: Manifest) -> str:
+    """A row per trainable layer: input, ranks, energy kept, bytes of BP against the compressed method.
+
+    The compressed method is the first variant that has ranks; without one only BP's bytes are shown.
+    Long layer names are shortened in the middle where the table would be wider than 120 characters.
+    """
+    if not manifest.layers:
+        return "No trainable convolutions: the classifier alone trains (the baseline)."
+    method, plans = _compressed(manifest)
+    stored = [bp_activation_bytes(layer, manifest.batch_size) for layer in manifest.layers]
+    columns = [
+        ["input", *("x".join(map(str, layer.input_shape)) for layer in manifest.layers), ""],
+        ["BP", *map(human_bytes, stored), human_bytes(sum(stored))],
+    ]
+    if plans:
+        kept = [plan.activation_bytes for plan in plans]
+        columns[1:1] = [
+            ["ranks", *_aligned([[str(rank) for rank in plan.ranks] for plan in plans]), ""],
+            ["energy %", *_aligned([[_percent(share) for share in plan.energy_kept] for plan in plans]), ""],
+        ]
+        columns += [
+            [method.upper(), *map(human_bytes, kept), human_bytes(sum(kept))],
+            ["ratio", *map(_ratio, stored, kept), _ratio(sum(stored), sum(kept))],
+        ]
+    room = WIDTH - sum(_width(column) + len(GAP) for column in columns)
+    names = [_shorten(layer.name, room) for layer in manifest.layers]
+    return "\n".join([_layer_heading(manifest, method), "", *_grid([["layer", *names, "total"], *columns])])
+
+
+def package_table(manifest: Manifest) -> str:
+    """Everything a package says about itself: the calibration, each method's cost, the files."""
+    facts = [
+        ("model", manifest.model),
+        ("weights", manifest.weights_source),
+        ("classes", f"{len(manifest.classes)}: {', '.join(manifest.classes)}"),
+        ("batch size", str(manifest.batch_size)),
+        ("energy threshold", f"{manifest.energy:g}, {manifest.mode} mode"),
+        ("calibration", f"{manifest.calibration_batches} batches, seed {manifest.seed}"),
+        ("preprocessing", _preprocessing(manifest.preprocessing)),
+        ("split", f"seed {manifest.split.seed}, {manifest.split.test_fraction:.0%} for testing, then"
+         f" {manifest.split.validation_fraction:.0%} of the rest for validation"),
+        ("trainable", _trainable(manifest)),
+        ("created by", f"{manifest.created_by}, schema {manifest.schema_version}"),
+    ]  # fmt: skip
+    members = [
+        ["file", *(member.name for member in manifest.members), "total"],
+        [
+            "size",
+            *map(human_bytes, sizes := [member.size for member in manifest.members]),
+            human_bytes(sum(sizes)),
+        ],
+    ]
+    costs = _grid(_cost_columns(manifest))
+    return "\n".join([*(line for fact in facts for line in _fact(*fact)), "", *costs, "", *_grid(members)])
+
+
+def human_bytes(number: int) -> str:
+    """Bytes in the largest binary unit that leaves at least 1: `512 B`, `5.86 MiB`."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{number} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def human_macs(number: int) -> str:
+    """Multiply-adds in the largest decimal unit that leaves at least 1: `512`, `12.3 M`, `1.20 G`."""
+    for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= limit:
+            return f"{number / limit:.2f} {unit}"
+    return str(number)
+
+
+def _compressed(manifest: Manifest) -> tuple[str, list[LayerPlan]]:
+    """The first method with ranks and its plans in the order of the layers; no plans without one."""
+    for variant in manifest.variants.values():
+        plans = {plan.layer: plan for plan in variant.layers if plan.ranks}
+        if plans:
+            return variant.method, [plans[layer.name] for layer in manifest.layers]
+    return "", []
+
+
+def _layer_heading(manifest: Manifest, method: str) -> str:
+    heading = f"{_count(len(manifest.layers), 'trainable convolution')}, batch size {manifest.batch_size}"
+    if not method:
+        return f"{heading}. Input is channels x height x width."
+    batches = _count(manifest.calibration_batches, "calibration batch")
+    return (
+        f"{heading}, energy threshold {manifest.energy:g}, {batches}.\n"
+        "Input is channels x height x width. Ranks and energy kept: batch, channels, height, width."
+    )
+
+
+def _cost_columns(manifest: Manifest) -> list[list[str]]:
+    """The column of labels, then one column per variant; `-` where a variant has no such graph."""
+    variants = list(manifest.variants.values())
+    micro_batch = min(MICRO_BATCH, manifest.batch_size)
+    roles = list(dict.fromkeys(role for variant in variants for role in variant.graph_macs))
+    rows: list[tuple[str, Callable[[Variant], str]]] = [
+        ("activation bytes", lambda v: human_bytes(v.activation_bytes)),
+        (f"saved bytes, micro-batch {micro_batch}", lambda v: human_bytes(v.saved_bytes(micro_batch))),
+        ("saved bytes, whole batch", lambda v: human_bytes(v.saved_bytes(manifest.batch_size))),
+        ("of which statistics", lambda v: human_bytes(sum(s.nbytes(micro_batch) for s in v.statistics))),
+        *((f"multiply-adds, {role} graph", _graph_macs(role)) for role in roles),
+        ("multiply-adds, all graphs of a step", lambda v: human_macs(_step_macs(v))),
+        ("paper's multiply-adds, forward", lambda v: human_macs(sum(p.forward_macs for p in v.layers))),
+        (
+            "paper's multiply-adds, weight gradient",
+            lambda v: human_macs(sum(p.weight_gradient_macs for p in v.layers)),
+        ),
+    ]
+    labels = [f"per batch of {manifest.batch_size}", *(label for label, _ in rows)]
+    return [labels, *([v.method.upper(), *(cell(v) for _, cell in rows)] for v in variants)]
+
+
+def _graph_macs(role: str) -> Callable[[Variant], str]:
+    return lambda variant: human_macs(variant.graph_macs[role]) if role in variant.graph_macs else "-"
+
+
+def _step_macs(variant: Variant) -> int:
+    """Multiply-adds of a training step: every graph but the one that only predicts."""
+    return sum(macs for role, macs in variant.graph_macs.items() if role != "predict")
+
+
+def _preprocessing(steps: Preprocessing) -> str:
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (steps.mean, steps.std))
+    return f"short side {steps.resize} px, centre crop {steps.resolution} px, mean {mean}, std {std}"
+
+
+def _trainable(manifest: Manifest) -> str:
+    values = sum(math.prod(int(dim) for dim in tensor.shape) for tensor in manifest.parameters)
+    convolutions = _count(len(manifest.layers), "convolution")
+    return f"{convolutions} and the classifier: {_count(len(manifest.parameters), 'tensor')}, {values:,} values"
+
+
+def _fact(label: str, text: str) -> list[str]:
+    """`label  text`, wrapped under itself; at most three lines, the rest is cut with `...`."""
+    lines = textwrap.wrap(text, WIDTH - LABEL_WIDTH, max_lines=3, placeholder=" ...") or ["-"]
+    return [f"{label if i == 0 else '':<{LABEL_WIDTH}}{line}" for i, line in enumerate(lines)]
+
+
+def _grid(columns: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned lines with a rule under the heading: the first column to the left, the others right."""
+    widths = [_width(column) for column in columns]
+    lines = []
+    for cells in zip(*columns, strict=True):
+        first, *others = (
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        lines.append(GAP.join([first, *others]).rstrip())
+    return [lines[0], "-" * (sum(widths) + len(GAP) * (len(widths) - 1)), *lines[1:]]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Each row as one cell in which the modes stand under each other."""
+    widths = [_width(column) for column in zip(*rows, strict=True)]
+    return [" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _shorten(name: str, width: int) -> str:
+    """At most `width` characters, cut in the middle: both ends tell layers apart."""
+    if len(name) <= width:
+        return name
+    head = (width - 3) // 3
+    return f"{name[:head]}...{name[head + 3 - width :]}"
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(len, column))
+
+
+def _percent(share: float) -> str:
+    """Whole percent, rounded down so that 100 means all; a share short by rounding only is not cut."""
+    return str(math.floor(share * 100 + 1e-6))
+
+
+def _ratio(whole: int, part: int) -> str:
+    return f"{whole / part:.1f}x" if part else "-"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"

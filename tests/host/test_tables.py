@@ -1,0 +1,247 @@
+"""What is printed about a package: figures in the right cells, aligned, at most 120 characters wide."""
+
+from dataclasses import replace
+
+import pytest
+from lance_host.accounting import bp_activation_bytes, core_bytes
+from lance_host.tables import human_bytes, human_macs, layer_table, package_table
+
+from lance_edge.manifest import (
+    SCHEMA_VERSION,
+    Layer,
+    LayerPlan,
+    Manifest,
+    Member,
+    Preprocessing,
+    Split,
+    TensorSpec,
+    Variant,
+)
+
+BATCH = 128
+EXPAND = "blocks.17.mobile_inverted_conv.inverted_bottleneck.conv"
+POINT = "blocks.17.mobile_inverted_conv.point_linear.conv"
+
+
+def layer(name: str, channels: int, out: int) -> Layer:
+    return Layer(
+        name=name,
+        weight=f"{name}.weight",
+        weight_shape=(out, channels, 1, 1),
+        input_shape=(channels, 5, 5),
+        output_shape=(out, 5, 5),
+        stride=(1, 1),
+        padding=(0, 0, 0, 0),
+        dilation=(1, 1),
+        groups=1,
+    )
+
+
+LAYERS = (layer(EXPAND, 96, 480), layer(POINT, 480, 160))
+RANKS = ((72, 20, 4, 4), (2, 50, 3, 3))
+ENERGY = ((0.7000000001, 0.9999, 0.88, 1.0), (0.69999999999999, 0.7123, 0.9, 0.7))
+
+
+def variant(method: str, graph_macs: dict[str, int]) -> Variant:
+    plans = tuple(
+        LayerPlan(one.name, ranks, kept, core_bytes(ranks), 2_000_000, 30_000)
+        if method == "lance"
+        else LayerPlan(one.name, (), (), bp_activation_bytes(one, BATCH), 1_000_000, 40_000)
+        for one, ranks, kept in zip(LAYERS, RANKS, ENERGY, strict=True)
+    )
+    return Variant(
+        method=method,
+        graphs={role: f"graphs/{role}.onnx" for role in graph_macs},
+        parameters=tuple(one.weight for one in LAYERS),
+        layers=plans,
+        boundary=(),
+        saved=(TensorSpec("mask", ("N", 1024), "uint8"),),
+        statistics=(TensorSpec("core", (256,), "float32"),),
+        batch_projections=(),
+        projections=(),
+        graph_macs=graph_macs,
+    )
+
+
+def package() -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        created_by="lance-host 0.1.0",
+        model="mcunet",
+        weights_source="mcunet-256kb-1mb_imagenet.pth",
+        classes=("cat", "cow", "dog", "elephant"),
+        preprocessing=Preprocessing(160, 182, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        split=Split(3, 0.25, 0.1),
+        seed=7,
+        mode="channel",
+        energy=0.7,
+        batch_size=BATCH,
+        calibration_batches=50,
+        parameters=(TensorSpec("head.weight", (4, 160), "float32"), TensorSpec("head.bias", (4,), "float32")),
+        layers=LAYERS,
+        variants={
+            "bp": variant("bp", {"prefix": 5_000_000_000, "forward": 7_000_000, "predict": 900}),
+            "lance": variant("lance", {"prefix": 5_000_000_000, "forward": 8_000_000, "gradient": 1_234}),
+        },
+        members=(
+            Member("graphs/prefix.onnx", 3 << 20, "0" * 64),
+            Member("weights.npz", 512, "1" * 64),
+        ),
+    )
+
+
+def row(table: str, label: str) -> list[str]:
+    """The cells of the line that begins with `label`."""
+    (line,) = (line for line in table.splitlines() if line.startswith(label))
+    return line[len(label) :].split()
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+# --- layers
+
+
+def test_a_layers_row_holds_shape_ranks_energy_bytes_and_ratio() -> None:
+    cells = row(layer_table(package()), POINT)
+    # 128 * 480 * 25 * 4 bytes; 2 * 50 * 3 * 3 * 4 bytes
+    assert cells == words("480x5x5 2 50 3 3 70 71 90 70 5.86 MiB 3.52 KiB 1706.7x")
+
+
+def test_energy_is_whole_percent_and_100_means_all() -> None:
+    assert row(layer_table(package()), EXPAND)[5:9] == ["70", "99", "88", "100"]
+
+
+def test_the_last_row_is_the_total() -> None:
+    table = layer_table(package())
+    assert table.splitlines()[-1].startswith("total")
+    # (96 + 480) * 25 * 128 * 4 bytes; (72 * 20 * 4 * 4 + 900) * 4 bytes
+    assert row(table, "total") == words("7.03 MiB 93.52 KiB 77.0x")
+
+
+def test_the_heading_says_batch_threshold_and_batches() -> None:
+    heading = layer_table(package()).splitlines()[0]
+    assert heading == (
+        "2 trainable convolutions, batch size 128, energy threshold 0.7, 50 calibration batches."
+    )
+    one = replace(package(), calibration_batches=1)
+    assert layer_table(one).splitlines()[0].endswith("1 calibration batch.")
+
+
+def test_columns_are_aligned() -> None:
+    table = layer_table(package()).splitlines()
+    header = next(i for i, line in enumerate(table) if line.startswith("layer"))
+    body = [table[header], *table[header + 2 :]]
+    assert set(table[header + 1]) == {"-"}
+    assert len({len(line) for line in body}) == 1
+    assert len({line.index("MiB") for line in body[1:] if line.count("MiB") == 1}) == 1
+
+
+def test_names_of_published_networks_stay_whole_and_longer_ones_keep_both_ends() -> None:
+    manifest = package()
+    assert POINT in layer_table(manifest)
+    long_name = f"features.{'x' * 80}.conv"
+    long_layer = replace(LAYERS[1], name=long_name, input_shape=(1280, 112, 112))
+    wide = (LayerPlan(long_name, (128, 1280, 112, 112), (1.0,) * 4, 8_220_835_840, 0, 0),)
+    lance = replace(manifest.variants["lance"], layers=wide)
+    table = layer_table(replace(manifest, layers=(long_layer,), variants={"lance": lance}))
+    assert max(map(len, table.splitlines())) <= 120
+    (line,) = (line for line in table.splitlines() if "1280x112x112" in line)
+    assert line.startswith("features.")
+    assert "..." in line
+    assert "x.conv " in line
+
+
+def test_a_package_without_ranks_shows_bp_alone() -> None:
+    manifest = package()
+    table = layer_table(replace(manifest, variants={"bp": manifest.variants["bp"]}))
+    assert row(table, POINT) == words("480x5x5 5.86 MiB")
+    assert row(table, "total") == words("7.03 MiB")
+    assert "rank" not in table.lower()
+
+
+def test_a_package_that_trains_the_head_alone_says_so() -> None:
+    assert layer_table(replace(package(), layers=())) == (
+        "No trainable convolutions: the classifier alone trains (the baseline)."
+    )
+
+
+# --- package
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        ("model", "mcunet"),
+        ("weights ", "mcunet-256kb-1mb_imagenet.pth"),
+        ("classes", "4: cat, cow, dog, elephant"),
+        ("batch size", "128"),
+        ("energy threshold", "0.7, channel mode"),
+        ("calibration", "50 batches, seed 7"),
+        ("preprocessing", "short side 182 px, centre crop 160 px, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5"),
+        ("split", "seed 3, 25% for testing, then 10% of the rest for validation"),
+        ("trainable", "2 convolutions and the classifier: 2 tensors, 644 values"),
+        ("created by", "lance-host 0.1.0, schema 1"),
+    ],
+)
+def test_says_how_the_package_was_made(label: str, text: str) -> None:
+    assert " ".join(row(package_table(package()), label)) == text
+
+
+@pytest.mark.parametrize(
+    ("label", "bp", "lance"),
+    [
+        ("activation bytes", "7.03 MiB", "93.52 KiB"),
+        ("saved bytes, micro-batch 8", "9.00 KiB", "9.00 KiB"),  # 8 masks of 1 KiB, statistics of 1 KiB
+        ("saved bytes, whole batch", "129.00 KiB", "129.00 KiB"),
+        ("of which statistics", "1.00 KiB", "1.00 KiB"),
+        ("multiply-adds, prefix graph", "5.00 G", "5.00 G"),
+        ("multiply-adds, forward graph", "7.00 M", "8.00 M"),
+        ("multiply-adds, gradient graph", "-", "1.23 k"),
+        ("multiply-adds, predict graph", "900", "-"),
+        ("multiply-adds, all graphs of a step", "5.01 G", "5.01 G"),
+        ("paper's multiply-adds, forward", "2.00 M", "4.00 M"),
+        ("paper's multiply-adds, weight gradient", "80.00 k", "60.00 k"),
+    ],
+)
+def test_puts_the_methods_side_by_side(label: str, bp: str, lance: str) -> None:
+    assert row(package_table(package()), label) == words(f"{bp} {lance}")
+
+
+def test_lists_the_files_and_their_total() -> None:
+    table = package_table(package())
+    assert row(table, "graphs/prefix.onnx") == ["3.00", "MiB"]
+    assert row(table, "weights.npz") == ["512", "B"]
+    assert row(table, "total") == ["3.00", "MiB"]
+
+
+def test_a_small_batch_quotes_its_own_micro_batch() -> None:
+    assert "saved bytes, micro-batch 4 " in package_table(replace(package(), batch_size=4))
+
+
+def test_long_texts_are_wrapped_and_cut() -> None:
+    manifest = replace(package(), classes=tuple(f"class {i}" for i in range(1000)), weights_source="w" * 300)
+    table = package_table(manifest)
+    assert max(map(len, table.splitlines())) <= 120
+    assert "1000: class 0, class 1," in table
+    assert " ...\n" in table
+
+
+# --- units
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (6_144_000, "5.86 MiB"), (3 << 30, "3.00 GiB")],
+)
+def test_bytes_are_readable(number: int, text: str) -> None:
+    assert human_bytes(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.00 k"), (12_345_678, "12.35 M"), (2 * 10**9, "2.00 G")],
+)
+def test_multiply_adds_are_readable(number: int, text: str) -> None:
+    assert human_macs(number) == text
