@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lance_edge.errors import ModelError
 from lance_host.autodiff.emit import Emit, static_dims
 
 # A depthwise convolution over at most this many pairs of positions is written as a matrix product.
@@ -77,7 +78,7 @@ def geometry(node: ir.Node) -> ConvGeometry:
     """The geometry of a Conv node of the captured network.
 
     Raises:
-        ValueError: if it is not two-dimensional or its shapes are not known.
+        ModelError: if it is not two-dimensional or its shapes are not known.
     """
     x, weight = node.inputs[0], node.inputs[1]
     assert x is not None
@@ -86,7 +87,9 @@ def geometry(node: ir.Node) -> ConvGeometry:
     out_channels, *out_size = static_dims(node.outputs[0], start=1)
     kernel = static_dims(weight)[2:]
     if len(kernel) != 2:
-        raise ValueError(f"{node.name}: expected a 2-D convolution, found {len(kernel)}-D")
+        raise ModelError(
+            f"{node.name}: expected a 2-D convolution, found {len(kernel)}-D; choose other --layers"
+        )
     return ConvGeometry(
         in_channels=channels,
         out_channels=out_channels,
@@ -107,7 +110,7 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 
 def _padding(node: ir.Node) -> tuple[int, int, int, int]:
     if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
-        raise ValueError(f"{node.name}: auto_pad is not supported; export with explicit pads")
+        raise ModelError(f"{node.name}: auto_pad is not supported; export with explicit pads")
     top, left, bottom, right = node.attributes.get_ints("pads", (0, 0, 0, 0))
     return top, left, bottom, right
 

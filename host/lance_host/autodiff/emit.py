@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lance_edge.errors import ModelError
+
 Attribute = int | float | str | Sequence[int]
 
 
@@ -66,16 +68,26 @@ def dims(value: ir.Value) -> tuple[int | str, ...]:
     """The shape of a value of the captured network; the batch dimension is a `str`.
 
     Raises:
-        ValueError: if shape inference left it open.
+        ModelError: if shape inference left it open.
     """
     if value.shape is None:
-        raise ValueError(f"shape of {value.name} is unknown")
+        raise ModelError(
+            f"{value.name}: the exported graph does not say its shape;"
+            " train only layers behind it (smaller --layers)"
+        )
     return tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
 
 
 def static_dims(value: ir.Value, start: int = 0) -> tuple[int, ...]:
-    """The dimensions from `start` on, which must be numbers."""
+    """The dimensions from `start` on, which must be numbers.
+
+    Raises:
+        ModelError: if one of them is not.
+    """
     found = dims(value)[start:]
     if not all(isinstance(dim, int) for dim in found):
-        raise ValueError(f"shape of {value.name} is {found} from axis {start} on: expected numbers")
+        raise ModelError(
+            f"{value.name}: from axis {start} on, expected fixed sizes, found {found};"
+            " train only layers behind it (smaller --layers)"
+        )
     return tuple(dim for dim in found if isinstance(dim, int))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from lance_edge.errors import ModelError
 from lance_host.autodiff import conv
 from lance_host.autodiff.emit import Emit, dims, static_dims
 
@@ -21,7 +22,7 @@ Rule = Callable[[Emit, ir.Node, ir.Value], Sequence[Thunk]]
 def _input(node: ir.Node, index: int) -> ir.Value:
     value = node.inputs[index]
     if value is None:
-        raise ValueError(f"{node.name}: input {index} is missing")
+        raise ModelError(f"{node.name}: input {index} is missing")
     return value
 
 
@@ -31,7 +32,10 @@ def _constant_of(value: ir.Value | None, default: Any = None) -> Any:
         return default
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
-        raise ValueError(f"{value.name}: expected a constant")
+        raise ModelError(
+            f"{value.name}: expected a constant, found a computed value;"
+            " train only layers behind it (smaller --layers)"
+        )
     return tensor.numpy()
 
 
@@ -186,14 +190,15 @@ def _concat(emit: Emit, node: ir.Node, dy: ir.Value) -> Sequence[Thunk]:
 def _reduced_axes(node: ir.Node) -> list[int]:
     rank = len(dims(_input(node, 0)))
     axes = _constant_of(node.inputs[1] if len(node.inputs) > 1 else None)
-    listed = range(rank) if axes is None or axes.size == 0 else (int(axis) % rank for axis in axes.ravel())
-    return sorted(listed)
+    if axes is None or axes.size == 0:
+        return [] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(rank))
+    return sorted(int(axis) % rank for axis in axes.ravel())
 
 
 def _spread(emit: Emit, node: ir.Node, dy: ir.Value, scale: float) -> ir.Value:
     """The gradient of a reduction: `dy` times `scale`, repeated along the reduced axes."""
     x, axes = _input(node, 0), _reduced_axes(node)
-    if not node.attributes.get_int("keepdims", 1):
+    if axes and not node.attributes.get_int("keepdims", 1):
         dy = emit("Unsqueeze", dy, emit.constant(axes))
     ones = emit.constant(np.full([1 if isinstance(d, str) else d for d in dims(x)], scale, np.float32))
     return emit(
@@ -214,7 +219,10 @@ def _reduce_mean(emit: Emit, node: ir.Node, dy: ir.Value) -> Sequence[Thunk]:
         for axis in _reduced_axes(node):
             size = shape[axis]
             if isinstance(size, str):
-                raise ValueError(f"{node.name}: a mean over the batch depends on the micro-batch")
+                raise ModelError(
+                    f"{node.name}: a mean over the batch depends on the micro-batch, so it cannot be trained;"
+                    " train only layers behind it (smaller --layers)"
+                )
             count *= size
         return _spread(emit, node, dy, 1.0 / count)
 
@@ -234,7 +242,7 @@ def _matmul(emit: Emit, node: ir.Node, dy: ir.Value) -> Sequence[Thunk]:
     a, b = _input(node, 0), _input(node, 1)
     rank_a, rank_b = len(dims(a)), len(dims(b))
     if min(rank_a, rank_b) < 2:
-        raise ValueError(f"{node.name}: MatMul with a vector is not supported; reshape it to a matrix")
+        raise ModelError(f"{node.name}: MatMul with a vector is not supported; reshape it to a matrix")
 
     def swapped(value: ir.Value, rank: int) -> ir.Value:
         return emit.transpose(value, *range(rank - 2), rank - 1, rank - 2)

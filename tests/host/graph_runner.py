@@ -1,0 +1,199 @@
+"""Helpers of the host tests: tiny graphs, running graphs, and a device made of a loop and NumPy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from lance_host.autodiff.emit import Emit
+from lance_host.autodiff.reverse import InputGradient, gradients
+from lance_host.methods import projection_inputs
+from lance_host.stages import Stages, cut_stages
+from lance_host.step import Step
+
+Array = NDArray[np.generic]
+Shape = Sequence[int | str]
+OPSET = 18
+
+
+# --- running graphs -----------------------------------------------------------------------------------
+
+
+def open_session(model: ir.Model) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    data = ir.serde.serialize_model(model).SerializeToString()
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: onnxruntime.InferenceSession, values: Mapping[str, Array]) -> dict[str, Array]:
+    """Feeds exactly the inputs that the graph declares, by name."""
+    feeds = {node.name: values[node.name] for node in session.get_inputs()}
+    names = [node.name for node in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def run_graph(model: ir.Model, values: Mapping[str, Array]) -> dict[str, Array]:
+    return run_session(open_session(model), values)
+
+
+# --- tiny graphs --------------------------------------------------------------------------------------
+
+
+def graph_of_nodes(
+    nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Shape], constants: Mapping[str, Array]
+) -> ir.Model:
+    """A float32 graph with the output `y`, with shapes inferred as those of an exported network are."""
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        initializer=[numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model, data_prop=True))
+
+
+def append_gradients(
+    model: ir.Model, wrt: Sequence[str], overrides: Mapping[tuple[ir.Node, int], InputGradient] | None = None
+) -> list[ir.Value]:
+    """Replace the outputs by `grad_<name>`; the gradient of `y` becomes the input `dy`."""
+    graph = model.graph
+    seed = ir.Value(name="dy", type=ir.TensorType(ir.DataType.FLOAT))
+    graph.inputs.append(seed)
+    emit = Emit(graph, "grad/")
+    by_name = {value.name: value for value in graph.inputs}
+    values = gradients(emit, graph.outputs[0], seed, [by_name[name] for name in wrt], overrides or {})
+    results = [emit("Identity", value) for value in values]  # two gradients may be the same value
+    for name, value in zip(wrt, results, strict=True):
+        value.name = f"grad_{name}"
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs[:] = results
+    return results
+
+
+def declare_float(value: ir.Value) -> ir.Value:
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    return value
+
+
+# --- comparing ----------------------------------------------------------------------------------------
+
+
+def relative_error(found: Array, truth: Array | torch.Tensor) -> float:
+    """Largest difference over the largest true value; the shapes must agree."""
+    expected = truth.detach().numpy() if isinstance(truth, torch.Tensor) else np.asarray(truth)
+    assert found.shape == expected.shape, f"shape {found.shape}, expected {expected.shape}"
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max()
+    return float(difference / max(np.abs(expected).max(), np.finfo(np.float32).tiny))
+
+
+def random_basis(rng: np.random.Generator, size: int, rank: int) -> Array:
+    """`[size, rank]` float32 with orthonormal columns."""
+    return np.linalg.qr(rng.standard_normal((size, rank)))[0].astype(np.float32)
+
+
+def random_projections(
+    rng: np.random.Generator, layer: str, batch: int, input_shape: Sequence[int], ranks: Sequence[int]
+) -> dict[str, Array]:
+    """U0 `[B, r0]` ... U3 `[W, r3]` by the names of the graph's inputs."""
+    names = [value.name for value in projection_inputs(layer, input_shape, ranks)]
+    sizes = (batch, *input_shape)
+    return {name: random_basis(rng, n, r) for name, n, r in zip(names, sizes, ranks, strict=True)}
+
+
+# --- the literal method ---------------------------------------------------------------------------------
+
+
+def project_and_rebuild(x: torch.Tensor, bases: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A x_0 U0 U0^T x_1 U1 U1^T x_2 U2 U2^T x_3 U3 U3^T, through the core, `[B, C, H, W]`."""
+    core = torch.einsum("bchw,bi,cj,hk,wl->ijkl", x, *bases)
+    return torch.einsum("ijkl,bi,cj,hk,wl->bchw", core, *bases)
+
+
+# --- the device -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Device:
+    """Runs a step's stage graphs in micro-batches, as `docs/artifact.md` tells a device to."""
+
+    step: Step
+    stages: Stages
+    sessions: dict[str, onnxruntime.InferenceSession] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, step: Step) -> "Device":
+        stages = cut_stages(step)
+        return cls(step, stages, {role: open_session(model) for role, model in stages.graphs.items()})
+
+    def gradients(
+        self,
+        tensors: Mapping[str, Array],
+        images: Array,
+        labels: Array,
+        parts: Sequence[int] | None = None,
+    ) -> tuple[float, dict[str, Array]]:
+        """Mean loss of the batch, and the gradient of each parameter by name.
+
+        `tensors` are parameters and projections; `parts` the sizes of the micro-batches.
+        """
+        batch = len(images)
+        parts = parts or [batch]
+        assert sum(parts) == batch
+        loss, totals = 0.0, dict[str, Array]()
+        start = 0
+        for size in parts:
+            rows = slice(start, start + size)
+            start += size
+            values = self._micro_batch(tensors, images[rows], labels[rows], rows, batch)
+            loss += float(values["loss"])
+            for spec in self.stages.statistics:
+                found = values[spec.name]
+                totals[spec.name] = totals[spec.name] + found if spec.name in totals else found
+        values = {**tensors, **totals}
+        if "gradient" in self.sessions:
+            values |= run_session(self.sessions["gradient"], values)
+        names = [value.name for value in self.step.parameters if value.name is not None]
+        return loss / batch, {name: values[f"{name}/grad"] for name in names}
+
+    def _micro_batch(
+        self, tensors: Mapping[str, Array], images: Array, labels: Array, rows: slice, batch: int
+    ) -> dict[str, Array]:
+        values: dict[str, Array] = {
+            name: array[rows] if name.endswith("/U0") else array for name, array in tensors.items()
+        }
+        values |= {"images": images, "labels": labels, "scale": np.array(1 / batch, np.float32)}
+        boundary = run_session(self.sessions["prefix"], values)
+        values |= boundary
+        forward = run_session(self.sessions["forward"], values)
+        # Backward may read what the plan names as saved, and nothing else of the forward phase.
+        saved = {spec.name for spec in self.stages.saved}
+        reads = {name: array for name, array in {**values, **forward}.items() if name in saved}
+        fed = {name: array for name, array in values.items() if name not in boundary and name != "images"}
+        return forward | run_session(self.sessions["backward"], fed | reads)
+
+
+@dataclass
+class MomentumSgd:
+    """v = m v + g; w = w - lr v, as `torch.optim.SGD` without dampening."""
+
+    learning_rate: float
+    momentum: float
+    velocity: dict[str, Array] = field(default_factory=dict)
+
+    def update(self, tensors: dict[str, Array], gradient: Mapping[str, Array]) -> None:
+        for name, g in gradient.items():
+            self.velocity[name] = self.momentum * self.velocity.get(name, np.zeros_like(g)) + g
+            tensors[name] = (tensors[name] - self.learning_rate * self.velocity[name]).astype(np.float32)
