@@ -41,7 +41,13 @@ def lance_activation_bytes(ranks: Sequence[int]) -> int:
 
 
 def factored_activation_bytes(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
-    """The paper's activation memory of LANCE, ASI and HOSVD, in bytes: core and factors."""
+    """The paper's activation memory of LANCE, ASI and HOSVD, in bytes: core and factors.
+
+    LANCE's factors are constant, so one could count its core alone; the published figures do not.  For
+    the last 2 and 4 convolutions of MCUNet on CIFAR-10 (ε 0.7, batch 128) they are 0.04 and 0.09 MiB;
+    50 calibration batches through the ImageNet weights give 0.026 and 0.109 MiB for core and factors,
+    0.0006 and 0.039 MiB for the core alone.
+    """
     return core_bytes(ranks) + factor_bytes(layer, batch_size, ranks)
 
 
