@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lance_edge.bundle import Bundle
 from lance_edge.errors import CheckpointError, LanceError
+from lance_edge.manifest import Variant
 
 SCHEMA_VERSION = 1
 META = "meta"
@@ -84,6 +85,16 @@ class Archive:
             )
         return {name: self.tensor(name, shape) for name, shape in shapes.items()}
 
+    def momentum(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Float]:
+        """The optimiser's momentum: of every tensor of `shapes`, or of none."""
+        stored = self.momentum_names
+        if stored not in (set(), set(shapes)):
+            differing = ", ".join(OPTIMIZER + name for name in sorted(stored ^ set(shapes)))
+            raise CheckpointError(
+                f"{self.path}: its tensors are not those of the package: {differing}; use another checkpoint"
+            )
+        return {name: self.tensor(OPTIMIZER + name, shape) for name, shape in shapes.items() if stored}
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> Float:
         """A finite float32 array of this shape.
 
@@ -126,11 +137,10 @@ def open_archive(path: Path) -> Iterator[Archive]:
         ) from None
 
 
-def trained_shapes(bundle: Bundle, method: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a method of the package trains, by state-dict name."""
-    trained = bundle.manifest.variant(method).parameters
-    shapes = {spec.name: spec.shape for spec in bundle.manifest.parameters}
-    return {name: tuple(int(dim) for dim in shapes[name]) for name in trained}
+def trained_shapes(bundle: Bundle, variant: Variant) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a variant of the package trains, by state-dict name."""
+    shapes = {spec.name: tuple(int(dim) for dim in spec.shape) for spec in bundle.manifest.parameters}
+    return {name: shapes[name] for name in variant.parameters}
 
 
 def read_weights(path: Path, bundle: Bundle) -> dict[str, Float]:
@@ -146,4 +156,4 @@ def read_weights(path: Path, bundle: Bundle) -> dict[str, Float]:
                 f"{path}: its {META} is damaged: expected a method of the package"
                 f" ({', '.join(bundle.manifest.variants)}), found {method!r}; use another checkpoint"
             )
-        return archive.weights(trained_shapes(bundle, method))
+        return archive.weights(trained_shapes(bundle, bundle.manifest.variant(method)))

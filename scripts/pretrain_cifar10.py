@@ -1,276 +1,136 @@
-"""Train `mcunet` from random initialisation on CIFAR-10: the checkpoint that lance-host bundles.
+"""Pretrain MCUNet on CIFAR-10 from random weights: makes the checkpoint that lance-host bundles.
 
     python scripts/pretrain_cifar10.py --data cifar10/ --work pretrain/ --output mcunet_cifar10.safetensors
 
-`--data` is a folder `train/<class>/*` and `test/<class>/*` of 32x32 images, or an `.npz` with `x` uint8
-`[N, 32, 32, 3]`, `y`, `x_test` and `y_test`.  Images grow with training (`--stages`): most steps run at
-64 px, which is cheap, the last at the 160 px at which the network is used.  A checkpoint is written
-after every epoch; the same command continues from it.  With `--export-only` the newest checkpoint is
-exported as it is.
+`--data` holds `train/<class>/*` and `test/<class>/*`, 32x32 images.  They are upsampled to 64 pixels inside
+the loop.  The state is written to `--work` after every epoch, and the same command resumes from it.
 """
 
 import argparse
-import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save
-from torch import nn
-from torch.nn import functional
+from safetensors.torch import save_file
+from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from lance_edge.files import atomic_writer
-from lance_host.zoo import ZOO
+from lance_host.zoo.mcunet import build_mcunet
 
-CLASSES = 10
-LOG_COLUMNS = "epoch,steps,resolution,learning_rate,train_loss,test_accuracy,seconds"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the result; a checkpoint of another recipe is refused."""
-
-    stages: str = "64:12,96:2.5,160:0.4"  # resolution:epochs, in order
-    batch_size: int = 128
-    peak_lr: float = 0.15
-    final_lr: float = 0.002
-    warmup_fraction: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 2e-4
-    label_smoothing: float = 0.05
-    seed: int = 0
-
-    def schedule(self, steps_per_epoch: int) -> list[int]:
-        """The resolution of every step."""
-        resolutions: list[int] = []
-        for stage in self.stages.split(","):
-            resolution, epochs = stage.split(":")
-            resolutions += [int(resolution)] * round(float(epochs) * steps_per_epoch)
-        return resolutions
-
-    def learning_rate(self, progress: float) -> float:
-        """Linear warm-up, then a cosine to `final_lr`; `progress` runs from 0 to 1."""
-        if progress < self.warmup_fraction:
-            return self.peak_lr * (0.05 + 0.95 * progress / self.warmup_fraction)
-        angle = math.pi * (progress - self.warmup_fraction) / (1 - self.warmup_fraction)
-        return self.final_lr + (self.peak_lr - self.final_lr) * 0.5 * (1 + math.cos(angle))
+RESOLUTION = 64
+BATCH_SIZE = 128
+WARM_UP = 0.2  # share of the steps
+PAD = 4  # pixels of the 32 x 32 image, for random crops
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Images uint8 `[N, 3, H, W]` and labels int64 `[N]` of both parts."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
+def load_images(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images of a part as uint8 `[N, 3, 32, 32]`, and their labels `[N]`."""
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    files = [(path, label) for label, parent in enumerate(classes) for path in sorted(parent.iterdir())]
+    images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path, _ in files])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor([label for _, label in files])
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.recipe.seed)
-    network = ZOO["mcunet"].build(CLASSES).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if arguments.export_only:
-        load_checkpoint(arguments.work / "last.pt", network, None, arguments.recipe)
-        export(network, arguments.output, arguments.recipe)
-        return
-    data = load_data(arguments.data)
-    train(network, data, arguments.recipe, arguments.work)
-    for resolution in (64, 96, 128, 160):
-        print(f"final test accuracy at {resolution} px: {accuracy(network, data, resolution):.4f}", flush=True)
-    export(network, arguments.output, arguments.recipe)
+def to_input(images: torch.Tensor) -> torch.Tensor:
+    """uint8 `[n, 3, 32, 32]` to the network's input, `[n, 3, 64, 64]` in [-1, 1]."""
+    scaled = (images.float() / 255 - 0.5) / 0.5
+    upsampled = F.interpolate(scaled, RESOLUTION, mode="bilinear", align_corners=False)
+    return upsampled.contiguous(memory_format=torch.channels_last)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, required=True, help="class-folder root or .npz")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint and the log")
-    parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--stages", default=Recipe.stages, help="resolution:epochs,...")
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint and stop")
-    arguments = parser.parse_args()
-    arguments.recipe = Recipe(stages=arguments.stages, seed=arguments.seed)
-    return arguments
+def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random crop and a random flip of each image."""
+    padded = F.pad(images, (PAD, PAD, PAD, PAD))
+    offsets = torch.randint(0, 2 * PAD + 1, (len(images), 2), generator=generator)
+    rows = offsets[:, :1] + torch.arange(32)  # [n, 32]
+    columns = offsets[:, 1:] + torch.arange(32)
+    flip = torch.rand(len(images), 1, generator=generator) < 0.5
+    columns = torch.where(flip, columns.flip(1), columns)
+    index = torch.arange(len(images))[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def train(network: nn.Module, data: Dataset, recipe: Recipe, work: Path) -> None:
-    """Train to the end of the schedule, continuing from `work/last.pt` where it exists."""
-    steps_per_epoch = len(data.images) // recipe.batch_size
-    resolutions = recipe.schedule(steps_per_epoch)
-    initialise(network)
-    optimizer = make_optimizer(network, recipe)
-    step = load_checkpoint(work / "last.pt", network, optimizer, recipe)
-    while step < len(resolutions):
-        started, losses = time.monotonic(), []
-        epoch = step // steps_per_epoch
-        for batch in epoch_batches(len(data.images), recipe, epoch):
-            if step == len(resolutions):
-                break
-            lr = recipe.learning_rate(step / len(resolutions))
-            losses.append(train_step(network, optimizer, data, batch, resolutions[step], lr, recipe))
-            step += 1
-            if step % 50 == 0:
-                print(f"step {step}/{len(resolutions)} loss {np.mean(losses[-50:]):.3f}", flush=True)
-        test = accuracy(network, data, resolutions[step - 1])
-        seconds = time.monotonic() - started
-        row = f"{epoch + 1},{step},{resolutions[step - 1]},{lr:.5f},{np.mean(losses):.4f},{test:.4f},{seconds:.0f}"
-        save_checkpoint(work / "last.pt", network, optimizer, recipe, step)
-        append_log(work / "log.csv", row)
+def learning_rate(peak: float, progress: float) -> float:
+    """Linear warm-up over the first fifth, then a cosine to zero; `progress` runs from 0 to 1.
 
-
-def initialise(network: nn.Module) -> None:
-    """He initialisation of the convolutions, by fan-out."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD; only matrices decay, batch normalisation and biases do not."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    plain = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, recipe.peak_lr, momentum=recipe.momentum, nesterov=True)
-
-
-def epoch_batches(samples: int, recipe: Recipe, epoch: int) -> Iterator[torch.Tensor]:
-    """Full batches of shuffled indices; augmentation of the epoch follows from the same seed."""
-    torch.manual_seed(recipe.seed * 1000 + epoch)
-    order = torch.randperm(samples)
-    for start in range(0, samples - recipe.batch_size + 1, recipe.batch_size):
-        yield order[start : start + recipe.batch_size]
-
-
-def train_step(
-    network: nn.Module,
-    optimizer: torch.optim.SGD,
-    data: Dataset,
-    batch: torch.Tensor,
-    resolution: int,
-    learning_rate: float,
-    recipe: Recipe,
-) -> float:
-    """One step; the loss."""
-    network.train()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    logits = network(augment(data.images[batch], resolution))
-    loss = functional.cross_entropy(logits, data.labels[batch], label_smoothing=recipe.label_smoothing)
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-    optimizer.step()
-    return float(loss.detach())
-
-
-def augment(images: torch.Tensor, resolution: int) -> torch.Tensor:
-    """A random square of 70-105 % of the side, half of them flipped, brought to `resolution`.
-
-    uint8 `[N, 3, H, H]` to float32 `[N, 3, R, R]`.  The side is drawn once for the batch (one resize for
-    all), the position for every image; evaluation sees the central 87.5 %.
+    It depends on nothing else, so a run can be resumed with fewer or more `--epochs`.
     """
-    n, side = len(images), images.shape[-1]
-    margin = side // 10
-    view = int(torch.randint(round(0.7 * side), round(1.05 * side) + 1, ()))
-    padded = functional.pad(images.float(), [margin] * 4, mode="reflect")
-    offsets = torch.randint(0, side + 2 * margin - view + 1, (2, n, 1))
-    rows, columns = offsets + torch.arange(view)  # [N, view] each
-    columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns)
-    index = torch.arange(n)[:, None, None]
-    views = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]  # [N, view, view, 3]
-    size = (resolution, resolution)
-    return normalise(functional.interpolate(views.permute(0, 3, 1, 2), size=size, mode="bilinear"))
-
-
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """0..255 to -1..1, the input range of the network."""
-    return pixels.div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+    if progress < WARM_UP:
+        return peak * (0.04 + 0.96 * progress / WARM_UP)
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, data: Dataset, resolution: int) -> float:
-    """Share of correct test images with the preprocessing of the package (bilinear, centre crop)."""
+def accuracy(network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
     network.eval()
-    side = int(resolution * 256 / 224)
-    first = (side - resolution) // 2
-    last, correct = first + resolution, 0
-    for images, labels in zip(data.test_images.split(125), data.test_labels.split(125), strict=True):
-        large = functional.interpolate(images.float(), size=(side, side), mode="bilinear")
-        logits = network(normalise(large[:, :, first:last, first:last]))
-        correct += int((logits.argmax(1) == labels).sum())
-    return correct / len(data.test_labels)
+    correct = 0
+    for start in range(0, len(images), 500):
+        logits = network(to_input(images[start : start + 500]))
+        correct += int((logits.argmax(1) == labels[start : start + 500]).sum())
+    return correct / len(images)
 
 
-def save_checkpoint(
-    path: Path, network: nn.Module, optimizer: torch.optim.SGD, recipe: Recipe, step: int
-) -> None:
-    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    with atomic_writer(path) as file:
-        torch.save(state | {"recipe": vars(recipe)}, file)
+def export(network: torch.nn.Module, path: Path) -> None:
+    """Half precision, without the counters that only training needs."""
+    state = {k: v.half().contiguous() for k, v in network.state_dict().items() if v.is_floating_point()}
+    save_file(state, path)
 
 
-def load_checkpoint(path: Path, network: nn.Module, optimizer: torch.optim.SGD | None, recipe: Recipe) -> int:
-    """The number of steps done, 0 without a checkpoint."""
-    if not path.exists():
-        return 0
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    if state["recipe"] != vars(recipe):
-        raise SystemExit(f"{path}: made with {state['recipe']}, now {vars(recipe)}; use another --work")
-    network.load_state_dict(state["network"])
-    if optimizer is not None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=0.2, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+
+    train, train_labels = load_images(arguments.data / "train")
+    test, test_labels = load_images(arguments.data / "test")
+    network = build_mcunet("mcunet", 10).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), arguments.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    steps = len(train) // BATCH_SIZE
+    state_file, first = arguments.work / "state.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+        first = state["epoch"]
 
-
-def append_log(path: Path, row: str) -> None:
-    header = "" if path.exists() else LOG_COLUMNS + "\n"
-    with path.open("a") as file:
-        file.write(f"{header}{row}\n")
-    print(f"{LOG_COLUMNS}\n{row}", flush=True)
-
-
-def export(network: nn.Module, path: Path, recipe: Recipe) -> None:
-    """Matrices as float16, batch normalisation and biases as float32; step counters left out."""
-    tensors = {
-        name: (value.half() if value.ndim > 1 else value).contiguous()
-        for name, value in network.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    with atomic_writer(path) as file:
-        file.write(save(tensors, {"recipe": json.dumps(vars(recipe), sort_keys=True)}))
-    print(f"{path}: {path.stat().st_size} bytes", flush=True)
-
-
-def load_data(path: Path) -> Dataset:
-    """Read everything into memory."""
-    if path.suffix == ".npz":
-        with np.load(path) as arrays:
-            parts = [arrays[name] for name in ("x", "y", "x_test", "y_test")]
-    else:
-        parts = [*read_folder(path / "train"), *read_folder(path / "test")]
-    x, y, x_test, y_test = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
-    return Dataset(x.permute(0, 3, 1, 2), y.long(), x_test.permute(0, 3, 1, 2), y_test.long())
-
-
-def read_folder(root: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images uint8 `[N, H, W, 3]` and labels; classes in alphabetical order."""
-    images, labels = [], []
-    for label, folder in enumerate(sorted(entry for entry in root.iterdir() if entry.is_dir())):
-        for file in sorted(folder.iterdir()):
-            with Image.open(file) as image:
-                images.append(np.asarray(image.convert("RGB")))
-            labels.append(label)
-    return np.stack(images), np.array(labels)
+    for epoch in range(first, arguments.epochs):
+        started, total = time.monotonic(), 0.0
+        generator = torch.Generator().manual_seed(arguments.seed * 1000 + epoch)
+        order = torch.randperm(len(train), generator=generator)
+        network.train()
+        for step in range(steps):
+            chosen = order[step * BATCH_SIZE : (step + 1) * BATCH_SIZE]
+            logits = network(to_input(augment(train[chosen], generator)))
+            loss = F.cross_entropy(logits, train_labels[chosen], label_smoothing=0.05)
+            progress = (epoch * steps + step) / (arguments.epochs * steps)
+            optimizer.param_groups[0]["lr"] = learning_rate(arguments.lr, progress)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += float(loss.detach())
+        score = accuracy(network, test, test_labels)
+        seconds = time.monotonic() - started
+        print(f"epoch {epoch + 1} loss {total / steps:.4f} accuracy {score:.4f} {seconds:.0f} s", flush=True)
+        part = state_file.with_suffix(".part")
+        torch.save(
+            {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "epoch": epoch + 1,
+            },
+            part,
+        )
+        part.replace(state_file)
+        export(network, arguments.output)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ AUTO: dict[str, Any] = {"default": "auto", "metavar": "auto|N", "callback": auto
 @click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(package_name="lance-edge", prog_name="lance-device")
 def main() -> None:
-    r"""Train and use image classifiers on this device, from a package that lance-host made.
+    """Train and use image classifiers on this device, from a package that lance-host made.
 
     \b
     lance-device train --artifact pkg.tar --data photos --out run/
@@ -78,7 +78,7 @@ def train(
     quiet: bool,
     **values: Any,
 ) -> None:
-    r"""Train on the images in --data.
+    """Train on the images in --data.
 
     \b
     lance-device train --artifact pkg.tar --data photos --out run/
@@ -129,7 +129,7 @@ def evaluate_command(
     micro_batch: int | None,
     as_json: bool,
 ) -> None:
-    r"""Accuracy, overall and per class, and loss of a checkpoint.
+    """Accuracy, overall and per class, and loss of a checkpoint.
 
     \b
     lance-device eval --artifact pkg.tar --checkpoint run/best.npz --data photos
@@ -175,7 +175,7 @@ def predict(
     as_json: bool,
     files: tuple[Path, ...],
 ) -> None:
-    r"""Classify image files, and all images in folders.
+    """Classify image files, and all images in folders.
 
     \b
     lance-device predict --artifact pkg.tar --checkpoint run/last.npz photo.jpg more-photos/
@@ -197,6 +197,19 @@ def predict(
     else:
         for prediction in predictions:
             click.echo(prediction_line(prediction))
+
+
+@main.command()
+@click.argument("runs", type=PATH, nargs=-1, required=True, metavar="RUNS...")
+def compare(runs: tuple[Path, ...]) -> None:
+    """Finished runs side by side: accuracy, memory, time of each phase.
+
+    \b
+    lance-device compare run-lance/ run-bp/
+    """
+    from lance_device.compare import comparison_table
+
+    click.echo(comparison_table(runs))
 
 
 def _open_classifier(artifact: Path | None, checkpoint: Path | None, model: Path | None, threads: int) -> Any:

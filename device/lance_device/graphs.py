@@ -7,13 +7,13 @@ from numpy.typing import NDArray
 
 from lance_device.session import Array, Graph
 from lance_edge.bundle import ArrayReader, Bundle
+from lance_edge.checkpoints import trained_shapes
 from lance_edge.errors import ArtifactError
 from lance_edge.manifest import (
     IMAGES,
     LOGITS,
     PROJECTIONS_MEMBER,
     WEIGHTS_MEMBER,
-    Manifest,
     Variant,
 )
 
@@ -37,14 +37,8 @@ def load_graph(bundle: Bundle, variant: Variant, role: str, threads: int) -> Gra
 def starting_parameters(bundle: Bundle, variant: Variant) -> dict[str, Float]:
     """The trainable tensors as calibrated, by state-dict name: fresh, writable arrays."""
     weights = bundle.arrays(WEIGHTS_MEMBER)
-    shapes = parameter_shapes(bundle.manifest, variant)
+    shapes = trained_shapes(bundle, variant)
     return {name: _float_array(weights, name, shape, bundle) for name, shape in shapes.items()}
-
-
-def parameter_shapes(manifest: Manifest, variant: Variant) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that the variant trains."""
-    shapes = {spec.name: tuple(int(dim) for dim in spec.shape) for spec in manifest.parameters}
-    return {name: shapes[name] for name in variant.parameters}
 
 
 def load_projections(bundle: Bundle, variant: Variant) -> dict[str, Float]:

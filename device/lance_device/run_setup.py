@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lance_device.checkpoint import SCHEMA_VERSION, Checkpoint, Meta, Progress, read_checkpoint
+from lance_device.checkpoint import Checkpoint, Meta, Progress, read_checkpoint
 from lance_device.graphs import starting_parameters
 from lance_device.measure import keep_rows
 from lance_device.options import TrainOptions, keep_stored, resolve
 from lance_device.run_folder import RunFolder, data_identity
 from lance_device.stream import SampleStream
 from lance_edge.bundle import Bundle
+from lance_edge.checkpoints import SCHEMA_VERSION
 from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, DataError
 from lance_edge.manifest import Manifest, Variant

@@ -13,7 +13,10 @@ def result_table(result: TrainResult) -> str:
         ("test accuracy", f"{percent(result.test_accuracy)} (last.npz)"),
         ("validation accuracy", percent(result.validation_accuracy)),
         ("best epoch", _best_text(result)),
-        ("activation bytes", f"{size(result.activation_bytes)} (layer inputs kept for backward, per batch)"),
+        (
+            "activation bytes",
+            f"{size(result.activation_bytes)} (what the method keeps of the layers' inputs, per batch)",
+        ),
         ("saved bytes", f"{size(result.saved_bytes)} (all that crosses, per micro-batch)"),
         ("peak RSS", size(None if result.peak_rss_kib is None else result.peak_rss_kib * 1024)),
     ]

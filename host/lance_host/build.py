@@ -141,10 +141,8 @@ def load_network(request: Request, classes: int, feedback: Feedback) -> Network:
 def choose_batch(request: Request, dataset: Dataset, feedback: Feedback) -> int:
     """The training batch size, said aloud where it is not the usual one."""
     batch_size = choose_batch_size(len(dataset.train), request.batch_size)
-    feedback.say(
-        f"data: {len(dataset.train)} training, {len(dataset.validation)} validation and {len(dataset.test)} test"
-        f" images of {len(dataset.classes)} classes"
-    )
+    parts = f"{len(dataset.train)} training, {len(dataset.validation)} validation, {len(dataset.test)} test"
+    feedback.say(f"data: {parts} images of {len(dataset.classes)} classes")
     if request.batch_size is None:
         feedback.say(f"batch size: {batch_size} (128, or the largest power of two that fits twice)")
     return batch_size

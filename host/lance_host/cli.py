@@ -55,7 +55,8 @@ def cli() -> None:
     "-o", "--output", type=FILE, default=Path("pkg.tar"), show_default=True, help="The package to write."
 )
 @click.option(
-    "--weights", help="File (.pth, .safetensors) or 'random'. Default: published, from cache or download."
+    "--weights",
+    help="File (.pth, .safetensors), 'random' or 'bundled'. Default: published, from cache or download.",
 )
 @click.option(
     "--layers",

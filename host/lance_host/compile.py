@@ -94,7 +94,7 @@ def _plan(
         layer=layer.name,
         ranks=chosen,
         energy_kept=tuple(kept),
-        activation_bytes=accounting.lance_activation_bytes(chosen),
+        activation_bytes=accounting.factored_activation_bytes(layer, batch_size, chosen),
         forward_macs=accounting.lance_forward_macs(layer, batch_size, chosen),
         weight_gradient_macs=accounting.lance_weight_gradient_macs(layer, batch_size, chosen),
     )

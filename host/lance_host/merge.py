@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from lance_edge.records import to_json
 from lance_host.compile import serialise
 from lance_host.stages import bind
 
-Arrays = dict[str, NDArray[np.generic]]
+Arrays = Mapping[str, NDArray[np.generic]]
 
 
 def merge(artifact: Path, checkpoint: Path, output: Path) -> None:
@@ -39,7 +39,7 @@ def merge(artifact: Path, checkpoint: Path, output: Path) -> None:
             f"{output}: expected an ending of {', '.join(WRITERS)}, found {output.suffix or 'none'}"
         )
     with Bundle(artifact) as bundle:
-        trained = dict(read_weights(checkpoint, bundle))
+        trained = read_weights(checkpoint, bundle)
         data = WRITERS[output.suffix](bundle, trained)
     with atomic_writer(output) as file:
         file.write(data)
@@ -58,7 +58,7 @@ def _pth(bundle: Bundle, trained: Arrays) -> bytes:
 
 
 def _safetensors(bundle: Bundle, trained: Arrays) -> bytes:
-    return safetensors.numpy.save(merged_state(bundle, trained))
+    return safetensors.numpy.save(dict(merged_state(bundle, trained)))
 
 
 def _onnx(bundle: Bundle, trained: Arrays) -> bytes:

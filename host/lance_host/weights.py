@@ -10,7 +10,7 @@ import os
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ CONNECT_TIMEOUT_S = 10.0
 MAX_DOWNLOAD_BYTES = 256 * 2**20
 OFFLINE_VARIABLE = "LANCE_EDGE_OFFLINE"
 RANDOM = "random"
+BUNDLED = "bundled"
+MANUAL = "download that file on a connected machine and give it as --weights FILE"
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all (0: not known)
@@ -59,8 +61,9 @@ def load_weights(
 ) -> LoadedWeights:
     """Fill `network`, which `model.build` made, in place; its head is always new, and follows from `seed`.
 
-    `source` is a file (.pth, .pt or .safetensors), `"random"`, or `None`: the published weights from the
-    user's cache or from `base_url`, else the bundled checkpoint.  `LANCE_EDGE_OFFLINE=1` never connects.
+    `source` is a file (.pth, .pt or .safetensors), `"random"`, `"bundled"` (the checkpoint that comes with
+    lance-host), or `None`: the published weights from the user's cache or from `base_url`, else bundled.
+    `LANCE_EDGE_OFFLINE=1` never connects.
 
     Raises:
         ModelError: if there are no such weights, or they do not fit the network.
@@ -68,6 +71,8 @@ def load_weights(
     if source == RANDOM:
         _initialise(network, seed)
         loaded = LoadedWeights(f"random, seed {seed}")
+    elif source == BUNDLED:
+        loaded = _load_bundled(model, network, "not asked for")
     elif source is not None:
         loaded = _load_file(model, network, Path(source))
     else:
@@ -114,27 +119,31 @@ def _load_published(model: ZooModel, network: nn.Module, progress: Progress | No
             _check_hash(model, data, url)
             note = _store(model, data)
     except _UnreachableError as reason:
-        return _load_bundled(model, network, f"{url}: {reason}")
+        return replace(
+            _load_bundled(model, network, f"{url}: {reason}"), note=_fallback_note(model, url, reason)
+        )
     _assign(model, network, read_state(data, model.published_file), model.published_file)
     return LoadedWeights(f"published: {model.published_file}", note)
 
 
+def _fallback_note(model: ZooModel, url: str, reason: Exception) -> str:
+    return (
+        f"warning: no published weights ({url}: {reason}); using {model.bundled}, which comes with lance-host"
+        f" and was trained on CIFAR-10's small images only: expect lower accuracy. For the weights trained on"
+        f" ImageNet, {MANUAL}"
+    )
+
+
 def _load_bundled(model: ZooModel, network: nn.Module, reason: str) -> LoadedWeights:
-    """The checkpoint that comes with lance-host, with a note that says why and what it is."""
-    manual = "download that file on a connected machine and give it as --weights FILE"
+    """The checkpoint that comes with lance-host; `reason` says why not the published one."""
     file = resources.files("lance_host") / "checkpoints" / (model.bundled or "none")
     if model.bundled is None or not file.is_file():
         raise ModelError(
             f"{model.name}: no published weights ({reason}), and none come with lance-host;"
-            f" {manual}, choose --model mcunet, or start from --weights {RANDOM}"
+            f" {MANUAL}, choose --model mcunet, or start from --weights {RANDOM}"
         )
     _assign(model, network, read_state(file.read_bytes(), model.bundled), model.bundled)
-    return LoadedWeights(
-        f"bundled: {model.bundled}",
-        f"warning: no published weights ({reason}); using {model.bundled}, which comes with lance-host and"
-        f" was trained on CIFAR-10's small images only: expect lower accuracy. For the weights trained on"
-        f" ImageNet, {manual}",
-    )
+    return LoadedWeights(f"bundled: {model.bundled}")
 
 
 def _cached(model: ZooModel) -> bytes | None:

@@ -1,0 +1,58 @@
+"""Finished runs side by side, from their `run.json`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lance_device.units import percent, size
+from lance_edge.errors import DataError
+
+PHASES = ("data", "prefix", "forward", "backward", "update", "step")
+
+
+def comparison_table(runs: Sequence[Path]) -> str:
+    """A column for each run: accuracy, bytes, peak RSS, median time per phase.
+
+    Raises:
+        DataError: if a folder holds no finished run.
+    """
+    records = [_read_record(run) for run in runs]
+    columns = [["", *(name for name, _ in _facts(records[0]))]]
+    columns += [[run.name, *(text for _, text in _facts(r))] for run, r in zip(runs, records, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in zip(*columns, strict=True)
+    ]
+    machines = {json.dumps(record["machine"], sort_keys=True) for record in records}
+    if len(machines) > 1:
+        lines.append("warning: these runs are of different machines: do not compare their times")
+    return "\n".join(lines)
+
+
+def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    options, result = record["options"], record["result"]
+    peak = result["peak_rss_kib"]
+    facts = [
+        ("method", options["method"]),
+        ("steps", str(result["step"])),
+        ("batch, micro-batch", f"{record['batch_size']}, {options['micro_batch']}"),
+        ("test accuracy", percent(result["test_accuracy"])),
+        ("activation bytes", size(result["activation_bytes"])),
+        ("saved bytes", size(result["saved_bytes"])),
+        ("peak RSS", size(None if peak is None else peak * 1024)),
+    ]
+    medians = result["median_ms"]
+    return facts + [(f"{phase}, median", f"{medians[phase]:.1f} ms") for phase in PHASES if phase in medians]
+
+
+def _read_record(run: Path) -> dict[str, Any]:
+    file = run / "run.json"
+    try:
+        record: dict[str, Any] = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot read ({error}); give the --out folder of a run") from None
+    if not isinstance(record, dict) or not isinstance(record.get("result"), dict):
+        raise DataError(f"{file}: this run has not finished; let it end, or go on with --resume")
+    return record
