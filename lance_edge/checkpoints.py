@@ -128,8 +128,10 @@ def open_archive(path: Path) -> Iterator[Archive]:
             yield Archive(path, np.load(file, allow_pickle=False))
     except LanceError:
         raise
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; give the last.npz or best.npz of a run") from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise CheckpointError(
+            f"{path}: cannot open the checkpoint ({error.strerror}); give the last.npz or best.npz of a run"
+        ) from None
     except Exception as error:  # zipfile, zlib, json and numpy raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
