@@ -132,12 +132,12 @@ def test_random_bytes_are_refused(refused):
 
 
 def test_a_missing_file_is_named(bundle, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no\.npz: cannot open the checkpoint (No such file or directory); give the last\.npz"):
+    with pytest.raises(CheckpointError, match=r"no\.npz: cannot open the checkpoint \(No such file .*\); give the"):
         read_weights(tmp_path / "no.npz", bundle)
 
 
 def test_a_folder_is_refused(bundle, tmp_path):
-    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+    with pytest.raises(CheckpointError, match="cannot open the checkpoint"):
         read_weights(tmp_path, bundle)
 
 
