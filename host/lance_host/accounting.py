@@ -32,14 +32,6 @@ def factor_bytes(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
     return FLOAT32_BYTES * sum(size * rank for size, rank in zip(sizes, _four(ranks), strict=True))
 
 
-def lance_activation_bytes(ranks: Sequence[int]) -> int:
-    """The core alone, in bytes: what changes from step to step, as LANCE's factors are constant.
-
-    This is not the paper's figure; `factored_activation_bytes` is.
-    """
-    return core_bytes(ranks)
-
-
 def factored_activation_bytes(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
     """The paper's activation memory of LANCE, ASI and HOSVD, in bytes: core and factors.
 

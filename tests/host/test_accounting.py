@@ -71,7 +71,6 @@ def test_core_and_factor_bytes_are_those_of_the_arrays() -> None:
     factors_nbytes = sum(factor.nbytes for factor in factors)
     assert accounting.core_bytes(ranks) == core.nbytes
     assert accounting.factor_bytes(layer, BATCH, ranks) == factors_nbytes
-    assert accounting.lance_activation_bytes(ranks) == core.nbytes
     assert accounting.factored_activation_bytes(layer, BATCH, ranks) == core.nbytes + factors_nbytes
 
 
