@@ -1,13 +1,27 @@
-"""Makes the host tests' helpers importable and finds the folder of optional large files."""
+"""For all tests: the folder of optional large files, generated photographs, and what is made of them.
+
+Makes the host tests' helpers importable.  Whatever takes seconds is made once: tests that use a package
+bear the xdist group "package", so that one worker makes it for all of them.
+"""
 
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import CliRunner, Result
+from PIL import Image, ImageDraw
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "host"))
+
+CLASSES = ("disc", "square", "stripes")
+PHOTOS_PER_CLASS = 20
+MODEL, RESOLUTION = "mcunet-10fps-vww", 96  # the smallest network, with maps of 3 x 3 at its end
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +31,164 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent; set LANCE_SHARED to the folder that holds weights/ and data/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three class folders of 20 images: a red disc, a green square, blue stripes on a noisy ground.
+
+    JPEG of several sizes; in each class one is stored lying on its side, and one is a greyscale PNG.
+    """
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name in CLASSES:
+        (root / name).mkdir()
+        for number in range(PHOTOS_PER_CLASS):
+            image = _photo(name, rng)
+            path = root / name / f"{name}{number:02}.jpg"
+            if number == 3:
+                image.convert("L").save(path.with_suffix(".png"))
+            elif number == 5:
+                exif = Image.Exif()
+                exif[0x0112] = 6  # orientation: turn clockwise to see it upright
+                image.transpose(Image.Transpose.ROTATE_90).save(path, quality=95, exif=exif)
+            else:
+                image.save(path, quality=95)
+    return root
+
+
+def _photo(name: str, rng: np.random.Generator) -> Image.Image:
+    width, height = (int(size) for size in rng.integers(90, 160, 2))
+    image = Image.fromarray(rng.integers(60, 200, (height, width, 3)).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    x, y = int(width * rng.uniform(0.35, 0.65)), int(height * rng.uniform(0.35, 0.65))
+    size = int(min(width, height) * rng.uniform(0.25, 0.4))
+    bright = int(rng.integers(180, 255))
+    if name == "disc":
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=(bright, 30, 30))
+    elif name == "square":
+        draw.rectangle((x - size, y - size, x + size, y + size), fill=(30, bright, 30))
+    else:
+        for offset in range(-size, size, 8):
+            draw.rectangle((x + offset, y - size, x + offset + 3, y + size), fill=(30, 30, bright))
+    return image
+
+
+@pytest.fixture(scope="session")
+def lance_host() -> Callable[..., Result]:
+    """Run `lance-host` in this process."""
+
+    def run(*words: Any) -> Result:
+        from lance_host.cli import cli
+
+        return CliRunner().invoke(cli, [str(word) for word in words])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def lance_device() -> Callable[..., Result]:
+    """Run `lance-device` in this process; it must end well."""
+
+    def run(*words: Any) -> Result:
+        from lance_device.cli import main
+
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def spawn_host() -> Callable[..., subprocess.Popen[str]]:
+    """Start `lance-host` in a process of its own, by its entry point."""
+
+    def spawn(*words: Any, **environment: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", "from lance_host.entry import main; main()", *map(str, words)]
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    return spawn
+
+
+@pytest.fixture(scope="session")
+def start_weights(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights through which images survive: batch-norm has the statistics of the photographs.
+
+    A plainly random network of this depth gives features near zero; nothing could be seen in its gradients.
+    """
+    import torch
+
+    from lance_host.zoo import zoo_model
+
+    torch.manual_seed(0)
+    network = zoo_model(MODEL).build(len(CLASSES)).train()
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.momentum = None  # running statistics are those of the one batch below
+            norm.weight.uniform_(0.7, 1.5)
+            norm.bias.uniform_(-0.3, 0.3)
+        paths = sorted(photos.rglob("*.jpg"))[::2]
+        pixels = [Image.open(path).convert("RGB").resize((RESOLUTION, RESOLUTION)) for path in paths]
+        images = np.stack([np.asarray(image) for image in pixels]).transpose(0, 3, 1, 2) / 127.5 - 1
+        network(torch.from_numpy(images.astype(np.float32)))
+    path = tmp_path_factory.mktemp("weights") / "start.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def calibrate_words(photos: Path, start_weights: Path) -> Sequence[Any]:
+    """The command line of `photo_package`, but its output."""
+    return (
+        "calibrate",
+        *("--model", MODEL, "--resolution", RESOLUTION, "--weights", start_weights),
+        *("--data", photos, "--threads", 1, "--layers", 4),
+    )
+
+
+@pytest.fixture(scope="session")
+def twin_packages(
+    calibrate_words: Sequence[Any],
+    spawn_host: Callable[..., subprocess.Popen[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path]:
+    """The same command in two processes that order sets differently."""
+    folder = tmp_path_factory.mktemp("packages")
+    paths = (folder / "first.tar", folder / "second.tar")
+    processes = [
+        spawn_host(*calibrate_words, "-o", path, PYTHONHASHSEED=str(seed)) for seed, path in enumerate(paths, 1)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return paths
+
+
+@pytest.fixture(scope="session")
+def photo_package(twin_packages: tuple[Path, Path]) -> Path:
+    """A package for the photographs: lance and bp, 4 layers, batches of 16."""
+    return twin_packages[0]
+
+
+@pytest.fixture(scope="session")
+def trained(
+    photo_package: Path,
+    photos: Path,
+    lance_device: Callable[..., Result],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """A run of six epochs for each method."""
+    folder = tmp_path_factory.mktemp("runs")
+    for method in ("lance", "bp"):
+        lance_device(
+            *("train", "--artifact", photo_package, "--data", photos, "--out", folder / method),
+            *("--method", method, "--epochs", 6, "--threads", 1),
+        )
+    return {method: folder / method for method in ("lance", "bp")}

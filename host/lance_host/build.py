@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lance_edge import __version__
 from lance_edge.bundle import describe, npz_bytes, write_bundle
 from lance_edge.datasets import Dataset, open_dataset
-from lance_edge.errors import LanceError
+from lance_edge.errors import LanceError, StorageError
 from lance_edge.images import Part, load_batch
 from lance_edge.manifest import (
     PROJECTIONS_MEMBER,
@@ -42,6 +42,7 @@ from lance_host.zoo import ZooModel, zoo_model
 
 DEFAULT_SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.1)
 VERIFY_IMAGES = 8
+LEAST_RESOLUTION = 32  # pixels; the networks halve them five times
 Spectra = Mapping[str, Sequence[Spectrum]]
 
 
@@ -112,8 +113,25 @@ def _check(request: Request) -> None:
         raise LanceError(
             f"--energy: expected a share above 0 and at most 1, found {request.energy}; the paper uses 0.7"
         )
-    if request.output.is_dir():
-        raise LanceError(f"{request.output}: is a folder; name the package file, for instance pkg.tar")
+    for option, value, least in (
+        ("--batches", request.batches, 1),
+        ("--seed", request.seed, 0),
+        ("--threads", request.threads, 1),
+        ("--resolution", request.resolution, LEAST_RESOLUTION),
+    ):
+        if value is not None and value < least:
+            raise LanceError(f"{option}: expected {least} or more, found {value}")
+    _check_output(request.output)
+
+
+def _check_output(output: Path) -> None:
+    """Minutes before the package is written: can it be?"""
+    if output.is_dir():
+        raise LanceError(f"{output}: is a folder; name the package file, for instance pkg.tar")
+    nearest = next(folder for folder in output.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "no permission to write to it" if nearest.is_dir() else "this file is no folder"
+        raise StorageError(f"{output}: cannot write ({nearest}: {reason}); choose another place")
 
 
 def load_network(request: Request, classes: int, feedback: Feedback) -> Network:

@@ -3,6 +3,7 @@
 import onnx.parser
 import onnx_ir as ir
 import pytest
+
 from lance_host.graph_cost import graph_macs
 
 HEADER = '<ir_version: 8, opset_import: ["" : 18]>'

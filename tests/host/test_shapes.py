@@ -2,9 +2,9 @@ import onnx.parser
 import onnx.shape_inference
 import onnx_ir as ir
 import pytest
-from lance_host.shapes import PROBES, infer_shapes, infer_specs
 
 from lance_edge.manifest import TensorSpec
+from lance_host.shapes import PROBES, infer_shapes, infer_specs
 
 HEADER = '<ir_version: 8, opset_import: ["" : 18]>'
 

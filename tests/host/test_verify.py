@@ -5,15 +5,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from lance_host.capture import capture
-from lance_host.compile import compile_variant
-from lance_host.hosvd import Spectrum
-from lance_host.verify import TOLERANCE, rebuild, run_graphs, verify
 from onnx import numpy_helper
 from torch import nn
 
 from lance_edge.errors import ModelError
 from lance_edge.manifest import projection_name
+from lance_host.capture import capture
+from lance_host.compile import compile_variant
+from lance_host.hosvd import Spectrum
+from lance_host.verify import TOLERANCE, rebuild, run_graphs, verify
 
 RESOLUTION, CLASSES, BATCH, IMAGES = 12, 3, 8, 5
 LAYERS = ("spatial", "depthwise", "pointwise")

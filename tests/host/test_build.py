@@ -1,0 +1,377 @@
+"""The package: what is in it, and that the same command makes the same one."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from lance_edge.bundle import Bundle
+from lance_edge.errors import ArtifactError, DataError, LanceError, ModelError, StorageError
+from lance_host.build import Feedback, Request, calibrate
+from lance_host.capture import Captured, capture
+
+pytestmark = pytest.mark.xdist_group("package")
+
+ROLES = ("prefix", "forward", "backward", "gradient")
+MICRO_BATCHES = (3, 8)
+TRAINED_CONVS = (  # the last four convolutions in module order, from the published architecture
+    "blocks.12.mobile_inverted_conv.point_linear.conv",
+    "blocks.13.mobile_inverted_conv.inverted_bottleneck.conv",
+    "blocks.13.mobile_inverted_conv.depth_conv.conv",
+    "blocks.13.mobile_inverted_conv.point_linear.conv",
+)
+
+
+def silent():
+    return Feedback(say=lambda line: None, progress=lambda name, done, total: None)
+
+
+def request(photos, output, weights, **options):
+    words = {"model": "mcunet-10fps-vww", "resolution": 96, "threads": 1, **options}
+    return Request(data=photos, output=output, weights=str(weights), **words)
+
+
+@pytest.fixture(scope="module")
+def bundle(photo_package):
+    with Bundle(photo_package) as opened:
+        yield opened
+
+
+@dataclass(frozen=True)
+class HeadOnly:
+    """A package of `--layers 0`, what was said while it was made, and the captured network."""
+
+    bundle: Bundle
+    said: list[str]
+    captured: Captured
+
+
+@pytest.fixture(scope="module")
+def head_only(photos, start_weights, tmp_path_factory):
+    path, said, captured = tmp_path_factory.mktemp("head") / "head.tar", [], []
+
+    def keep(*arguments):
+        captured.append(capture(*arguments))
+        return captured[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lance_host.build.capture", keep)
+        feedback = Feedback(say=said.append, progress=lambda name, done, total: None)
+        calibrate(request(photos, path, start_weights, layers="0"), feedback)
+    with Bundle(path) as bundle:
+        yield HeadOnly(bundle, said, captured[0])
+
+
+# --- determinism ---
+
+
+def test_the_same_command_gives_the_same_bytes_in_every_process(twin_packages):
+    first, second = (path.read_bytes() for path in twin_packages)
+    assert hashlib.sha256(first).hexdigest() == hashlib.sha256(second).hexdigest()
+
+
+def test_another_seed_gives_another_package(bundle, photos, start_weights, tmp_path):
+    calibrate(request(photos, tmp_path / "pkg.tar", start_weights, seed=1), silent())
+    with Bundle(tmp_path / "pkg.tar") as other:
+        assert other.sha256 != bundle.sha256
+        assert other.manifest.seed == 1
+        assert other.manifest.split == bundle.manifest.split, "the seed moves no image to another part"
+        heads = [opened.arrays("weights.npz")["classifier.linear.weight"] for opened in (bundle, other)]
+        assert np.any(heads[0] != heads[1])
+        name = f"{TRAINED_CONVS[0]}/eigenvalues0"
+        spectra = [opened.arrays("spectra.npz")[name] for opened in (bundle, other)]
+        assert np.any(spectra[0] != spectra[1]), "the calibration batches hold other images"
+
+
+# --- members ---
+
+
+def test_the_manifest_says_what_was_asked_for(bundle):
+    manifest = bundle.manifest
+    assert manifest.model == "mcunet-10fps-vww"
+    assert manifest.classes == ("disc", "square", "stripes")
+    assert list(manifest.variants) == ["lance", "bp"], "the first one is the device's default"
+    assert (manifest.energy, manifest.mode, manifest.seed) == (0.7, "channel", 0)
+    # 3 classes of 20 photos: 5 to test, 2 to validate, 13 to train; 39 hold two batches of 16.
+    assert (manifest.batch_size, manifest.calibration_batches) == (16, 2)
+    assert (manifest.preprocessing.resolution, manifest.preprocessing.resize) == (96, 96 * 256 // 224)
+    assert manifest.weights_source.startswith("file: start.pth, sha256 ")
+
+
+def test_parameters_stand_in_module_order_with_the_head_at_the_end(bundle):
+    expected = [f"{name}.weight" for name in TRAINED_CONVS]
+    expected += ["classifier.linear.weight", "classifier.linear.bias"]
+    assert [spec.name for spec in bundle.manifest.parameters] == expected
+    weights = bundle.arrays("weights.npz")
+    assert [spec.shape for spec in bundle.manifest.parameters] == [weights[name].shape for name in expected]
+    for variant in bundle.manifest.variants.values():
+        assert list(variant.parameters) == expected
+        assert [plan.layer for plan in variant.layers] == list(TRAINED_CONVS)
+
+
+def test_graphs_that_methods_share_are_stored_once(bundle):
+    graphs = [member for member in bundle.manifest.members if member.name.endswith(".onnx")]
+    assert len({member.sha256 for member in graphs}) == len(graphs)
+    lance, bp = (bundle.manifest.variants[name].graphs for name in ("lance", "bp"))
+    for role in ("prefix", "predict", "tail"):
+        assert lance[role] == bp[role]
+    assert lance["backward"] != bp["backward"]
+    used = {name for variant in bundle.manifest.variants.values() for name in variant.graphs.values()}
+    assert used == {member.name for member in graphs}, "nothing is shipped that nobody runs"
+
+
+def test_graphs_use_the_default_domain_only_and_are_valid(bundle):
+    for member in bundle.manifest.members:
+        if member.name.endswith(".onnx"):
+            model = onnx.load_from_string(bundle.read(member.name))
+            onnx.checker.check_model(model, full_check=True)
+            assert {entry.domain for entry in model.opset_import} == {""}, member.name
+            assert {node.domain for node in model.graph.node} == {""}, member.name
+            assert not model.functions, member.name
+
+
+def test_trainable_weights_are_inputs_and_never_constants(bundle):
+    names = {spec.name for spec in bundle.manifest.parameters}
+    for variant in bundle.manifest.variants.values():
+        for role in ("forward", "predict", "tail"):
+            graph = onnx.load_from_string(bundle.read(variant.graphs[role])).graph
+            assert names <= {value.name for value in graph.input}
+            assert not names & {tensor.name for tensor in graph.initializer}
+
+
+def test_weights_are_those_of_the_file_with_a_new_head(bundle, start_weights):
+    import torch
+
+    given = torch.load(start_weights, weights_only=True)
+    stored = bundle.arrays("weights.npz")
+    assert set(stored) == set(given)
+    for name, value in given.items():
+        if not name.startswith("classifier."):
+            np.testing.assert_array_equal(stored[name], value.numpy(), err_msg=name)
+
+
+# --- projections and spectra ---
+
+
+def test_spectra_hold_every_eigenvalue_of_every_mode(bundle):
+    spectra = bundle.arrays("spectra.npz")
+    sizes = {
+        f"{layer.name}/eigenvalues{mode}": size
+        for layer in bundle.manifest.layers
+        for mode, size in enumerate((bundle.manifest.batch_size, *layer.input_shape))
+    }
+    assert set(spectra) == set(sizes)
+    for name, size in sizes.items():
+        values = spectra[name]
+        assert values.dtype == np.float64
+        assert values.shape == (size,)
+        assert np.all(np.diff(values) <= 0)
+        assert np.all(values >= 0)
+    for layer in bundle.manifest.layers:
+        totals = [spectra[f"{layer.name}/eigenvalues{mode}"].sum() for mode in range(4)]
+        np.testing.assert_allclose(totals, totals[0], rtol=1e-9)  # each is the energy of the activation
+
+
+def test_ranks_are_the_smallest_that_keep_the_energy(bundle):
+    spectra, energy = bundle.arrays("spectra.npz"), bundle.manifest.energy
+    for plan in bundle.manifest.variants["lance"].layers:
+        for mode, (rank, kept) in enumerate(zip(plan.ranks, plan.energy_kept, strict=True)):
+            values = spectra[f"{plan.layer}/eigenvalues{mode}"]
+            share = values[:rank].sum() / values.sum()
+            assert share >= energy - 1e-12
+            assert values[: rank - 1].sum() / values.sum() < energy
+            assert kept == pytest.approx(share)
+
+
+def test_projections_have_the_planned_shape_and_orthonormal_columns(bundle):
+    projections = bundle.arrays("projections.npz")
+    layers = {layer.name: layer for layer in bundle.manifest.layers}
+    seen = set()
+    for plan in bundle.manifest.variants["lance"].layers:
+        sizes = (bundle.manifest.batch_size, *layers[plan.layer].input_shape)
+        for mode, (size, rank) in enumerate(zip(sizes, plan.ranks, strict=True)):
+            basis = projections[f"{plan.layer}/U{mode}"]
+            seen.add(f"{plan.layer}/U{mode}")
+            assert basis.dtype == np.float32
+            assert basis.shape == (size, rank)
+            gram = basis.astype(np.float64).T @ basis
+            np.testing.assert_allclose(gram, np.eye(rank), atol=1e-5)
+    assert set(projections) == seen
+
+
+# --- what the manifest says of tensors is what the graphs give ---
+
+
+def arrays_of(bundle, variant, micro_batch):
+    """Everything that a micro-batch is fed, and what the graphs give, by name."""
+    rng = np.random.default_rng(0)
+    resolution = bundle.manifest.preprocessing.resolution
+    projections = bundle.arrays("projections.npz")
+    weights = bundle.arrays("weights.npz")
+    values = {name: weights[name] for name in variant.parameters}
+    values |= {name: projections[name] for name in variant.projections}
+    values |= {name: projections[name][:micro_batch] for name in variant.batch_projections}
+    values["images"] = rng.uniform(-1, 1, (micro_batch, 3, resolution, resolution)).astype(np.float32)
+    values["labels"] = rng.integers(0, 3, micro_batch)
+    values["scale"] = np.array(1 / 16, np.float32)
+    for role in ROLES:
+        if role in variant.graphs:
+            session = onnxruntime.InferenceSession(
+                bundle.read(variant.graphs[role]), providers=["CPUExecutionProvider"]
+            )
+            names = [output.name for output in session.get_outputs()]
+            feeds = {given.name: values[given.name] for given in session.get_inputs()}
+            values |= dict(zip(names, session.run(names, feeds), strict=True))
+    return values
+
+
+@pytest.mark.parametrize("method", ["lance", "bp"])
+@pytest.mark.parametrize("micro_batch", MICRO_BATCHES)
+def test_tensors_are_as_the_manifest_declares(bundle, method, micro_batch):
+    variant = bundle.manifest.variants[method]
+    values = arrays_of(bundle, variant, micro_batch)
+    for spec in (*variant.boundary, *variant.saved, *variant.statistics):
+        shape = tuple(micro_batch if dim == "N" else dim for dim in spec.shape)
+        assert values[spec.name].shape == shape, spec.name
+        assert str(values[spec.name].dtype) == spec.dtype, spec.name
+        assert values[spec.name].nbytes == spec.nbytes(micro_batch), spec.name
+    for spec in bundle.manifest.parameters:
+        assert values[f"{spec.name}/grad"].shape == spec.shape
+
+
+@pytest.mark.parametrize("method", ["lance", "bp"])
+def test_saved_is_what_backward_reads_of_forward_and_prefix(bundle, method):
+    variant = bundle.manifest.variants[method]
+
+    def graph(role):
+        return onnx.load_from_string(bundle.read(variant.graphs[role])).graph
+
+    produced = {value.name for role in ("prefix", "forward") for value in graph(role).output}
+    reads = {value.name for value in graph("backward").input}
+    assert {spec.name for spec in variant.saved} == reads & produced
+    late = {value.name for role in ("forward", "backward") for value in graph(role).output}
+    assert {spec.name for spec in variant.statistics} <= late
+    assert not any("N" in spec.shape for spec in variant.statistics), "a statistic is a sum over the batch"
+
+
+def test_activation_bytes_are_those_of_the_formulas(bundle):
+    """BP keeps the input A, float32; LANCE core and factors (arXiv 2509.21617)."""
+    batch = bundle.manifest.batch_size
+    for layer, bp, lance in zip(
+        bundle.manifest.layers,
+        bundle.manifest.variants["bp"].layers,
+        bundle.manifest.variants["lance"].layers,
+        strict=True,
+    ):
+        sizes = (batch, *layer.input_shape)
+        assert bp.activation_bytes == 4 * np.prod(sizes)
+        assert bp.ranks == ()
+        factors = sum(size * rank for size, rank in zip(sizes, lance.ranks, strict=True))
+        assert lance.activation_bytes == 4 * (np.prod(lance.ranks) + factors)
+
+
+# --- head only ---
+
+
+def test_head_only_is_plain_backpropagation_whatever_the_methods(head_only):
+    bundle, manifest = head_only.bundle, head_only.bundle.manifest
+    assert list(manifest.variants) == ["bp"]
+    assert "no convolution is trained: plain backpropagation of the head is the only method" in head_only.said
+    assert [spec.name for spec in manifest.parameters] == [
+        "classifier.linear.weight",
+        "classifier.linear.bias",
+    ]
+    assert manifest.layers == ()
+    assert manifest.variants["bp"].activation_bytes == 0
+    assert manifest.calibration_batches == 0
+    assert not list(bundle.arrays("projections.npz"))
+    assert not list(bundle.arrays("spectra.npz"))
+
+
+def test_head_only_gradients_are_those_of_softmax_regression(head_only):
+    """dW = (softmax - onehot)^T features / B, from the features that the prefix itself gives."""
+    bundle = head_only.bundle
+    values = arrays_of(bundle, bundle.manifest.variants["bp"], 5)
+    weight, bias = values["classifier.linear.weight"], values["classifier.linear.bias"]
+    (boundary,) = bundle.manifest.variants["bp"].boundary
+    features = values[boundary.name].reshape(5, weight.shape[1], -1).mean(axis=2, dtype=np.float64)
+    logits = features @ weight.T + bias
+    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    error = (softmax - np.eye(3)[values["labels"]]) / 16  # [N, classes]; scale is 1/16
+    np.testing.assert_allclose(
+        values["classifier.linear.weight/grad"], error.T @ features, rtol=1e-4, atol=1e-7
+    )
+    np.testing.assert_allclose(values["classifier.linear.bias/grad"], error.sum(axis=0), rtol=1e-4, atol=1e-7)
+    assert values["loss"] == pytest.approx(-np.log(softmax[np.arange(5), values["labels"]]).sum(), rel=1e-5)
+
+
+# --- what cannot be done ---
+
+
+REFUSALS = {
+    "no method": ({"methods": ()}, LanceError, "--methods: expected some of bp, lance, found none"),
+    "unknown method": ({"methods": ("bp", "sgd")}, LanceError, "expected some of bp, lance, found sgd"),
+    "no energy": ({"energy": 0.0}, LanceError, "--energy: expected a share above 0 and at most 1, found 0.0"),
+    "not a number": ({"energy": float("nan")}, LanceError, "--energy: .* found nan"),
+    "unknown model": ({"model": "resnet"}, ModelError, "no such network; lance-host knows mcunet"),
+    "too many layers": ({"layers": "99"}, ModelError, "--layers 99: the network has only 42"),
+    "large batch": ({"batch_size": 64}, DataError, "at most the 39 training images, found 64"),
+    "no batches": ({"batches": 0}, LanceError, "--batches: expected 1 or more, found 0"),
+    "negative seed": ({"seed": -1}, LanceError, "--seed: expected 0 or more, found -1"),
+    "no threads": ({"threads": -1}, LanceError, "--threads: expected 1 or more, found -1"),
+    "no pixels": ({"resolution": 0}, LanceError, "--resolution: expected 32 or more, found 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_come_before_the_work_and_leave_nothing(case, photos, start_weights, tmp_path, monkeypatch):
+    options, kind, pattern = REFUSALS[case]
+    monkeypatch.setattr("lance_host.build.capture", lambda *_: pytest.fail("the work had begun"))
+    with pytest.raises(kind, match=pattern):
+        calibrate(request(photos, tmp_path / "pkg.tar", start_weights, **options), silent())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["file/pkg.tar", "file/deeper/pkg.tar"])
+def test_an_output_below_a_file_is_refused_before_the_work(name, photos, start_weights, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("lance_host.build.capture", lambda *_: pytest.fail("the work had begun"))
+    with pytest.raises(StorageError, match=r"pkg\.tar: cannot write \(.*/file: this file is no folder\)"):
+        calibrate(request(photos, tmp_path / name, start_weights), silent())
+
+
+def test_graphs_that_do_not_train_as_pytorch_does_are_not_shipped(
+    photos, start_weights, tmp_path, monkeypatch, head_only
+):
+    """`calibrate` really asks `verify`, with the user's images."""
+    asked = []
+
+    def refuse(network, layers, compiled, weights, projections, images, labels):
+        asked.append((compiled.variant.method, images.shape, labels.tolist()))
+        raise ModelError("method bp: differs")
+
+    monkeypatch.setattr("lance_host.build.verify", refuse)
+    monkeypatch.setattr("lance_host.build.capture", lambda *_: head_only.captured)
+    with pytest.raises(ModelError, match="method bp: differs"):
+        calibrate(request(photos, tmp_path / "pkg.tar", start_weights, layers="0"), silent())
+    ((method, shape, labels),) = asked
+    assert (method, shape) == ("bp", (8, 3, 96, 96))
+    assert set(labels) == {0, 1, 2}, "images of every class"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_package_with_a_newer_schema_says_what_to_do(photo_package, tmp_path):
+    data = photo_package.read_bytes().replace(b'"schema_version": 1,', b'"schema_version": 9,', 1)
+    (tmp_path / "newer.tar").write_bytes(data)
+    with pytest.raises(ArtifactError, match="schema 9, this runtime reads 1; install a newer lance-edge"):
+        Bundle(tmp_path / "newer.tar")
+
+
+def test_arrays_are_stored_without_pickle(bundle):
+    for name in ("weights.npz", "projections.npz", "spectra.npz"):
+        with np.load(io.BytesIO(bundle.read(name)), allow_pickle=False) as archive:
+            assert all(archive[key].dtype.kind in "fiu" for key in archive.files)
