@@ -10,6 +10,7 @@ micro-batches of any size.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,9 @@ from lance_edge.manifest import projection_name
 from lance_host.autodiff import conv
 from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit
+
+# The micro-batch for which costs are compared where they depend on it.
+PLANNED_MICRO_BATCH = 8
 
 
 @dataclass
@@ -90,16 +94,15 @@ def _core(emit: Emit, layer: LayerContext, geo: ConvGeometry, x: ir.Value) -> ir
 
 
 def contraction_order(ranks: Sequence[int], channels: int, positions: int) -> tuple[str, ...]:
-    """The order of the three mode products with the fewest multiply-adds per sample."""
+    """The order of the three mode products with the fewest multiply-adds for a micro-batch."""
     shrunk = {"batch": ranks[0], "channels": ranks[1], "space": ranks[2] * ranks[3]}
 
-    def macs(order: tuple[str, ...]) -> float:
-        size = {"batch": 1, "channels": channels, "space": positions}  # one sample: batch grows to r0
-        total = 0.0
+    def macs(order: tuple[str, ...]) -> int:
+        size = {"batch": PLANNED_MICRO_BATCH, "channels": channels, "space": positions}
+        total = 0
         for mode in order:
-            total += size["batch"] * size["channels"] * size["space"] * shrunk[mode]
-            # After the batch product there are r0 rows for a whole micro-batch, not for each sample.
-            size[mode] = 1 if mode == "batch" else shrunk[mode]
+            total += math.prod(size.values()) * shrunk[mode]
+            size[mode] = shrunk[mode]
         return total
 
     return min(itertools.permutations(shrunk), key=macs)

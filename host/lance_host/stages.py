@@ -10,12 +10,11 @@ from onnx_ir.passes import common as passes
 
 from lance_edge.manifest import TensorSpec
 from lance_host.autodiff.cut import values_to_save
+from lance_host.methods import PLANNED_MICRO_BATCH
 from lance_host.shapes import infer_specs
 from lance_host.step import Step
 from lance_host.traverse import ancestors, descendants
 
-# The micro-batch at which bytes are compared when the cut is chosen.
-CUT_MICRO_BATCH = 8
 IR_VERSION = 8  # read by every onnxruntime that has a wheel for a Pi
 
 
@@ -69,7 +68,7 @@ def _choose_saved(
     backward = ancestors(late, stop=lambda value: value not in after_loss)
     reads = [value for value in backward if value not in after_loss]
     sizes = {
-        value: specs[value.name].nbytes(CUT_MICRO_BATCH)
+        value: specs[value.name].nbytes(PLANNED_MICRO_BATCH)
         for node in step.model.graph
         for value in node.outputs
         if value.name in specs

@@ -70,7 +70,7 @@ def append_gradients(
 ) -> list[ir.Value]:
     """Replace the outputs by `grad_<name>`; the gradient of `y` becomes the input `dy`."""
     graph = model.graph
-    seed = ir.Value(name="dy", type=ir.TensorType(ir.DataType.FLOAT))
+    seed = ir.Value(name="dy", type=ir.TensorType(ir.DataType.FLOAT), shape=graph.outputs[0].shape)
     graph.inputs.append(seed)
     emit = Emit(graph, "grad/")
     by_name = {value.name: value for value in graph.inputs}
