@@ -1,7 +1,8 @@
 """The package file: a deterministic, uncompressed tar whose first member is `manifest.json`.
 
-Reading trusts nothing: member names, kinds, sizes and hashes are checked against the manifest before a
-byte is used, and nothing is ever extracted to the file system.  The format is in `docs/artifact.md`.
+Reading trusts nothing: every byte of the file is checked before one is used (members against the manifest,
+the manifest against its own digest, all else against what `write_bundle` writes), and nothing is ever
+extracted to the file system.  The format is in `docs/artifact.md`.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from lance_edge.files import atomic_writer
 from lance_edge.manifest import Manifest, Member
 
 MANIFEST_MEMBER = "manifest.json"
+DIGEST_MEMBER = "manifest.sha256"  # second member, as sha256sum writes it: finds damage, proves no origin
 MAX_MANIFEST_BYTES = 16 << 20
 CHUNK_BYTES = 1 << 16
 
@@ -42,14 +44,23 @@ def write_bundle(path: Path, manifest: Manifest, contents: Mapping[str, bytes]) 
     encoded = manifests.encode(manifest)
     with atomic_writer(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         _add(tar, MANIFEST_MEMBER, encoded)
+        _add(tar, DIGEST_MEMBER, _digest_line(encoded))
         for member in manifest.members:
             _add(tar, member.name, contents[member.name])
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    tar.addfile(_header(name, len(data)), io.BytesIO(data))
+
+
+def _header(name: str, size: int) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)  # owner, mode and time keep their constant defaults: determinism
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+    info.size = size
+    return info
+
+
+def _digest_line(encoded: bytes) -> bytes:
+    return f"{hashlib.sha256(encoded).hexdigest()}  {MANIFEST_MEMBER}\n".encode()
 
 
 class Bundle:
@@ -66,10 +77,11 @@ class Bundle:
         try:
             self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - open as long as the bundle
             infos = _checked_infos(path, self._tar)
-            encoded = self._read_manifest(infos[0])
+            _expect_layout(path, self._file, infos)
+            encoded = self._read_manifest(infos)
             self.manifest = manifests.decode(encoded, str(path))
             self.sha256 = hashlib.sha256(encoded).hexdigest()  # covers every member through its hash
-            self._infos = {info.name: info for info in infos[1:]}
+            self._infos = {info.name: info for info in infos[1:] if info.name != DIGEST_MEMBER}
             self._verify_members()
         except (tarfile.TarError, EOFError, OSError, UnicodeError, ValueError) as error:
             self._file.close()
@@ -90,7 +102,11 @@ class Bundle:
         self._file.close()
 
     def read(self, name: str) -> bytes:
-        """The content of a member."""
+        """The content of a member.
+
+        Raises:
+            ArtifactError: if there is no such member.
+        """
         with self._open(name) as stream:
             return stream.read()
 
@@ -104,12 +120,23 @@ class Bundle:
         stream = self._tar.extractfile(self._infos[name])
         return cast(BinaryIO, stream)
 
-    def _read_manifest(self, info: tarfile.TarInfo) -> bytes:
-        if info.name != MANIFEST_MEMBER or info.size > MAX_MANIFEST_BYTES:
+    def _read_manifest(self, infos: list[tarfile.TarInfo]) -> bytes:
+        first = infos[0]
+        if first.name != MANIFEST_MEMBER or first.size > MAX_MANIFEST_BYTES:
             raise ArtifactError(
-                f"{self.path}: expected {MANIFEST_MEMBER} as first member, found {info.name!r}"
-                f" of {info.size} bytes; this is not a package of lance-host"
+                f"{self.path}: expected {MANIFEST_MEMBER} as first member, found {first.name!r}"
+                f" of {first.size} bytes; this is not a package of lance-host"
             )
+        encoded = self._content(first)
+        for info in infos[1:]:  # packages of the first builds have no digest
+            if info.name == DIGEST_MEMBER and self._content(info) != _digest_line(encoded):
+                raise ArtifactError(
+                    f"{self.path}: {MANIFEST_MEMBER} is not what {DIGEST_MEMBER} declares; the package was"
+                    " changed or damaged: copy it again"
+                )
+        return encoded
+
+    def _content(self, info: tarfile.TarInfo) -> bytes:
         return cast(BinaryIO, self._tar.extractfile(info)).read()
 
     def _verify_members(self) -> None:
@@ -161,6 +188,9 @@ class ArrayReader(Mapping[str, NDArray[np.generic]]):
                 f"{self._where}: array {name} is unreadable ({error}); rebuild the package"
             ) from None
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -171,7 +201,7 @@ class ArrayReader(Mapping[str, NDArray[np.generic]]):
 def npz_bytes(arrays: Mapping[str, NDArray[np.generic]]) -> bytes:
     """An uncompressed `.npz`; the same arrays give the same bytes (numpy stamps no time)."""
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: np.ascontiguousarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
+    np.savez(buffer, **{name: np.asarray(value, order="C") for name, value in arrays.items()})  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
@@ -199,3 +229,24 @@ def _checked_infos(path: Path, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
     if len(set(names)) != len(names):
         raise ArtifactError(f"{path}: a member stands twice; the package was changed: do not use this file")
     return infos
+
+
+def _expect_layout(path: Path, file: BinaryIO, infos: list[tarfile.TarInfo]) -> None:
+    """Headers, padding and end are what `write_bundle` writes: nothing hides between members or after them."""
+    file.seek(0)
+    good = True
+    for info in infos:
+        header = _header(info.name, info.size).tobuf(tarfile.USTAR_FORMAT)
+        good = good and file.read(len(header)) == header
+        file.seek(info.size, io.SEEK_CUR)
+        padding = -info.size % tarfile.BLOCKSIZE
+        good = good and file.read(padding) == bytes(padding)
+    end = file.tell()
+    rest = tarfile.RECORDSIZE - end % tarfile.RECORDSIZE
+    if rest < 2 * tarfile.BLOCKSIZE:  # the end of a tar is two empty blocks, then a full record
+        rest += tarfile.RECORDSIZE
+    if not good or file.read(rest + 1) != bytes(rest):
+        raise ArtifactError(
+            f"{path}: the tar is cut off, was changed, or was packed by another program; expected the file as"
+            " lance-host wrote it: copy it again"
+        )

@@ -1,11 +1,12 @@
 """Writing files so that a reader sees the old one or the new one, never half of one."""
 
 import contextlib
+import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from lance_edge.errors import StorageError
 
@@ -22,13 +23,12 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
-            yield cast(BinaryIO, file)
+        name = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+        with name.open("xb") as file:  # not tempfile: its private mode cannot be changed on FAT
+            temporary = name
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -40,15 +40,12 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot sync a folder
+            raise
     finally:
         os.close(descriptor)

@@ -204,8 +204,8 @@ def decode(data: bytes, where: str) -> Manifest:
         ArtifactError: for anything but a well-formed manifest of this schema.
     """
     try:
-        value: Any = json.loads(data)
-    except ValueError as error:
+        value: Any = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where}: manifest.json is not JSON ({error}); copy the package again") from None
     version = value.get("schema_version") if isinstance(value, dict) else None
     if version != SCHEMA_VERSION:
@@ -216,6 +216,10 @@ def decode(data: bytes, where: str) -> Manifest:
         raise ArtifactError(
             f"{where}: manifest.json does not fit schema {SCHEMA_VERSION}: {error}; rebuild the package"
         ) from None
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _schema_message(where: str, version: Any) -> str:

@@ -50,7 +50,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         entries = _expect(dict, value, where)
         return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _float(value, where)
     return _expect(kind, value, where)
 
 
@@ -77,6 +77,13 @@ def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
     if missing or unknown:
         raise RecordError(f"{where}: missing fields {missing}, unknown fields {unknown}")
     return kind(**{name: _decode(hints[name], entries[name], f"{where}.{name}") for name in names})
+
+
+def _float(value: int, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise RecordError(f"{where}: expected a float, found an integer beyond its range") from None
 
 
 def _expect(kind: Any, value: Any, where: str) -> Any:
