@@ -104,7 +104,10 @@ def spawn_host() -> Callable[..., subprocess.Popen[str]]:
     """Start `lance-host` in a process of its own, by its entry point."""
 
     def spawn(*words: Any, **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", "from lance_host.entry import main; main()", *map(str, words)]
+        # A test run in the background of a shell ignores Ctrl-C, and would hand that on.
+        start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{start}; from lance_host.entry import main; main()"
+        command = [sys.executable, "-c", code, *map(str, words)]
         return subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

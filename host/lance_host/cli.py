@@ -22,7 +22,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except LanceError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("stopped; nothing was written", err=True)

@@ -11,7 +11,7 @@ def main() -> None:
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         sys.stderr.write(
-            f"lance-host: {', '.join(missing)} not installed; lance-host needs the host extra:"
+            f"error: {', '.join(missing)} not installed; lance-host needs the host extra:"
             " pip install 'lance-edge[host]'\n"
         )
         raise SystemExit(9)
