@@ -35,9 +35,11 @@ def values_to_save(
     """
     network, needed = nx.DiGraph(), _ancestors(backward_reads, given, free)
     network.add_node("source")
+    byte = 2 * len(needed) + 1
     for value in needed:
         # Of two cuts with equal bytes: the one with fewer tensors, and prefix outputs before copies of them.
-        capacity = 2 * sizes[value] + (1 if value in given else 2) if value in sizes else None
+        tie_break = 1 if value in given else 2  # all of them together weigh less than one byte
+        capacity = byte * sizes[value] + tie_break if value in sizes else None
         _edge(network, (value, "in"), (value, "out"), capacity)
         producer = value.producer()
         if value in given or producer is None or producer.op_type in EXPENSIVE:
