@@ -258,7 +258,10 @@ def _read_npz(path: Path) -> tuple[list[str], ArrayPart, ArrayPart | None]:
 def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     wanted = ("x", "y", "x_test", "y_test", "classes")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("found a single array, as of numpy.save")
             arrays = {key: file[key] for key in wanted if key in file.files}
             held = ", ".join(file.files) or "nothing"
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
