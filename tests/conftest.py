@@ -22,6 +22,7 @@ sys.path.insert(0, str(TESTS / "host"))
 CLASSES = ("disc", "square", "stripes")
 PHOTOS_PER_CLASS = 20
 MODEL, RESOLUTION = "mcunet-10fps-vww", 96  # the smallest network, with maps of 3 x 3 at its end
+RESIZE = RESOLUTION * 256 // 224
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,9 @@ def shared() -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three class folders of 20 images: a red disc, a green square, blue stripes on a noisy ground.
 
-    JPEG of several sizes; in each class one is stored lying on its side, and one is a greyscale PNG.
+    JPEG of several shapes; in each class one is stored lying on its side, and one is a greyscale PNG.
+    The short side is what the network resizes to: no pixel is interpolated, so that two implementations
+    agree on every one of them, and gradients can be compared to rounding.
     """
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for name in CLASSES:
@@ -57,7 +60,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _photo(name: str, rng: np.random.Generator) -> Image.Image:
-    width, height = (int(size) for size in rng.integers(90, 160, 2))
+    long = int(rng.integers(RESIZE, 2 * RESIZE))
+    width, height = (long, RESIZE) if rng.integers(2) else (RESIZE, long)
     image = Image.fromarray(rng.integers(60, 200, (height, width, 3)).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     x, y = int(width * rng.uniform(0.35, 0.65)), int(height * rng.uniform(0.35, 0.65))
@@ -129,7 +133,9 @@ def start_weights(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     from lance_host.zoo import zoo_model
 
-    torch.manual_seed(0)
+    # With this seed no unit of the trained layers is within 2e-5 of a kink of its ReLU6 on the first batch:
+    # one that lies on a kink would let rounding decide whether it has a gradient.
+    torch.manual_seed(6)
     network = zoo_model(MODEL).build(len(CLASSES)).train()
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     with torch.no_grad():
