@@ -1,0 +1,425 @@
+"""Packages: the same bytes for the same content, and a readable refusal of anything else."""
+
+import dataclasses
+import errno
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import tarfile
+
+import numpy as np
+import pytest
+
+from lance_edge.bundle import DIGEST_MEMBER, MANIFEST_MEMBER, Bundle, describe, npz_bytes, write_bundle
+from lance_edge.errors import ArtifactError, StorageError
+from lance_edge.manifest import (
+    SCHEMA_VERSION,
+    Layer,
+    LayerPlan,
+    Manifest,
+    Preprocessing,
+    Split,
+    TensorSpec,
+    Variant,
+    decode,
+    encode,
+)
+
+ARRAYS = {
+    "conv.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2),
+    "bn.num_batches_tracked": np.array(7, np.int64),  # no dimension
+    "transposed": np.arange(6.0).reshape(2, 3).T,
+    "empty": np.zeros((0, 4), np.float32),
+}
+CONTENTS = {"graphs/forward.onnx": b"not a real graph", "weights.npz": npz_bytes(ARRAYS), "none": b""}
+
+
+def layer_plan(**changes):
+    plan = LayerPlan("conv", (2, 1, 1, 1), (0.71, 0.72, 0.73, 0.74), 100, 2000, 300)
+    return dataclasses.replace(plan, **changes)
+
+
+def variant(method):
+    return Variant(
+        method=method,
+        graphs={"forward": "graphs/forward.onnx"},
+        parameters=("conv.weight",),
+        layers=(layer_plan(), layer_plan(activation_bytes=23)),
+        boundary=(TensorSpec("boundary", ("N", 3, 4, 4), "float32"),),
+        saved=(TensorSpec("mask", ("N", 5), "uint8"),),
+        statistics=(TensorSpec("core", (2, 1, 1, 1), "float32"), TensorSpec("count", (), "int64")),
+        batch_projections=("conv/U0",),
+        projections=("conv/U1",),
+        graph_macs={"forward": 1},
+    )
+
+
+def manifest(contents=CONTENTS, **changes):
+    layer = Layer("conv", "conv.weight", (2, 3, 2, 2), (3, 4, 4), (2, 3, 3), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    complete = Manifest(
+        schema_version=SCHEMA_VERSION,
+        created_by="test",
+        model="tiny",
+        weights_source="random",
+        classes=("élan", "b"),
+        preprocessing=Preprocessing(8, 9, (0.5,) * 3, (0.5,) * 3),
+        split=Split(0, 0.25, 0.1),
+        seed=0,
+        mode="channel",
+        energy=0.7,
+        batch_size=4,
+        calibration_batches=1,
+        parameters=(TensorSpec("conv.weight", (2, 3, 2, 2), "float32"),),
+        layers=(layer,),
+        variants={"lance": variant("lance"), "bp": variant("bp")},
+        members=tuple(describe(name, data) for name, data in contents.items()),
+    )
+    return dataclasses.replace(complete, **changes)
+
+
+@pytest.fixture
+def package(tmp_path):
+    path = tmp_path / "pkg.tar"
+    write_bundle(path, manifest(), CONTENTS)
+    return path
+
+
+def refusal(path):
+    with pytest.raises(ArtifactError) as raised:
+        Bundle(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message
+
+
+# --- good packages ---
+
+
+def test_round_trip(package):
+    with Bundle(package) as bundle:
+        assert bundle.manifest == manifest()
+        assert bundle.sha256 == hashlib.sha256(encode(manifest())).hexdigest()
+        for name, data in CONTENTS.items():
+            assert bundle.read(name) == data
+        arrays = bundle.arrays("weights.npz")
+        assert list(arrays) == list(ARRAYS)
+        assert len(arrays) == 4
+        for name, expected in ARRAYS.items():
+            assert arrays[name].dtype == expected.dtype
+            assert arrays[name].shape == expected.shape
+            np.testing.assert_array_equal(arrays[name], expected)
+
+
+def test_same_content_same_bytes(package, tmp_path):
+    again = tmp_path / "elsewhere" / "other-name.tar"
+    arrays = {name: value.copy() for name, value in ARRAYS.items()}
+    write_bundle(again, manifest(), {**CONTENTS, "weights.npz": npz_bytes(arrays)})
+    assert again.read_bytes() == package.read_bytes()
+
+
+def test_any_tar_program_reads_it(package):
+    with tarfile.open(package) as tar:
+        assert tar.getnames() == [MANIFEST_MEMBER, DIGEST_MEMBER, *CONTENTS]
+        data = tar.extractfile(MANIFEST_MEMBER).read()
+        line = tar.extractfile(DIGEST_MEMBER).read().decode()
+    assert json.loads(data)["classes"] == ["élan", "b"]
+    assert line == f"{hashlib.sha256(data).hexdigest()}  manifest.json\n"  # for sha256sum -c
+
+
+def test_arrays_by_name(package):
+    with Bundle(package) as bundle:
+        arrays = bundle.arrays("weights.npz")
+        assert "conv.weight" in arrays
+        assert "other" not in arrays
+        with pytest.raises(ArtifactError) as raised:
+            arrays["other"]
+        assert str(raised.value) == (
+            f"{package}: weights.npz: no array other; rebuild the package with lance-host"
+        )
+        with pytest.raises(ArtifactError) as raised:
+            bundle.read("spectra.npz")
+        assert str(raised.value) == f"{package}: no member spectra.npz; rebuild the package with lance-host"
+        with pytest.raises(ArtifactError, match=r"graphs/forward.onnx: not a readable npz \(.*; rebuild"):
+            bundle.arrays("graphs/forward.onnx")
+
+
+def test_objects_in_an_array_are_never_unpickled(tmp_path):
+    buffer = io.BytesIO()
+    np.savez(buffer, evil=np.array([{}], dtype=object))
+    contents = {"weights.npz": buffer.getvalue()}
+    write_bundle(tmp_path / "pkg.tar", manifest(contents), contents)
+    with Bundle(tmp_path / "pkg.tar") as bundle:
+        arrays = bundle.arrays("weights.npz")
+        with pytest.raises(ArtifactError, match=r"array evil is unreadable \(Object arrays cannot be loaded"):
+            arrays["evil"]
+
+
+def test_variants_and_bytes():
+    made = manifest()
+    assert made.variant(None).method == "lance"
+    assert made.variant("bp").method == "bp"
+    assert made.variant("bp").activation_bytes == 100 + 23
+    assert made.variant("bp").saved_bytes(6) == 6 * 5 + 2 * 4 + 8
+    with pytest.raises(ArtifactError) as raised:
+        made.variant("asi")
+    assert str(raised.value) == (
+        "this package holds the methods lance, bp, not asi; choose one of them, or calibrate again with"
+        " --methods lance,bp,asi"
+    )
+
+
+# --- damage ---
+
+
+def test_every_flipped_byte_is_found(package):
+    data = package.read_bytes()
+    flips = random.Random(0)
+    for position in range(0, len(data), 11):  # odd: every field of some header
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << flips.randrange(8)
+        package.write_bytes(damaged)
+        refusal(package)
+
+
+def test_every_kind_of_cut_is_found(package):
+    data = package.read_bytes()
+    lengths = {*range(0, len(data), 509), *range(0, len(data), 512), 1, len(data) - 1}
+    for length in sorted(lengths):
+        package.write_bytes(data[:length])
+        refusal(package)
+
+
+@pytest.mark.parametrize("extra", [b"\0", b"x", bytes(512), bytes(10240), b"PK" * 256])
+def test_nothing_hides_behind_the_end(package, extra):
+    package.write_bytes(package.read_bytes() + extra)
+    assert refusal(package).endswith(
+        "the tar is cut off, was changed, or was packed by another program; expected the file as lance-host"
+        " wrote it: copy it again"
+    )
+
+
+def test_a_changed_member(package):
+    data = bytearray(package.read_bytes())
+    data[data.index(b"not a real graph")] ^= 1
+    package.write_bytes(data)
+    found = hashlib.sha256(b"oot a real graph").hexdigest()[:12]
+    expected = hashlib.sha256(CONTENTS["graphs/forward.onnx"]).hexdigest()[:12]
+    assert refusal(package) == (
+        f"{package}: graphs/forward.onnx is not what the manifest declares (expected 16 bytes,"
+        f" sha256 {expected}; found 16 bytes, sha256 {found}); the package was changed or damaged: copy it again"
+    )
+
+
+def test_a_changed_manifest(package):
+    data = package.read_bytes()
+    package.write_bytes(data.replace(b'"energy": 0.7', b'"energy": 0.8', 1))
+    assert refusal(package) == (
+        f"{package}: manifest.json is not what manifest.sha256 declares; the package was changed or damaged:"
+        " copy it again"
+    )
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert refusal(tmp_path / "none.tar") == (
+        f"{tmp_path}/none.tar: cannot open the package (No such file or directory); make one with lance-host"
+        " calibrate"
+    )
+    assert "cannot open the package (Is a directory)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", bytes(511), random.Random(0).randbytes(20_000)])
+def test_not_a_tar(tmp_path, data):
+    (tmp_path / "pkg.tar").write_bytes(data)
+    message = refusal(tmp_path / "pkg.tar")
+    assert ": not a readable package (" in message
+    assert message.endswith("expected an uncompressed tar from lance-host; it may be cut off: copy it again")
+
+
+def test_a_compressed_package(package):
+    package.write_bytes(gzip.compress(package.read_bytes()))
+    assert "expected an uncompressed tar from lance-host" in refusal(package)
+
+
+def test_an_empty_tar(tmp_path):
+    (tmp_path / "pkg.tar").write_bytes(bytes(10240))
+    assert refusal(tmp_path / "pkg.tar").endswith("an empty tar; expected a package of lance-host")
+
+
+# --- packages made by hand ---
+
+
+def forge(path, members, encoded=None):
+    """A tar of the manifest, its digest and any `(TarInfo or name, data)`, whatever they say."""
+    encoded = encode(manifest()) if encoded is None else encoded
+    digest = f"{hashlib.sha256(encoded).hexdigest()}  manifest.json\n".encode()
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in [(MANIFEST_MEMBER, encoded), (DIGEST_MEMBER, digest), *members]:
+            info = tarfile.TarInfo(name) if isinstance(name, str) else name
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def entry(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_a_forgery_of_the_good_package_is_the_good_package(package, tmp_path):
+    """The forgeries below are refused for what they change, not for how they are made."""
+    assert forge(tmp_path / "other.tar", CONTENTS.items()).read_bytes() == package.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        "../evil",
+        "graphs/../../evil",
+        "/etc/evil",
+        "graphs\\..\\evil",
+        entry("weights.npz", tarfile.SYMTYPE, "/etc/passwd"),
+        entry("weights.npz", tarfile.LNKTYPE, "manifest.json"),
+        entry("graphs", tarfile.DIRTYPE),
+        entry("pipe", tarfile.FIFOTYPE),
+        entry("device", tarfile.CHRTYPE),
+    ],
+    ids=lambda member: str(member if isinstance(member, str) else member.name),
+)
+def test_members_that_escape(tmp_path, member):
+    path = forge(tmp_path / "pkg.tar", [*CONTENTS.items(), (member, b"")])
+    name = member if isinstance(member, str) else member.name
+    assert refusal(path) == (
+        f"{path}: member {name!r} is a link, a folder or a path that escapes; a package holds plain files only:"
+        " do not use this file"
+    )
+
+
+@pytest.mark.parametrize("name", [*CONTENTS, MANIFEST_MEMBER, DIGEST_MEMBER])
+def test_duplicate_members(tmp_path, name):
+    path = forge(tmp_path / "pkg.tar", [*CONTENTS.items(), (name, b"second")])
+    assert refusal(path) == f"{path}: a member stands twice; the package was changed: do not use this file"
+
+
+def test_members_that_differ_from_the_manifest(tmp_path):
+    path = tmp_path / "pkg.tar"
+    end = "; the package was changed: copy it again from where it was made"
+    forge(path, [*CONTENTS.items(), ("extra", b"")])
+    assert refusal(path) == f"{path}: members differ from the manifest: ['extra']{end}"
+    forge(path, list(CONTENTS.items())[1:])
+    assert refusal(path) == f"{path}: members differ from the manifest: ['graphs/forward.onnx']{end}"
+    forge(path, list(CONTENTS.items())[::-1])
+    assert refusal(path) == f"{path}: members differ from the manifest: their order{end}"
+
+
+@pytest.mark.parametrize("size", [15, 17, 100_000])
+def test_a_member_of_another_size(tmp_path, size):
+    contents = {**CONTENTS, "graphs/forward.onnx": bytes(size)}
+    path = forge(tmp_path / "pkg.tar", contents.items())
+    message = refusal(path)
+    assert f"found {size} bytes, sha256 not read);" in message
+    assert "graphs/forward.onnx is not what the manifest declares (expected 16 bytes" in message
+
+
+def test_the_manifest_is_not_first(tmp_path):
+    path = tmp_path / "pkg.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("weights.npz"))
+    assert refusal(path) == (
+        f"{path}: expected manifest.json as first member, found 'weights.npz' of 0 bytes; this is not a package"
+        " of lance-host"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"uname": "me"}, {"mode": 0o600}, {"mtime": 1}, {"pax_headers": {"comment": "hello"}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_packed_again_by_another_program(tmp_path, change):
+    path = tmp_path / "pkg.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo(MANIFEST_MEMBER)
+        for name, value in change.items():
+            setattr(info, name, value)
+        info.size = len(encode(manifest()))
+        tar.addfile(info, io.BytesIO(encode(manifest())))
+    assert "was packed by another program" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"schema_version": SCHEMA_VERSION + 2},
+            f"schema {SCHEMA_VERSION + 2}, this runtime reads {SCHEMA_VERSION}; install a newer lance-edge"
+            " here, or rebuild the package with the version installed here",
+        ),
+        ({"schema_version": 0}, "expected schema 1, found 0; rebuild the package with lance-host"),
+        ({"schema_version": "1"}, "expected schema 1, found '1'; rebuild the package with lance-host"),
+        ({"schema_version": None}, "expected schema 1, found None; rebuild the package with lance-host"),
+        (
+            {"batch_size": "4"},
+            "manifest.json does not fit schema 1: $.batch_size: expected int, found str; rebuild the package",
+        ),
+        (
+            {"surprise": 1},
+            "manifest.json does not fit schema 1: $: missing fields [], unknown fields ['surprise']; rebuild"
+            " the package",
+        ),
+    ],
+)
+def test_manifests_of_other_schemas(tmp_path, changes, message):
+    value = {**json.loads(encode(manifest())), **changes}
+    path = forge(tmp_path / "pkg.tar", CONTENTS.items(), json.dumps(value).encode())
+    assert refusal(path) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"schema_version": NaN}', b'{"a": -Infinity}']
+)
+def test_manifests_that_are_not_json(tmp_path, data):
+    path = forge(tmp_path / "pkg.tar", CONTENTS.items(), data)
+    message = refusal(path)
+    assert message.startswith(f"{path}: manifest.json is not JSON (")
+    assert message.endswith("); copy the package again")
+
+
+@pytest.mark.parametrize("data", [b"[]", b"3", b"null", b'"text"', b"{}"])
+def test_json_that_is_no_manifest(data):
+    with pytest.raises(ArtifactError) as raised:
+        decode(data, "pkg.tar")
+    assert str(raised.value) == "pkg.tar: expected schema 1, found None; rebuild the package with lance-host"
+
+
+def test_manifest_round_trip():
+    assert decode(encode(manifest()), "here") == manifest()
+
+
+# --- writing ---
+
+
+def test_disk_full_leaves_the_old_package(package, monkeypatch):
+    before = package.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageError) as raised:
+        write_bundle(package, manifest(energy=0.9), CONTENTS)
+    assert str(raised.value) == (
+        f"{package}: cannot write (No space left on device); free some space or choose another place"
+    )
+    assert package.read_bytes() == before
+    assert [entry.name for entry in package.parent.iterdir()] == ["pkg.tar"]
+
+
+def test_a_member_that_is_missing_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError):
+        write_bundle(tmp_path / "pkg.tar", manifest(), {})
+    assert list(tmp_path.iterdir()) == []
