@@ -210,7 +210,8 @@ def test_a_changed_member(package):
     expected = hashlib.sha256(CONTENTS["graphs/forward.onnx"]).hexdigest()[:12]
     assert refusal(package) == (
         f"{package}: graphs/forward.onnx is not what the manifest declares (expected 16 bytes,"
-        f" sha256 {expected}; found 16 bytes, sha256 {found}); the package was changed or damaged: copy it again"
+        f" sha256 {expected}; found 16 bytes, sha256 {found}); the package was changed or damaged:"
+        " copy it again"
     )
 
 
