@@ -114,6 +114,18 @@ def test_round_trip(package):
             np.testing.assert_array_equal(arrays[name], expected)
 
 
+def test_nothing_stays_open(package):
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208 - names only
+    bundle = Bundle(package)
+    with bundle:
+        pass
+    assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
+    package.write_bytes(package.read_bytes()[:-1])
+    with pytest.raises(ArtifactError) as raised:  # whose traceback keeps the bundle alive
+        Bundle(package)
+    assert os.listdir("/proc/self/fd") == before, raised  # noqa: PTH208
+
+
 def test_same_content_same_bytes(package, tmp_path):
     again = tmp_path / "elsewhere" / "other-name.tar"
     arrays = {name: value.copy() for name, value in ARRAYS.items()}

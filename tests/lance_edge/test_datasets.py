@@ -126,6 +126,21 @@ def test_validation_is_empty_at_fraction_0(tmp_path):
     assert dataset.validation.labels.shape == (0,)
 
 
+@pytest.mark.parametrize(("images", "held_out"), [(1, 0), (3, 0), (4, 1), (9, 1)])
+def test_four_images_of_a_class_can_spare_one(tmp_path, images, held_out):
+    make(tmp_path, train__a=images, train__b=images, test__a=1, test__b=1)
+    assert len(open_dataset(tmp_path, Split(0, 0.25, 0.01)).validation) == 2 * held_out
+
+
+def test_parts_are_sorted_by_the_whole_name(tmp_path):
+    """Not class by class: `-` sorts before `/`."""
+    dataset = open_dataset(make(tmp_path, **{"a": 5, "a-b": 5}), Split(0, 0.25, 0))
+    assert dataset.classes == ("a", "a-b")
+    assert list(dataset.train.names) == sorted(dataset.train.names)
+    assert dataset.train.names[0].startswith("a-b/")
+    assert dataset.train.labels[0] == 1
+
+
 def test_accents_are_the_same_composed_and_decomposed(tmp_path):
     """macOS hands out decomposed names: the split and the classes must not notice."""
     found = []

@@ -92,7 +92,7 @@ def test_palette_with_and_without_transparency(tmp_path):
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
     image.save(tmp_path / "plain.png")
-    image.save(tmp_path / "clear.png", transparency=bytes([255, 0]))
+    image.save(tmp_path / "clear.png", transparency=bytes([128, 64]))
     image.save(tmp_path / "clear.gif", transparency=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
