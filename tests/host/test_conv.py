@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from lance_host.autodiff import conv
 from lance_host.autodiff.emit import Emit
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 # Sums of up to some 500 products in float32 (unit roundoff 6e-8), against float64: the error of such a sum
 # grows as the square root of its length, some 1e-6 of its typical size.  Entries of a gradient are of like
 # size, so the largest difference stays below 1e-5 of the largest entry.

@@ -30,6 +30,8 @@ from lance_host.autodiff.emit import Emit
 from lance_host.graph_cost import graph_macs
 from lance_host.methods import METHODS, PLANNED_MICRO_BATCH, LayerContext, projection_inputs
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 # The literal form runs in float64.  Float32 sums of up to some 1e4 terms, chained over four projections, two
 # rebuilds and one convolution, err by some 1e-6 of the gradient's largest entry; 1e-4 is the bound that the
 # project promises, and leaves room for gradients that cancel.

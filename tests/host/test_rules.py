@@ -17,6 +17,8 @@ from onnx import helper
 from lance_edge.errors import ModelError
 from lance_host.autodiff.rules import RULES
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 # The rules run in float32 (unit roundoff 6e-8) and sum at most a few hundred terms of like size; the
 # truth is float64.  The rounding error of such sums stays below 1e-5 of the largest entry.
 TOLERANCE = 1e-5
