@@ -81,7 +81,7 @@ class Bundle:
             encoded = self._read_manifest(infos)
             self.manifest = manifests.decode(encoded, str(path))
             self.sha256 = hashlib.sha256(encoded).hexdigest()  # covers every member through its hash
-            self._infos = {info.name: info for info in infos[1:] if info.name != DIGEST_MEMBER}
+            self._infos = {info.name: info for info in infos[2:]}
             self._verify_members()
         except (tarfile.TarError, EOFError, OSError, UnicodeError, ValueError) as error:
             self._file.close()
@@ -127,13 +127,14 @@ class Bundle:
                 f"{self.path}: expected {MANIFEST_MEMBER} as first member, found {first.name!r}"
                 f" of {first.size} bytes; this is not a package of lance-host"
             )
-        encoded = self._content(first)
-        for info in infos[1:]:  # packages of the first builds have no digest
-            if info.name == DIGEST_MEMBER and self._content(info) != _digest_line(encoded):
-                raise ArtifactError(
-                    f"{self.path}: {MANIFEST_MEMBER} is not what {DIGEST_MEMBER} declares; the package was"
-                    " changed or damaged: copy it again"
-                )
+        encoded, second = self._content(first), infos[1:2]
+        if [info.name for info in second] != [DIGEST_MEMBER] or self._content(second[0]) != _digest_line(
+            encoded
+        ):
+            raise ArtifactError(
+                f"{self.path}: {MANIFEST_MEMBER} is not what {DIGEST_MEMBER} declares; the package was"
+                " changed or damaged: copy it again"
+            )
         return encoded
 
     def _content(self, info: tarfile.TarInfo) -> bytes:
