@@ -1,10 +1,11 @@
 """For all tests: the folder of optional large files, generated photographs, and what is made of them.
 
-Makes the host tests' helpers importable.  Whatever takes seconds is made once: tests that use a package
-bear the xdist group "package", so that one worker makes it for all of them.
+Makes the host tests' helpers importable.  Whatever takes seconds is made once, for all workers of xdist.
 """
 
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +33,29 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent; set LANCE_SHARED to the folder that holds weights/ and data/")
     return folder
+
+
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """`made_once(name, make)`: a folder that `make` fills for the first worker that asks; others wait."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / f"once-{name}", root / f"once-{name}.done"
+        with (root / f"once-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
@@ -124,11 +148,21 @@ def spawn_host() -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="session")
-def start_weights(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start_weights(photos: Path, made_once: MadeOnce) -> Path:
     """Random weights through which images survive: batch-norm has the statistics of the photographs.
 
     A plainly random network of this depth gives features near zero; nothing could be seen in its gradients.
     """
+
+    def make(folder: Path) -> None:
+        import torch
+
+        torch.save(_network_for(photos).state_dict(), folder / "start.pth")
+
+    return made_once("weights", make) / "start.pth"
+
+
+def _network_for(photos: Path) -> Any:
     import torch
 
     from lance_host.zoo import zoo_model
@@ -137,19 +171,19 @@ def start_weights(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     # one that lies on a kink would let rounding decide whether it has a gradient.
     torch.manual_seed(6)
     network = zoo_model(MODEL).build(len(CLASSES)).train()
-    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    pixels = [
+        np.asarray(Image.open(path).convert("RGB").resize((RESOLUTION, RESOLUTION)))
+        for path in sorted(photos.rglob("*.jpg"))[::2]
+    ]
+    images = np.stack(pixels).transpose(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
-        for norm in norms:
-            norm.momentum = None  # running statistics are those of the one batch below
-            norm.weight.uniform_(0.7, 1.5)
-            norm.bias.uniform_(-0.3, 0.3)
-        paths = sorted(photos.rglob("*.jpg"))[::2]
-        pixels = [Image.open(path).convert("RGB").resize((RESOLUTION, RESOLUTION)) for path in paths]
-        images = np.stack([np.asarray(image) for image in pixels]).transpose(0, 3, 1, 2) / 127.5 - 1
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None  # running statistics are those of the one batch below
+                module.weight.uniform_(0.7, 1.5)
+                module.bias.uniform_(-0.3, 0.3)
         network(torch.from_numpy(images.astype(np.float32)))
-    path = tmp_path_factory.mktemp("weights") / "start.pth"
-    torch.save(network.state_dict(), path)
-    return path
+    return network
 
 
 @pytest.fixture(scope="session")
@@ -164,20 +198,22 @@ def calibrate_words(photos: Path, start_weights: Path) -> Sequence[Any]:
 
 @pytest.fixture(scope="session")
 def twin_packages(
-    calibrate_words: Sequence[Any],
-    spawn_host: Callable[..., subprocess.Popen[str]],
-    tmp_path_factory: pytest.TempPathFactory,
+    calibrate_words: Sequence[Any], spawn_host: Callable[..., subprocess.Popen[str]], made_once: MadeOnce
 ) -> tuple[Path, Path]:
     """The same command in two processes that order sets differently."""
-    folder = tmp_path_factory.mktemp("packages")
-    paths = (folder / "first.tar", folder / "second.tar")
-    processes = [
-        spawn_host(*calibrate_words, "-o", path, PYTHONHASHSEED=str(seed)) for seed, path in enumerate(paths, 1)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    return paths
+    names = ("first.tar", "second.tar")
+
+    def make(folder: Path) -> None:
+        processes = [
+            spawn_host(*calibrate_words, "-o", folder / name, PYTHONHASHSEED=str(seed))
+            for seed, name in enumerate(names, 1)
+        ]
+        for process in processes:
+            _, errors = process.communicate(timeout=500)
+            assert process.returncode == 0, errors
+
+    folder = made_once("packages", make)
+    return folder / names[0], folder / names[1]
 
 
 @pytest.fixture(scope="session")
@@ -188,16 +224,16 @@ def photo_package(twin_packages: tuple[Path, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(
-    photo_package: Path,
-    photos: Path,
-    lance_device: Callable[..., Result],
-    tmp_path_factory: pytest.TempPathFactory,
+    photo_package: Path, photos: Path, lance_device: Callable[..., Result], made_once: MadeOnce
 ) -> dict[str, Path]:
     """A run of six epochs for each method."""
-    folder = tmp_path_factory.mktemp("runs")
-    for method in ("lance", "bp"):
-        lance_device(
-            *("train", "--artifact", photo_package, "--data", photos, "--out", folder / method),
-            *("--method", method, "--epochs", 6, "--threads", 1),
-        )
+
+    def make(folder: Path) -> None:
+        for method in ("lance", "bp"):
+            lance_device(
+                *("train", "--artifact", photo_package, "--data", photos, "--out", folder / method),
+                *("--method", method, "--epochs", 6, "--threads", 1),
+            )
+
+    folder = made_once("runs", make)
     return {method: folder / method for method in ("lance", "bp")}

@@ -181,7 +181,6 @@ def reference(photo_package, photos):
     return Reference(photo_package, photos)
 
 
-@pytest.mark.xdist_group("package")
 @pytest.mark.parametrize("method", ["bp", "lance"])
 @pytest.mark.parametrize("micro_batch", [5, 16])
 def test_one_step_is_that_of_pytorch(
@@ -194,7 +193,6 @@ def test_one_step_is_that_of_pytorch(
     assert_same_steps(steps_taken(reference, tmp_path / "run"), reference.updates(method))
 
 
-@pytest.mark.xdist_group("package")
 def test_the_two_methods_take_different_steps(reference):
     """So that the test above tells them apart: only the convolutions' gradients are compressed."""
     bp, lance = reference.updates("bp"), reference.updates("lance")
@@ -203,7 +201,6 @@ def test_the_two_methods_take_different_steps(reference):
         assert difference == 0 if name.startswith("classifier.") else difference > 0.01, name
 
 
-@pytest.mark.xdist_group("package")
 def test_the_spectra_are_those_of_pytorchs_activations(reference):
     expected = reference.eigenvalues()
     assert expected.keys() == reference.spectra.keys()
@@ -215,7 +212,6 @@ def test_the_spectra_are_those_of_pytorchs_activations(reference):
 # --- the user's path ---
 
 
-@pytest.mark.xdist_group("package")
 @pytest.mark.parametrize("method", ["lance", "bp"])
 def test_losses_decrease(method, trained):
     history = losses(trained[method])
@@ -223,7 +219,6 @@ def test_losses_decrease(method, trained):
     assert np.mean(history[-3:]) < 0.6 * np.mean(history[:2])
 
 
-@pytest.mark.xdist_group("package")
 def test_eval_sees_what_was_learned(trained, photo_package, photos, lance_device):
     for run in trained.values():
         result = lance_device(
@@ -235,7 +230,6 @@ def test_eval_sees_what_was_learned(trained, photo_package, photos, lance_device
         assert evaluation["accuracy"] > 0.6  # chance is a third
 
 
-@pytest.mark.xdist_group("package")
 @pytest.mark.parametrize("method", ["lance", "bp"])
 def test_every_merged_form_predicts_as_the_checkpoint_does(
     method, trained, reference, photo_package, photos, lance_host, lance_device, tmp_path
@@ -286,32 +280,35 @@ def originals(shared):
 
 
 @pytest.fixture(scope="module")
-def animals(originals, tmp_path_factory):
+def animals(originals, made_once):
     """The photographs with the short side that MCUNet resizes to: no pixel is interpolated (see `photos`)."""
-    root = tmp_path_factory.mktemp("animals")
-    for path in sorted(originals.rglob("*.jpeg")):
-        image = Image.open(path).convert("RGB")
-        factor = 182 / min(image.size)
-        folder = root / path.parent.name
-        folder.mkdir(exist_ok=True)
-        image.resize(tuple(round(side * factor) for side in image.size)).save(folder / f"{path.stem}.png")
-    return root
+
+    def make(root):
+        for path in sorted(originals.rglob("*.jpeg")):
+            image = Image.open(path).convert("RGB")
+            factor = 182 / min(image.size)
+            (root / path.parent.name).mkdir(exist_ok=True)
+            scaled = image.resize(tuple(round(side * factor) for side in image.size))
+            scaled.save(root / path.parent.name / f"{path.stem}.png")
+
+    return made_once("animals", make)
 
 
 @pytest.fixture(scope="module")
-def animals_package(shared, animals, lance_host, tmp_path_factory):
+def animals_package(shared, animals, lance_host, made_once):
     """MCUNet at 160 px with its published weights, 4 layers, as in the README."""
-    path = tmp_path_factory.mktemp("package") / "pkg.tar"
     weights = shared / "weights" / "mcunet-256kb-1mb_imagenet.pth"
-    result = lance_host(
-        *("calibrate", "--model", "mcunet", "--weights", weights),
-        *("--data", animals, "--layers", 4, "-o", path),
-    )
-    assert result.exit_code == 0, (result.output, result.exception)
-    return path
+
+    def make(folder):
+        result = lance_host(
+            *("calibrate", "--model", "mcunet", "--weights", weights),
+            *("--data", animals, "--layers", 4, "-o", folder / "pkg.tar"),
+        )
+        assert result.exit_code == 0, (result.output, result.exception)
+
+    return made_once("animals-package", make) / "pkg.tar"
 
 
-@pytest.mark.xdist_group("animals")
 @pytest.mark.parametrize("method", ["bp", "lance"])
 def test_one_step_from_published_weights_is_that_of_pytorch(
     method, animals_package, animals, lance_device, tmp_path
@@ -326,7 +323,6 @@ def test_one_step_from_published_weights_is_that_of_pytorch(
     assert_same_steps(steps_taken(reference, tmp_path / "run"), reference.updates(method))
 
 
-@pytest.mark.xdist_group("animals")
 def test_the_package_holds_the_published_weights(shared, animals_package, animals):
     published = torch.load(shared / "weights" / "mcunet-256kb-1mb_imagenet.pth", weights_only=True)
     published = published.get("state_dict", published)

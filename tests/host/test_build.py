@@ -14,8 +14,6 @@ from lance_edge.errors import DataError, LanceError, ModelError, StorageError
 from lance_host.build import Feedback, Request, calibrate
 from lance_host.capture import Captured, capture
 
-pytestmark = pytest.mark.xdist_group("package")
-
 ROLES = ("prefix", "forward", "backward", "gradient")
 MICRO_BATCHES = (3, 8)
 TRAINED_CONVS = (  # the last four convolutions in module order, from the published architecture

@@ -15,8 +15,6 @@ import pytest
 
 import lance_host
 
-pytestmark = pytest.mark.xdist_group("package")
-
 
 @pytest.fixture
 def refused(lance_host):

@@ -14,8 +14,6 @@ from lance_edge.errors import ArtifactError, CheckpointError, LanceError, Storag
 from lance_host.merge import merge
 from lance_host.zoo import zoo_model
 
-pytestmark = pytest.mark.xdist_group("package")
-
 
 @pytest.fixture(scope="module")
 def merged(photo_package, trained, tmp_path_factory):
