@@ -27,7 +27,8 @@ demo: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" sh scripts/demo.sh
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	# One thread for each process: two pools of two threads on two cores wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
