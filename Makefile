@@ -28,7 +28,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	# One thread for each process: two pools of two threads on two cores wait for each other.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

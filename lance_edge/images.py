@@ -19,6 +19,7 @@ from lance_edge.manifest import Preprocessing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")  # case does not matter
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
+MAX_ASPECT_RATIO = 16  # beyond it, the ends of an image are cut off before it is resized
 MAX_PIXELS = 89_478_485  # 256 MiB of RGB; pillow's own threshold for a decompression bomb
 
 _ORIENTATION_TAG = 0x0112
@@ -87,25 +88,25 @@ def _reason(path: Path, error: Exception) -> str:
 def prepare(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Resize the short side to `resize` (bilinear, never below `resolution`) and crop the centre.
 
-    Only the region that the crop keeps is computed, so an extreme aspect ratio costs no memory.
-
     Returns:
         RGB pixels `[R, R, 3]` with R = `preprocessing.resolution`.
     """
     resolution = preprocessing.resolution
     short = max(preprocessing.resize, resolution)
-    rgb = _upright_rgb(image)
-    left, right = _source_span(rgb.width, min(rgb.size), short, resolution)
-    upper, lower = _source_span(rgb.height, min(rgb.size), short, resolution)
-    cropped = rgb.resize((resolution, resolution), Image.Resampling.BILINEAR, box=(left, upper, right, lower))
-    return np.asarray(cropped)
+    rgb = _without_far_ends(_upright_rgb(image))
+    width, height = (round(side * short / min(rgb.size)) for side in rgb.size)
+    left, upper = (round((side - resolution) / 2) for side in (width, height))
+    resized = rgb.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized.crop((left, upper, left + resolution, upper + resolution)))
 
 
-def _source_span(size: int, short_size: int, short: int, resolution: int) -> tuple[float, float]:
-    """Where the centre crop of one resized side lies in the source, in source pixels."""
-    resized = round(size * short / short_size)
-    offset = round((resized - resolution) / 2)
-    return offset * size / resized, (offset + resolution) * size / resized
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """The middle of a very long image: the crop reads nothing else, and resizing all of it costs memory."""
+    longest = MAX_ASPECT_RATIO * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    left, upper = (max(0, (side - longest) // 2) for side in image.size)
+    return image.crop((left, upper, image.width - left, image.height - upper))
 
 
 def load_batch(

@@ -332,9 +332,6 @@ def test_the_package_holds_the_published_weights(shared, animals_package, animal
             np.testing.assert_array_equal(stored[name], value.numpy(), err_msg=name)
 
 
-@pytest.mark.xfail(
-    reason="prepare() resizes only the crop, from a box in float32: up to two grey levels differ"
-)
 def test_photographs_become_the_pixels_of_a_plain_resize_and_crop(originals):
     """Whoever trains elsewhere on the same photographs starts from the same numbers."""
     steps = zoo_model("mcunet").preprocessing

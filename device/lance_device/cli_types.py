@@ -61,5 +61,5 @@ class Commands(click.Group):
 
 
 def _fail(context: click.Context, message: str, exit_code: int) -> None:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {' '.join(message.split())}", err=True)
     context.exit(exit_code)

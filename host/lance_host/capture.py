@@ -139,7 +139,7 @@ def export(network: torch.nn.Module, resolution: int) -> ir.Model:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter talks on stdout, stderr, logging and warnings; none of it is for our users."""
+    """The exporter talks on stdout, in logs and warnings; none of it is for our users."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -163,7 +163,7 @@ def select_layers(network: torch.nn.Module, selection: str) -> list[str]:
         ModelError: for a selection that is not understood or asks for more layers than there are.
     """
     kind, _, count_text = selection.rpartition(":")
-    if kind not in LAYER_KINDS or not count_text.isdigit():
+    if kind not in LAYER_KINDS or not count_text.isdecimal():
         raise ModelError(f"--layers {selection}: expected a count such as 4, or pointwise:4")
     modules = dict(network.named_modules())
     names = [name for name in conv_modules(network) if LAYER_KINDS[kind](modules[name])]

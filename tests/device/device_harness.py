@@ -36,7 +36,7 @@ def started(result: Result) -> Result:
 def refused(result: Result, exit_code: int) -> str:
     """The one line of a command that must have failed in this way."""
     assert result.exit_code == exit_code, (result.exit_code, result.output, result.exception)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert "Traceback" not in result.output
     return lines[0]

@@ -236,7 +236,7 @@ def test_a_machine_without_onnxruntime(package, images, tmp_path, run, command, 
     process = spawn(*words_of[command], prelude=prelude)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 9
-    assert errors.startswith("Error: ")
+    assert errors.startswith("error: ")
     assert words in errors
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "run").exists()

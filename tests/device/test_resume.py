@@ -186,7 +186,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(package, images, tmp_
     process = spawn(*train_words(package, images, out), "--steps", 4, prelude=prelude)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 8
-    assert errors.startswith(f"Error: {out / 'last.npz'}: cannot write (File too large); free some space")
+    assert errors.startswith(f"error: {out / 'last.npz'}: cannot write (File too large); free some space")
     assert len(errors.splitlines()) == 1
     assert list(out.iterdir()) == []
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lance_host import accounting
-from lance_host.zoo import ZOO
 from torch import nn
 
 from lance_edge.manifest import Layer
+from lance_host import accounting
+from lance_host.zoo import ZOO
 
 MIB = 1 << 20
 BATCH = 128

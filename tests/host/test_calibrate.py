@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 import pytest
-from lance_host import calibrate
-from lance_host.calibrate import calibration_batches, choose_batch_size, layer_spectra
-from lance_host.hosvd import ModeCovariances
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lance_edge.errors import DataError, LanceError, ModelError, NumericalError
+from lance_host import calibrate
+from lance_host.calibrate import calibration_batches, choose_batch_size, layer_spectra
+from lance_host.hosvd import ModeCovariances
 
 SIDE = 4
 MIX = np.random.default_rng(1).standard_normal((6, 3)).astype(np.float32)  # a 1x1 convolution
@@ -89,8 +89,8 @@ def test_chunks_are_at_most_32_images(monkeypatch: pytest.MonkeyPatch) -> None:
             fed.append(len(feeds["images"]))
             return self.session.run(names, feeds)
 
-    real = calibrate._session
-    monkeypatch.setattr(calibrate, "_session", Spy)
+    real = calibrate.open_session
+    monkeypatch.setattr(calibrate, "open_session", Spy)
     layer_spectra(model(), TAPS, SHAPES, images(2, 70), 70, 1, ignore)
     assert fed == [32, 32, 6] * 2
 

@@ -4,9 +4,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+
 from lance_host import hosvd
 from lance_host.hosvd import ModeCovariances, Spectrum
-from numpy.typing import NDArray
 
 SHAPES = [(8, 6, 5, 4), (4, 9, 3), (7, 10), (2, 3, 1, 5)]
 

@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from lance_host.accounting import bp_activation_bytes, core_bytes
-from lance_host.tables import human_bytes, human_macs, layer_table, package_table
 
 from lance_edge.manifest import (
     SCHEMA_VERSION,
@@ -17,6 +15,8 @@ from lance_edge.manifest import (
     TensorSpec,
     Variant,
 )
+from lance_host.accounting import bp_activation_bytes, core_bytes
+from lance_host.tables import human_bytes, human_macs, layer_table, package_table
 
 BATCH = 128
 EXPAND = "blocks.17.mobile_inverted_conv.inverted_bottleneck.conv"
