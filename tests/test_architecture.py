@@ -77,6 +77,13 @@ def test_only_the_session_of_the_device_imports_onnxruntime():
     assert users == ["lance_device.session"]
 
 
+def test_the_workstation_imports_onnxruntime_in_one_place_behind_the_switch_of_its_telemetry():
+    users = [name for name in of_package("lance_host") if "onnxruntime" in top_level_imports(MODULES[name])]
+    assert users == ["lance_host.runtime"]
+    source = MODULES["lance_host.runtime"].read_text(encoding="utf-8")
+    assert source.index('"ORT_DISABLE_TELEMETRY"') < source.index("import onnxruntime")
+
+
 def test_the_entry_of_the_workstation_imports_nothing_that_could_be_missing():
     assert top_level_imports(MODULES["lance_host.entry"]) <= {*sys.stdlib_module_names, "lance_host"}
 

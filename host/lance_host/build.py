@@ -42,6 +42,7 @@ from lance_host.zoo import ZooModel, zoo_model
 
 DEFAULT_SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.1)
 VERIFY_IMAGES = 8
+MAX_SEED = 2**63 - 1  # PyTorch's
 LEAST_RESOLUTION = 32  # pixels; the networks halve them five times
 Spectra = Mapping[str, Sequence[Spectrum]]
 
@@ -98,7 +99,7 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
     captured = capture(network.module, network.preprocessing.resolution, network.layers, network.model.head)
     spectra, batches = measure_spectra(request, network, captured, dataset, batch_size, feedback)
     variants = compile_variants(request, network, captured, spectra, batch_size, feedback)
-    verify_variants(network, captured, variants, spectra, dataset, feedback)
+    verify_variants(network, captured, variants, spectra, dataset, batch_size, feedback)
 
     return write_package(request, network, captured, dataset, spectra, variants, batch_size, batches)
 
@@ -121,6 +122,8 @@ def _check(request: Request) -> None:
     ):
         if value is not None and value < least:
             raise LanceError(f"{option}: expected {least} or more, found {value}")
+    if request.seed > MAX_SEED:
+        raise LanceError(f"--seed: expected at most {MAX_SEED}, found {request.seed}")
     _check_output(request.output)
 
 
@@ -244,10 +247,12 @@ def verify_variants(
     variants: Mapping[str, Compiled],
     spectra: Spectra,
     dataset: Dataset,
+    batch_size: int,
     feedback: Feedback,
 ) -> None:
     """Refuse to ship graphs that do not train as PyTorch does."""
-    indices = np.linspace(0, len(dataset.train) - 1, min(VERIFY_IMAGES, len(dataset.train))).astype(np.int64)
+    number = min(VERIFY_IMAGES, batch_size)  # U0 has no rows for more
+    indices = np.linspace(0, len(dataset.train) - 1, number).astype(np.int64)
     images = load_batch(dataset.train, indices, network.preprocessing)
     labels = dataset.train.labels[indices]
     weights, projections = network_weights(network), cut_projections(variants, spectra)

@@ -1,6 +1,5 @@
 """Phase I, the runs: which images to calibrate on, and the spectra of the trainable layers' inputs."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from lance_edge.errors import DataError, LanceError, ModelError, NumericalError
 from lance_edge.manifest import IMAGES
 from lance_host.hosvd import ModeCovariances, Spectrum
+from lance_host.runtime import open_session
 
 DEFAULT_BATCH_SIZE = 128  # the published recipe's
 CHUNK_IMAGES = 32  # images per run of the network: bounds the memory of its intermediate tensors
@@ -108,7 +108,7 @@ class _Runner:
     ) -> None:
         self.taps = taps
         self.batch_size = batch_size
-        self.session = _session(model, threads)
+        self.session = open_session(model, threads)
         _require_outputs(self.session, taps)
         # Keyed by tensor, not by layer: what several layers share is computed once, under one's name.
         self.layers = {tensor: layer for layer, tensor in taps.items()}
@@ -150,17 +150,6 @@ class _Runner:
             raise DataError("calibration: expected at least one full batch of images, found none; add images")
         done = {tensor: covariance.spectra() for tensor, covariance in self.covariances.items()}
         return {layer: done[tensor] for layer, tensor in self.taps.items()}
-
-
-def _session(model: bytes, threads: int) -> Any:
-    """An onnxruntime session on the CPU; the runtime's telemetry is switched off before its import."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _require_outputs(session: Any, taps: Mapping[str, str]) -> None:

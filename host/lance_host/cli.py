@@ -1,7 +1,7 @@
 """The command line of the workstation: the only module here that prints, and that knows click."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,6 @@ def _progress() -> Iterator[Any]:
         bar.update(done - bar.pos)
         if done >= total:
             bar.__exit__(None, None, None)
-            bars[name] = bar
 
     try:
         yield show
@@ -186,5 +185,5 @@ def sample_data(folder: Path, per_class: int | None) -> None:
     """
     from lance_host.sample_data import write_digits
 
-    count: Sequence[Path] | int = write_digits(folder, per_class)
+    count = write_digits(folder, per_class)
     click.echo(f"wrote {count} images to {folder}")

@@ -115,6 +115,7 @@ def _declare(value: ir.Value, spec: TensorSpec) -> None:
     kinds = {
         "float32": ir.DataType.FLOAT,
         "int64": ir.DataType.INT64,
+        "int32": ir.DataType.INT32,
         "bool": ir.DataType.BOOL,
         "uint8": ir.DataType.UINT8,
     }

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch.nn.grad import conv2d_weight
@@ -18,6 +17,7 @@ from torch.nn.grad import conv2d_weight
 from lance_edge.errors import ModelError
 from lance_edge.manifest import IMAGES, LABELS, LOSS, SCALE, Layer, gradient_name, projection_name
 from lance_host.compile import Compiled
+from lance_host.runtime import open_session
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -37,7 +37,7 @@ def verify(
     """The largest relative error (maximum norm) over the loss and all gradients.
 
     Args:
-        images: float32 `[n, 3, R, R]`; taken as the first n rows of a batch.
+        images: float32 `[n, 3, R, R]`, no more than a batch; taken as the first n rows of one.
 
     Raises:
         ModelError: if the error is larger than `TOLERANCE`, naming the tensor.
@@ -138,14 +138,8 @@ def run_graphs(
     known |= {IMAGES: images, LABELS: labels, SCALE: np.array(1 / len(images), np.float32)}
     for role in ("prefix", "forward", "backward", "gradient"):
         if role in compiled.variant.graphs:
-            session = _session(compiled.members[compiled.variant.graphs[role]])
+            session = open_session(compiled.members[compiled.variant.graphs[role]])
             outputs = [output.name for output in session.get_outputs()]
             feeds = {declared.name: known[declared.name] for declared in session.get_inputs()}
             known.update(zip(outputs, session.run(outputs, feeds), strict=True))
     return known
-
-
-def _session(model: bytes) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

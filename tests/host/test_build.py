@@ -11,7 +11,7 @@ import pytest
 
 from lance_edge.bundle import Bundle
 from lance_edge.errors import DataError, LanceError, ModelError, StorageError
-from lance_host.build import Feedback, Request, calibrate
+from lance_host.build import VERIFY_IMAGES, Feedback, Request, calibrate
 from lance_host.capture import Captured, capture
 
 ROLES = ("prefix", "forward", "backward", "gradient")
@@ -305,6 +305,14 @@ def test_head_only_gradients_are_those_of_softmax_regression(head_only):
     )
     np.testing.assert_allclose(values["classifier.linear.bias/grad"], error.sum(axis=0), rtol=1e-4, atol=1e-7)
     assert values["loss"] == pytest.approx(-np.log(softmax[np.arange(5), values["labels"]]).sum(), rel=1e-5)
+
+
+# --- small batches ---
+
+
+def test_a_batch_may_be_smaller_than_what_is_verified_at_most(photos, start_weights, tmp_path):
+    manifest = calibrate(request(photos, tmp_path / "pkg.tar", start_weights, batch_size=2), silent())
+    assert manifest.batch_size == 2 < VERIFY_IMAGES
 
 
 # --- what cannot be done ---

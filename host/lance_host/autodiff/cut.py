@@ -25,7 +25,7 @@ def values_to_save(
     free: Collection[ir.Value],
     sizes: Mapping[ir.Value, int],
 ) -> list[ir.Value]:
-    """The values to carry from forward to backward, in graph order.
+    """The values to carry from forward to backward, in an order that is always the same.
 
     Args:
         backward_reads: forward values that nodes of backward use.

@@ -33,6 +33,8 @@ def gradients(
     nodes, active = _downstream(emit.graph, wrt)
     gradient: dict[ir.Value, ir.Value] = {result: seed}
     for node in reversed(nodes):
+        if any(value in gradient for value in node.outputs[1:]):  # rules are for one output: BN, Split, ...
+            raise ModelError(_unknown_op(node))
         dy = gradient.get(node.outputs[0])
         if dy is None:
             continue
