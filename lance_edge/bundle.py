@@ -8,6 +8,7 @@ extracted to the file system.  The format is in `docs/artifact.md`.
 import hashlib
 import io
 import tarfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -169,13 +170,15 @@ class Bundle:
 
 
 class ArrayReader(Mapping[str, NDArray[np.generic]]):
-    """Arrays of an `.npz`, never unpickled."""
+    """Arrays of an uncompressed `.npz`, never unpickled: none is larger than the file."""
 
     def __init__(self, stream: BinaryIO, where: str) -> None:
         self._where = where
         try:
             self._npz = np.load(stream, allow_pickle=False)
             self._names = list(self._npz.files)
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in self._npz.zip.infolist()):
+                raise ValueError("it is compressed, so its arrays could be of any size")
         except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
             raise ArtifactError(f"{where}: not a readable npz ({error}); rebuild the package") from None
 

@@ -28,6 +28,7 @@ from lance_edge.errors import DataError
 from lance_edge.images import EXTENSIONS, Part, is_image, load_image, visible_entries
 from lance_edge.manifest import Split
 
+MAX_LABEL = 65_535  # of an .npz: whoever has more means something else by a label
 LEAST_FOR_VALIDATION = 4  # training images of a class that can spare one whatever the fraction
 
 
@@ -199,7 +200,7 @@ def _read_folders(root: Path) -> tuple[list[str], FilePart, FilePart | None]:
 def _class_folders(parent: Path) -> dict[str, Path]:
     """Class name -> folder, sorted by name."""
     entries = visible_entries(parent)
-    folders = {_nfc(entry.name): parent / entry.name for entry in entries if entry.is_dir()}
+    folders = {_class_name(parent, entry.name): parent / entry.name for entry in entries if entry.is_dir()}
     if not folders:
         images = sum(map(is_image, entries))
         raise DataError(
@@ -207,6 +208,17 @@ def _class_folders(parent: Path) -> dict[str, Path]:
             " move the images of each class into a folder named after it"
         )
     return dict(sorted(folders.items()))
+
+
+def _class_name(parent: Path, folder: str) -> str:
+    """The folder's name; as the name of a class it goes into JSON, so it must be text."""
+    try:
+        folder.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{parent}: expected class folders with names in UTF-8, found {folder!r}; rename it"
+        ) from None
+    return _nfc(folder)
 
 
 def _read_classes(root: Path, folders: dict[str, Path]) -> FilePart:
@@ -285,6 +297,11 @@ def _array_part(path: Path, arrays: dict[str, NDArray[Any]], images: str, labels
         )
     if y.min() < 0:
         raise DataError(f"{path}: {labels} has label {y.min()}, expected 0 or more; remove such images")
+    if y.max() > MAX_LABEL:
+        raise DataError(
+            f"{path}: {labels} has label {y.max()}, expected at most {MAX_LABEL};"
+            " number the classes without gaps"
+        )
     names = tuple(f"{images}[{row}]" for row in range(len(x)))
     return ArrayPart(x, np.arange(len(x)), names, y.astype(np.int64))
 

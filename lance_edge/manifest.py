@@ -51,7 +51,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Split:
-    """How class folders without their own `train/` and `test/` are divided (see `images.py`).
+    """How class folders without their own `train/` and `test/` are divided (see `datasets.py`).
 
     `validation_fraction` is taken from the training part; `best.npz` is chosen on it.
     """

@@ -7,8 +7,9 @@ from typing import Any
 
 from lance_device.units import percent, size
 from lance_edge.errors import DataError
+from lance_edge.profiles import STEP_PHASES
 
-PHASES = ("data", "prefix", "forward", "backward", "update", "step")
+PHASES = (*STEP_PHASES, "step")
 
 
 def comparison_table(runs: Sequence[Path]) -> str:
@@ -43,8 +44,12 @@ def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("saved bytes", size(result["saved_bytes"])),
         ("peak RSS", size(None if peak is None else peak * 1024)),
     ]
-    medians = result["median_ms"]
-    return facts + [(f"{phase}, median", f"{medians[phase]:.1f} ms") for phase in PHASES if phase in medians]
+    return facts + [(f"{phase}, median", _latency(result["median_ms"].get(phase))) for phase in PHASES]
+
+
+def _latency(median_ms: float | None) -> str:
+    """`12.3 ms`, or `-` for a run of nothing but warm-up."""
+    return "-" if median_ms is None else f"{median_ms:.1f} ms"
 
 
 def _read_record(run: Path) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Results as text for people."""
 
+import os
+from pathlib import Path
+
 from lance_device.evaluate import Evaluation
 from lance_device.predict import Prediction
 from lance_device.run_log import TrainResult
@@ -68,10 +71,15 @@ def evaluation_json(evaluation: Evaluation, classes: tuple[str, ...], part: str)
 def prediction_line(prediction: Prediction) -> str:
     """`photos/a.jpg  cat 97.3 %  dog 2.1 %`."""
     ranking = "  ".join(f"{name} {percent(probability)}" for name, probability in prediction.ranking)
-    return f"{prediction.file}  {ranking}"
+    return f"{_printable(prediction.file)}  {ranking}"
 
 
 def prediction_json(prediction: Prediction) -> dict[str, object]:
     """The same as data."""
     ranking = [{"class": name, "probability": probability} for name, probability in prediction.ranking]
-    return {"file": str(prediction.file), "predictions": ranking}
+    return {"file": _printable(prediction.file), "predictions": ranking}
+
+
+def _printable(file: Path) -> str:
+    """The name of a file as UTF-8 can write it: what is no UTF-8 in it becomes a question mark."""
+    return os.fsencode(file).decode("utf-8", "replace")

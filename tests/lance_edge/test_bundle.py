@@ -170,6 +170,18 @@ def test_objects_in_an_array_are_never_unpickled(tmp_path):
             arrays["evil"]
 
 
+def test_arrays_are_not_compressed(tmp_path):
+    """A megabyte of zeros is a kilobyte of zip: what a package unpacks to must show in its size."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, zeros=np.zeros(1 << 20, np.uint8))
+    contents = {"weights.npz": buffer.getvalue()}
+    write_bundle(tmp_path / "pkg.tar", manifest(contents), contents)
+    with Bundle(tmp_path / "pkg.tar") as bundle, pytest.raises(
+        ArtifactError, match=r"weights.npz: not a readable npz \(it is compressed.*; rebuild"
+    ):
+        bundle.arrays("weights.npz")
+
+
 def test_variants_and_bytes():
     made = manifest()
     assert made.variant(None).method == "lance"

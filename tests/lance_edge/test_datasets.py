@@ -1,6 +1,7 @@
 """Class folders, `.npz` files and their division into parts, against a literal form of the rule."""
 
 import hashlib
+import os
 import unicodedata
 
 import numpy as np
@@ -245,6 +246,14 @@ def test_no_class_folders(tmp_path):
     )
 
 
+def test_class_folder_that_is_no_utf8(tmp_path):
+    make(tmp_path, a=3, b=3)
+    (tmp_path / "b").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: expected class folders with names in UTF-8, found 'caf\\udce9'; rename it"
+    )
+
+
 def test_empty_class_folder(tmp_path):
     make(tmp_path, a=3, b=0)
     assert refusal(tmp_path) == (
@@ -376,6 +385,8 @@ def test_npz_pixels_are_held_once(npz):
         ({"y": np.zeros(23, int)}, "y must be int64 [24], one label for each of x, found int64 [23]"),
         ({"y": np.zeros((24, 1), int)}, "y must be int64 [24], one label for each of x, found int64 [24, 1]"),
         ({"y": np.arange(24) - 1}, "y has label -1, expected 0 or more; remove such images"),
+        ({"y": np.arange(24) + 2**40}, "y has label 1099511627799, expected at most 65535; number the classes"),
+        ({"y": np.full(24, 2**64 - 1, np.uint64)}, "y has label 18446744073709551615, expected at most 65535"),
         ({"y": np.arange(24) % 2 * 2}, "class '1' has no image in y; labels must be 0 to 2, each used"),
         ({"y": np.zeros(24, int)}, "expected two or more classes, found only '0'; add the others"),
         ({"classes": np.array(["a", "b"])}, "y has label 2, expected 0 to 1 for 2 classes; correct the labels"),
