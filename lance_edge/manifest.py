@@ -211,11 +211,36 @@ def decode(data: bytes, where: str) -> Manifest:
     if version != SCHEMA_VERSION:
         raise ArtifactError(_schema_message(where, version))
     try:
-        return from_json(Manifest, value)
+        manifest = from_json(Manifest, value)
+        _check_meaning(manifest)
+        return manifest
     except RecordError as error:
         raise ArtifactError(
             f"{where}: manifest.json does not fit schema {SCHEMA_VERSION}: {error}; rebuild the package"
         ) from None
+
+
+def _check_meaning(manifest: Manifest) -> None:
+    """What the types leave open and every reader relies on."""
+    parameters = {spec.name for spec in manifest.parameters}
+    steps = manifest.preprocessing
+    rules = {
+        "two or more classes": len(manifest.classes) >= 2,
+        "a batch size of 1 or more": manifest.batch_size >= 1,
+        "a resolution of 1 or more": min(steps.resolution, steps.resize) >= 1,
+        "a mean and a positive std of 3 channels": len(steps.mean) == len(steps.std) == 3
+        and min(steps.std) > 0,
+        "one variant or more": bool(manifest.variants),
+        "fixed shapes of parameters": all(
+            isinstance(d, int) for spec in manifest.parameters for d in spec.shape
+        ),
+        "parameters for all variants": all(
+            parameters.issuperset(v.parameters) for v in manifest.variants.values()
+        ),
+    }
+    broken = [expected for expected, holds in rules.items() if not holds]
+    if broken:
+        raise RecordError(f"expected {', '.join(broken)}")
 
 
 def _refuse_constant(text: str) -> None:

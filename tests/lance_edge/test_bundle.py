@@ -176,8 +176,9 @@ def test_arrays_are_not_compressed(tmp_path):
     np.savez_compressed(buffer, zeros=np.zeros(1 << 20, np.uint8))
     contents = {"weights.npz": buffer.getvalue()}
     write_bundle(tmp_path / "pkg.tar", manifest(contents), contents)
-    with Bundle(tmp_path / "pkg.tar") as bundle, pytest.raises(
-        ArtifactError, match=r"weights.npz: not a readable npz \(it is compressed.*; rebuild"
+    with (
+        Bundle(tmp_path / "pkg.tar") as bundle,
+        pytest.raises(ArtifactError, match=r"weights.npz: not a readable npz \(it is compressed.*; rebuild"),
     ):
         bundle.arrays("weights.npz")
 
@@ -390,6 +391,11 @@ def test_packed_again_by_another_program(tmp_path, change):
         (
             {"batch_size": "4"},
             "manifest.json does not fit schema 1: $.batch_size: expected int, found str; rebuild the package",
+        ),
+        (
+            {"batch_size": 0, "variants": {}},
+            "manifest.json does not fit schema 1: expected a batch size of 1 or more, one variant or more;"
+            " rebuild the package",
         ),
         (
             {"surprise": 1},
