@@ -2,7 +2,7 @@
 
 PYTHON    ?= python3
 VENV      ?= .venv
-# On x86-64 Linux outside this constraint's index: PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+# On x86-64 Linux, where PyPI's torch brings CUDA: PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 PIP_FLAGS ?=
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
