@@ -20,6 +20,10 @@ SCALE = "scale"  # float32 [], input of backward: 1 / batch size
 LOSS = "loss"  # float32 [], output of forward: cross-entropy summed over the N samples
 LOGITS = "logits"  # float32 [N, classes], output of forward and of predict
 
+# Metadata of an exported ONNX model, both JSON: the class names, and the fields of `Preprocessing`.
+CLASSES_KEY = "classes"
+PREPROCESSING_KEY = "preprocessing"
+
 WEIGHTS_MEMBER = "weights.npz"
 PROJECTIONS_MEMBER = "projections.npz"
 SPECTRA_MEMBER = "spectra.npz"

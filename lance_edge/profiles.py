@@ -164,6 +164,10 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+class OtherColumnsError(DataError):
+    """A whole file of another kind, or of another version."""
+
+
 def read_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
     """The rows of a file, one after the other.
 
@@ -185,9 +189,14 @@ def read_intact_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
     """Like `read_rows`, but ends quietly at the first unreadable row.
 
     A board that lost power in the middle of a write leaves a torn last row; everything before it counts.
+
+    Raises:
+        DataError: if the file has a whole header, of other columns: another version wrote it.
     """
     try:
         yield from read_rows(path, kind)
+    except OtherColumnsError:
+        raise
     except DataError:
         return
 
@@ -195,13 +204,15 @@ def read_intact_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
 def _parse(reader: Iterator[list[str]], kind: type[Row], where: str) -> Iterator[Row]:
     names = columns(kind)
     header = next(reader, [])
-    if tuple(header) != names:
+    if not ",".join(names).startswith(",".join(header)):
         missing = [name for name in names if name not in header]
         unknown = [name for name in header if name not in names]
-        raise DataError(
+        raise OtherColumnsError(
             f"{where}: expected the columns {','.join(names)}; missing {missing}, unknown {unknown};"
             " read it with the version of lance-edge that wrote it"
         )
+    if tuple(header) != names:
+        raise DataError(f"{where}: its header is cut off; copy the file again")
     hints = typing.get_type_hints(kind)
     for line, texts in enumerate(reader, start=2):
         if len(texts) != len(names):

@@ -3,7 +3,10 @@
 set -eu
 
 data=demo-data run=demo-run
-[ -d "$data" ] || lance-host sample-data "$data"
+if [ ! -d "$data" ]; then
+    rm -rf "$data.part"
+    lance-host sample-data "$data.part" && mv "$data.part" "$data"
+fi
 rm -rf "$run"
 mkdir "$run"
 

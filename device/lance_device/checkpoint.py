@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lance_device.options import TrainOptions
+from lance_device.options import TrainOptions, check_options
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import META, OPTIMIZER, open_archive, trained_shapes
 from lance_edge.errors import CheckpointError
@@ -115,6 +115,8 @@ def read_checkpoint(path: Path, bundle: Bundle) -> Checkpoint:
 
 def _decode_meta(path: Path, value: dict[str, Any]) -> Meta:
     try:
-        return from_json(Meta, value)
-    except RecordError as error:
+        meta = from_json(Meta, value)
+        check_options(meta.options)
+    except (RecordError, ValueError) as error:
         raise CheckpointError(f"{path}: its {META} is damaged: {error}; use another checkpoint") from None
+    return meta

@@ -13,12 +13,10 @@ from lance_device.graphs import load_network
 from lance_device.session import Graph
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ModelError
-from lance_edge.manifest import IMAGES, LOGITS, Preprocessing
+from lance_edge.manifest import CLASSES_KEY, IMAGES, LOGITS, PREPROCESSING_KEY, Preprocessing
 from lance_edge.records import RecordError, from_json
 
 Float = NDArray[np.float32]
-CLASSES_KEY = "classes"  # metadata of an exported model: a JSON list of names
-PREPROCESSING_KEY = "preprocessing"  # and the fields of `Preprocessing`
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,28 @@ def comparison_table(runs: Sequence[Path]) -> str:
         DataError: if a folder holds no finished run.
     """
     records = [_read_record(run) for run in runs]
-    columns = [["", *(name for name, _ in _facts(records[0]))]]
-    columns += [[run.name, *(text for _, text in _facts(r))] for run, r in zip(runs, records, strict=True)]
+    facts = [_checked_facts(run, record) for run, record in zip(runs, records, strict=True)]
+    columns = [["", *(name for name, _ in facts[0])]]
+    columns += [[run.name, *(text for _, text in own)] for run, own in zip(runs, facts, strict=True)]
     widths = [max(map(len, column)) for column in columns]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in zip(*columns, strict=True)
     ]
-    machines = {json.dumps(record["machine"], sort_keys=True) for record in records}
+    machines = {json.dumps(record.get("machine"), sort_keys=True) for record in records}
     if len(machines) > 1:
         lines.append("warning: these runs are of different machines: do not compare their times")
     return "\n".join(lines)
+
+
+def _checked_facts(run: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
+    try:
+        return _facts(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{run / 'run.json'}: not the record of a run ({error!r}); read it with the version of lance-edge"
+            " that wrote it"
+        ) from None
 
 
 def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:

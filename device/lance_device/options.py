@@ -1,5 +1,6 @@
 """How to train: the options of a run, with every `auto` resolved on this machine."""
 
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
@@ -7,9 +8,11 @@ from typing import Any
 
 import psutil
 
+from lance_device.schedule import SCHEDULES
 from lance_edge.errors import CheckpointError
 from lance_edge.manifest import Manifest
 
+AUGMENTS = ("flip", "none")
 DEFAULT_MICRO_BATCH = 8  # larger ones gain little speed and cost memory in proportion
 
 
@@ -39,6 +42,26 @@ class TrainOptions:
     micro_batch: int
     shuffle: bool
     eval_every: int
+
+
+def check_options(options: TrainOptions) -> None:
+    """What the command line guarantees, for options that were read from a file.
+
+    Raises:
+        ValueError: naming the first option that is out of its range.
+    """
+    counts = {"epochs": options.epochs, "steps": options.steps, "threads": options.threads}
+    counts |= {"micro_batch": options.micro_batch}
+    wrong = [name for name, value in counts.items() if value is not None and value < 1]
+    wrong += [
+        name for name in ("seed", "eval_every", "clip", "weight_decay") if not getattr(options, name) >= 0
+    ]
+    wrong += ["lr"] * (not 0 < options.lr < math.inf) + ["momentum"] * (not 0 <= options.momentum < 1)
+    wrong += ["schedule"] * (options.schedule not in SCHEDULES) + ["augment"] * (
+        options.augment not in AUGMENTS
+    )
+    if wrong:
+        raise ValueError(f"option {wrong[0]} is {getattr(options, wrong[0])!r}")
 
 
 def resolve(values: Mapping[str, Any], manifest: Manifest) -> TrainOptions:

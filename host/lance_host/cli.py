@@ -24,6 +24,9 @@ class Commands(click.Group):
         except LanceError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             ctx.exit(error.exit_code)
+        except MemoryError:
+            click.echo("error: not enough memory; try a smaller --batch-size or --resolution", err=True)
+            ctx.exit(9)
         except KeyboardInterrupt:
             click.echo("stopped; nothing was written", err=True)
             ctx.exit(130)
@@ -123,8 +126,10 @@ def _progress() -> Iterator[Any]:
     bars: dict[str, Any] = {}
 
     def show(name: str, done: int, total: int) -> None:
+        if total <= 0:
+            return  # a download that does not say how long it is
         if name not in bars:
-            bars[name] = click.progressbar(length=max(total, 1), label=name, file=sys.stderr)
+            bars[name] = click.progressbar(length=total, label=name, file=sys.stderr)
             bars[name].__enter__()
         bar = bars[name]
         bar.update(done - bar.pos)

@@ -12,6 +12,7 @@ from tiny_package import write_tiny_package
 from lance_device.checkpoint import read_checkpoint, write_checkpoint
 from lance_edge.bundle import Bundle
 from lance_edge.errors import CheckpointError
+from lance_edge.records import to_json
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,14 @@ def test_a_newer_schema_says_so(last, bundle, tmp_path):
 def test_damaged_meta_is_named(last, bundle, tmp_path):
     with pytest.raises(CheckpointError, match=r"\$\.step: expected int, found str"):
         read_checkpoint(_changed_meta(last, tmp_path / "meta.npz", step="3"), bundle)
+
+
+def test_options_out_of_range_are_named(last, bundle, tmp_path):
+    options = to_json(read_checkpoint(last, bundle).meta.options)
+    for name, value in (("schedule", "none"), ("micro_batch", 0), ("steps", 0), ("lr", -1.0), ("seed", -1)):
+        path = _changed_meta(last, tmp_path / "options.npz", options={**options, name: value})
+        with pytest.raises(CheckpointError, match=f"damaged: option {name} is {value!r}; use another"):
+            read_checkpoint(path, bundle)
 
 
 def test_another_package(last, tmp_path):

@@ -57,3 +57,9 @@ def test_a_file_name_that_is_no_utf8_can_be_printed():
     prediction = Prediction(Path(os.fsdecode(b"caf\xe9.jpg")), (("cat", 0.5),))
     assert prediction_line(prediction) == "caf\ufffd.jpg  cat 50.0 %"
     assert prediction_json(prediction)["file"] == "caf\ufffd.jpg"
+
+
+def test_a_record_of_something_else(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"result": {"step": 1}}))
+    with pytest.raises(DataError, match="not the record of a run"):
+        comparison_table([tmp_path])

@@ -11,7 +11,7 @@ import torch
 
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ArtifactError, CheckpointError, LanceError, StorageError
-from lance_host.merge import merge
+from lance_host.merge import _load_graph, merge
 from lance_host.zoo import zoo_model
 
 
@@ -126,3 +126,28 @@ def test_an_output_that_cannot_be_written_leaves_nothing_behind(ending, photo_pa
     with pytest.raises(StorageError, match="cannot write"):
         merge(photo_package, trained["bp"] / "last.npz", tmp_path / "file" / f"finetuned{ending}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+class Package:
+    """The one graph of a package that `merge` reads."""
+
+    path = "pkg.tar"
+
+    def __init__(self, data):
+        self.data = data
+
+    def read(self, name):
+        return self.data
+
+
+def test_a_graph_with_constants_in_other_files_is_refused():
+    """They could be any file of this machine."""
+    constant = onnx.TensorProto(name="w", data_location=onnx.TensorProto.EXTERNAL)
+    graph = onnx.helper.make_graph([], "g", [], [], initializer=[constant])
+    with pytest.raises(ArtifactError, match=r"tail\.onnx: refers to files outside the package"):
+        _load_graph(Package(onnx.helper.make_model(graph).SerializeToString()), "tail.onnx")
+
+
+def test_a_graph_that_is_none_is_refused():
+    with pytest.raises(ArtifactError, match="not an ONNX graph"):
+        _load_graph(Package(b"\xff" * 40), "tail.onnx")

@@ -168,3 +168,19 @@ def test_summaries_equal_the_standard_library(latencies_ms):
 def test_summaries_stand_in_the_order_of_the_phases():
     rows = [dataclasses.replace(ROW, phase=phase) for phase in ("step", "update", "data", "eval")]
     assert [row.phase for row in summarise(rows)] == ["data", "update", "step", "eval"]
+
+
+def test_a_whole_file_of_other_columns_is_not_taken_for_a_torn_one(tmp_path):
+    """Resuming drops torn rows; it must not drop a file that another version wrote."""
+    path = tmp_path / "steps.csv"
+    path.write_text("run_id,method,colour\nrun,bp,red\n")
+    with pytest.raises(DataError, match="unknown \\['colour'\\]; read it with the version"):
+        list(read_intact_rows(path, StepRow))
+
+
+def test_a_torn_header_is_an_empty_file(tmp_path):
+    path = tmp_path / "steps.csv"
+    path.write_text("run_id,meth")
+    assert list(read_intact_rows(path, StepRow)) == []
+    with pytest.raises(DataError, match="its header is cut off"):
+        list(read_rows(path, StepRow))
