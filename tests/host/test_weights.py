@@ -118,7 +118,7 @@ class Payload:
         return (exec, (f"open({str(self.path)!r}, 'w').write('owned')",))
 
 
-@pytest.mark.parametrize("write", [pth, pickle.dumps])
+@pytest.mark.parametrize("write", [pth, partial(pickle.dumps, protocol=2)])
 def test_code_in_a_pth_file_does_not_run(tmp_path, write):
     bad = write({"state_dict": {"first_conv.conv.weight": Payload(tmp_path / "owned")}})
     (tmp_path / "bad.pth").write_bytes(bad)
