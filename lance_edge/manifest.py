@@ -18,7 +18,8 @@ SCHEMA_VERSION = 1
 # How the micro-batches of a batch go through forward and backward: see `Variant`.
 Schedule = Literal["one pass", "two passes", "by layer"]
 
-BATCH_DIM = "N"  # the dimension of a tensor that counts the samples of a micro-batch
+# The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
+BATCH_DIM = "N"
 
 # Names with a fixed meaning in the graphs' signatures.
 IMAGES = "images"  # float32 [N, 3, R, R], input of the prefix
@@ -95,17 +96,31 @@ class Split:
     validation_fraction: float
 
 
+def batch_multiple(dim: str) -> int | None:
+    """4 for `4*N`, 1 for `N`; `None` for what is no multiple of the micro-batch."""
+    factor, star, name = dim.rpartition("*")
+    if name != BATCH_DIM or (star and not factor.isdecimal()):
+        return None
+    return int(factor) if star else 1
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named tensor.  A `str` in `shape` is the micro-batch dimension, `"N"`."""
+    """A named tensor.  A `str` in `shape` is the micro-batch dimension, `"N"`, or a multiple of it, `"4*N"`."""
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
 
+    def sizes(self, samples: int) -> tuple[int, ...]:
+        """The shape when the micro-batch has `samples` samples."""
+        return tuple(
+            dim if isinstance(dim, int) else samples * (batch_multiple(dim) or 1) for dim in self.shape
+        )
+
     def nbytes(self, samples: int) -> int:
         """Bytes when the micro-batch has `samples` samples; masks are kept as one bit a value."""
-        values = math.prod(samples if isinstance(dim, str) else dim for dim in self.shape)
+        values = math.prod(self.sizes(samples))
         bits = {"float32": 32, "int64": 64, "int32": 32, "uint8": 8, "bool": 1}[self.dtype]
         return -(-values * bits // 8)
 
@@ -364,6 +379,12 @@ def _check_meaning(manifest: Manifest) -> None:
         "one variant or more": bool(manifest.variants),
         "fixed shapes of parameters": all(
             isinstance(d, int) for spec in manifest.parameters for d in spec.shape
+        ),
+        "shapes of numbers and multiples of N": all(
+            isinstance(dim, int) or batch_multiple(dim)
+            for variant in manifest.variants
+            for spec in (*variant.boundary, *variant.saved, *variant.statistics)
+            for dim in spec.shape
         ),
         "parameters for all variants": all(parameters.issuperset(v.parameters) for v in manifest.variants),
         "ranks for all projections": all(

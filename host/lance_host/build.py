@@ -36,6 +36,7 @@ from lance_host.request import Feedback, Request, check
 from lance_host.shapes import infer_specs
 from lance_host.share import share
 from lance_host.stages import bind, extract
+from lance_host.trainable import check_trainable
 from lance_host.verify import Samples, verify_on_any
 
 VERIFY_IMAGES = 8  # a set; U0 has no rows for more than a batch
@@ -56,6 +57,7 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
     batch_size = choose_batch(request, dataset, feedback)
 
     captured = capture_selections(network)
+    check_trainable(captured[-1], request.layers)
     for method, budget in request.budgets.items():
         check_budget(method, budget, [one.layers for one in captured], batch_size)
     spectra, batches = measure_spectra(request, network, captured[-1], dataset, batch_size, feedback)

@@ -22,6 +22,8 @@ from lance_edge.errors import ModelError
 from lance_edge.manifest import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, Layer
 from lance_host.autodiff.conv import geometry
 from lance_host.autodiff.emit import Emit, static_dims
+from lance_host.edit import constant
+from lance_host.simplify import simplify
 
 OPSET = 18
 
@@ -126,7 +128,7 @@ def capture_layers(exported: ir.Model, layers: Sequence[str], head: str | None) 
 
 
 def export(network: torch.nn.Module, sample: Sequence[int]) -> ir.Model:
-    """The network as ONNX with constants folded and batch-norm as it is, opset 18, dynamic batch."""
+    """The network as ONNX simplified, with batch-norm as it is, opset 18, dynamic batch."""
     example = torch.zeros(2, *sample)
     try:
         with _quiet(), torch.no_grad():
@@ -148,27 +150,17 @@ def export(network: torch.nn.Module, sample: Sequence[int]) -> ir.Model:
         ) from error
     assert program is not None
     model: ir.Model = program.model
+    images = model.graph.inputs[0].shape
+    if images is None or isinstance(images[0], int):
+        raise ModelError(
+            "this network cannot be exported for batches of any size: somewhere in forward the batch becomes a"
+            " plain number, as in len(x); write x.shape[0]"
+        )
     optimizer.fold_constants(model, onnx_shape_inference=True)
-    _fix_reshapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.IdentityEliminationPass()(model)
+    simplify(model)
     return model
-
-
-def _fix_reshapes(graph: ir.Graph) -> None:
-    """Give every Reshape a constant shape, with -1 for the batch.
-
-    The exporter computes `[N, 512]` from the shape of the images.  Cut in two, the graph would carry that
-    number along, and shape inference cannot follow it.
-    """
-    for node in graph:
-        if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:
-            continue
-        shape = node.outputs[0].shape
-        if shape is None or sum(not isinstance(dim, int) for dim in shape) > 1:
-            continue
-        numbers = np.array([dim if isinstance(dim, int) else -1 for dim in shape], np.int64)
-        node.replace_input_with(1, _constant(graph, f"{node.outputs[0].name}/shape", numbers))
 
 
 @contextlib.contextmanager
@@ -269,16 +261,7 @@ def _numpy(value: ir.Value | None) -> np.ndarray:
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    return _constant(graph, name, array.astype(np.float32))
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
+    return constant(graph, name, array.astype(np.float32))
 
 
 # --- loss ---------------------------------------------------------------------------------------------

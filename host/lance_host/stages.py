@@ -38,7 +38,8 @@ def cut_stages(step: Step) -> Stages:
     statistics, once a step.  A statistic that does not depend on the loss (the core G) is an output of
     forward, the others of backward.  What crosses between the two is chosen by a minimum cut.
     """
-    specs = infer_specs(step.model)
+    # By layer, the device joins micro-batches along the axis N, and takes them apart again.
+    specs = infer_specs(step.model, multiples=step.schedule != "by layer")
     after_loss = descendants(step.model.graph, [step.scale])
     early = [value for value in step.statistics if value not in after_loss]
     late = [value for value in step.statistics if value in after_loss]

@@ -50,7 +50,10 @@ def run_graph(model: ir.Model, values: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def graph_of_nodes(
-    nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Shape], constants: Mapping[str, Array]
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, Shape],
+    constants: Mapping[str, Array],
+    opset: int = OPSET,
 ) -> ir.Model:
     """A float32 graph with the output `y`, with shapes inferred as those of an exported network are."""
     graph = helper.make_graph(
@@ -60,7 +63,7 @@ def graph_of_nodes(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         initializer=[numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     del model.graph.output[0].type.tensor_type.shape.dim[:]
     model.graph.output[0].type.tensor_type.ClearField("shape")
     return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model, data_prop=True))

@@ -248,7 +248,7 @@ def test_tensors_are_as_the_manifest_declares(bundle, method, micro_batch):
     variant = bundle.manifest.variant(method)
     values = arrays_of(bundle, variant, micro_batch)
     for spec in (*variant.boundary, *variant.saved, *variant.statistics):
-        shape = tuple(micro_batch if dim == "N" else dim for dim in spec.shape)
+        shape = spec.sizes(micro_batch)
         assert values[spec.name].shape == shape, spec.name
         assert str(values[spec.name].dtype) == spec.dtype, spec.name
         kept = np.packbits(values[spec.name]) if spec.dtype == "bool" else values[spec.name]
