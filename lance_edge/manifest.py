@@ -22,9 +22,12 @@ Schedule = Literal["one pass", "two passes", "by layer"]
 BATCH_DIM = "N"
 
 # Names with a fixed meaning in the graphs' signatures.
-IMAGES = "images"  # float32 [N, 3, R, R], input of the prefix
+IMAGES = "images"  # float32 [N, 3, R, R], or arrays [N, ...], input of the prefix
 LABELS = "labels"  # int64 [N], input of forward (and of backward, where it reads them)
-SCALE = "scale"  # float32 [], input of backward: 1 / batch size
+SCALE = "scale"  # float32 [], input of backward: 1 / batch size, or 1 / the sum of the samples' weights
+# Of a sample of class c the target is `off`, plus `on[c]` at c: both float32 [classes], inputs of forward and
+# backward.  Ones and zeros are plain cross-entropy; class weights and label smoothing are other numbers.
+TARGET_ON, TARGET_OFF = "target/on", "target/off"
 LOSS = "loss"  # float32 [], output of forward: cross-entropy summed over the N samples
 LOGITS = "logits"  # float32 [N, classes], output of forward and of predict
 
@@ -82,6 +85,21 @@ class Preprocessing:
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one prepared image, `[channels, R, R]`."""
         return (len(self.mean), self.resolution, self.resolution)
+
+
+@dataclass(frozen=True)
+class ArrayInput:
+    """Float32 arrays of this shape, without the batch, go to the network unchanged."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one array."""
+        return self.shape
+
+
+InputSpec = Preprocessing | ArrayInput
 
 
 @dataclass(frozen=True)
@@ -270,7 +288,7 @@ class Manifest:
     model: str
     weights_source: str
     classes: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | ArrayInput
     split: Split
     seed: int
     mode: str
@@ -367,15 +385,10 @@ def _check_meaning(manifest: Manifest) -> None:
     """What the types leave open and every reader relies on."""
     parameters = {spec.name for spec in manifest.parameters}
     layers = {layer.name for layer in manifest.layers}
-    steps = manifest.preprocessing
     rules = {
         "two or more classes": len(manifest.classes) >= 2,
         "a batch size of 1 or more": manifest.batch_size >= 1,
-        "a resolution of 1 or more": min(steps.resolution, steps.resize) >= 1,
-        "a mean and a positive std of 1 or 3 channels": len(steps.mean) == len(steps.std)
-        and len(steps.mean) in (1, 3)
-        and min(steps.std) > 0,
-        f"an interpolation of {', '.join(INTERPOLATIONS)}": steps.interpolation in INTERPOLATIONS,
+        **_input_rules(manifest.preprocessing),
         "one variant or more": bool(manifest.variants),
         "fixed shapes of parameters": all(
             isinstance(d, int) for spec in manifest.parameters for d in spec.shape
@@ -406,6 +419,18 @@ def _check_meaning(manifest: Manifest) -> None:
     broken = [expected for expected, holds in rules.items() if not holds]
     if broken:
         raise RecordError(f"expected {', '.join(broken)}")
+
+
+def _input_rules(steps: InputSpec) -> dict[str, bool]:
+    if isinstance(steps, ArrayInput):
+        return {"arrays of positive size": bool(steps.shape) and min(steps.shape) >= 1}
+    return {
+        "a resolution of 1 or more": min(steps.resolution, steps.resize) >= 1,
+        "a mean and a positive std of 1 or 3 channels": len(steps.mean) == len(steps.std)
+        and len(steps.mean) in (1, 3)
+        and min(steps.std) > 0,
+        f"an interpolation of {', '.join(INTERPOLATIONS)}": steps.interpolation in INTERPOLATIONS,
+    }
 
 
 def _refuse_constant(text: str) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.common import fuse_pad_into_conv_rule
 
 from lance_host.autodiff.emit import Emit
 from lance_host.edit import constant, known_integer, take_over
@@ -28,6 +30,7 @@ def simplify(model: ir.Model) -> None:
     """Settle shapes, drop what does nothing, and read parts of a tensor with one Split."""
     settle_shapes(model)
     drop_no_ops(model)
+    rewrite(model, [fuse_pad_into_conv_rule])  # networks from TensorFlow pad unevenly, by a Pad before
     split_slices(model)
     passes.RemoveUnusedNodesPass()(model)
 

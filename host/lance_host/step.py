@@ -39,6 +39,7 @@ class Step:
     images: ir.Value
     parameters: tuple[ir.Value, ...]
     labels: ir.Value
+    targets: tuple[ir.Value, ...]
     scale: ir.Value
     loss: ir.Value
     logits: ir.Value
@@ -97,6 +98,7 @@ def differentiate(
         images=captured.images,
         parameters=captured.parameters,
         labels=captured.labels,
+        targets=captured.targets,
         scale=captured.scale,
         loss=captured.loss,
         logits=captured.logits,

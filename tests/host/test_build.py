@@ -231,6 +231,7 @@ def arrays_of(bundle, variant, micro_batch):
     values["images"] = rng.uniform(-1, 1, (micro_batch, 3, resolution, resolution)).astype(np.float32)
     values["labels"] = rng.integers(0, 3, micro_batch)
     values["scale"] = np.array(1 / 16, np.float32)
+    values |= {"target/on": np.ones(3, np.float32), "target/off": np.zeros(3, np.float32)}
     for role in ROLES:
         if role in variant.graphs:
             session = onnxruntime.InferenceSession(

@@ -20,6 +20,7 @@ from small_networks import (
 from torch import nn
 
 from lance_edge.errors import ModelError
+from lance_edge.targets import Targets
 from lance_host.capture import capture, clone
 from lance_host.layers import conv_modules, select_layers
 from lance_host.stages import cut_stages
@@ -33,10 +34,13 @@ pytestmark = [pytest.mark.usefixtures("one_torch_thread"), pytest.mark.xdist_gro
 TOLERANCE = 1e-5
 
 
+PLAIN = Targets.plain(CLASSES).arrays() | {"scale": np.array(1, np.float32)}
+
+
 def logits_of(model: ir.Model, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """The captured graph's logits with the network's own weights, fed by state-dict name."""
     state = {name: tensor.detach().numpy() for name, tensor in network.state_dict().items()}
-    values = {**state, "images": images.numpy(), "labels": labels.numpy(), "scale": np.array(1, np.float32)}
+    values = {**state, **PLAIN, "images": images.numpy(), "labels": labels.numpy()}
     return run_graph(model, values)["logits"]
 
 
@@ -64,19 +68,25 @@ def test_the_graph_is_that_of_a_network_in_evaluation_mode() -> None:
     assert np.abs(found - truth).max() < TOLERANCE * np.abs(truth).max()
 
 
-def test_loss_and_seed_are_cross_entropy_and_its_gradient() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_and_seed_are_cross_entropy_and_its_gradient(weighted: bool, smoothing: float) -> None:
     """The loss is summed over the samples; the seed is the gradient of scale times the loss."""
+    weights = np.linspace(0.5, 3, CLASSES) if weighted else np.ones(CLASSES)
+    targets = Targets(weights, smoothing)
     images, labels = random_batch(0, 6)
     graph = captured(())
     graph.seed.type = ir.TensorType(ir.DataType.FLOAT)
     graph.model.graph.outputs.append(graph.seed)
     state = {name: tensor.detach().numpy() for name, tensor in small_net().state_dict().items()}
-    values = {**state, "images": images.numpy(), "labels": labels.numpy(), "scale": np.array(1 / 6, np.float32)}
+    total = targets.total_weight(labels.numpy())
+    values = {**state, **targets.arrays(), "images": images.numpy(), "labels": labels.numpy()}
+    values["scale"] = np.array(1 / total, np.float32)
     found = run_graph(graph.model, values)
     logits = small_net(torch.float64)(images.double()).requires_grad_()
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits, labels, torch.from_numpy(weights), label_smoothing=smoothing)
     (seed,) = torch.autograd.grad(loss, logits)
-    assert float(found["loss"]) / 6 == pytest.approx(loss.item(), rel=TOLERANCE)
+    assert float(found["loss"]) / total == pytest.approx(loss.item(), rel=TOLERANCE)
     np.testing.assert_allclose(found[str(graph.seed.name)], seed.numpy(), atol=1e-6)
 
 
@@ -88,7 +98,7 @@ def test_trainable_weights_are_inputs_by_state_dict_name() -> None:
     graph = captured(layers)
     names = [value.name for value in graph.model.graph.inputs]
     parameters = [f"{name}.weight" for name in layers] + [f"{HEAD}.weight", f"{HEAD}.bias"]
-    assert names == ["images", *parameters, "labels", "scale"]
+    assert names == ["images", *parameters, "labels", "target/on", "target/off", "scale"]
     assert [value.name for value in graph.parameters] == parameters
     assert not set(parameters) & set(graph.model.graph.initializers)
     assert all(value.const_value is None for value in graph.parameters)
