@@ -54,7 +54,7 @@ def with_fixed_batch_rank(spectra, energy: float) -> Ranks:
     return {name: (R0, *ranks[1:]) for name, ranks in ranks_by_energy(spectra, energy).items()}
 
 
-def test_peak_memory_is_flat_in_the_batch_size(photographs, lance_host, tmp_path, monkeypatch):
+def test_peak_memory_is_flat_in_the_batch_size(photographs, lance_host, tmp_path, monkeypatch, record_property):
     monkeypatch.setattr("lance_host.rank_choice.ranks_by_energy", with_fixed_batch_rank)
     peaks = {}
     for batch in BATCHES:
@@ -65,5 +65,5 @@ def test_peak_memory_is_flat_in_the_batch_size(photographs, lance_host, tmp_path
         )
         assert result.exit_code == 0, (result.output, result.exception)
         peaks[batch] = peak_rss_kib(package, photographs, tmp_path / f"run{batch}")
-    print({batch: f"{peak / 1024:.1f} MiB" for batch, peak in peaks.items()})
+    record_property("peak_rss_kib", peaks)
     assert max(peaks.values()) <= 1.05 * min(peaks.values()), peaks
