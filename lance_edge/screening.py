@@ -61,8 +61,8 @@ def without(dataset: Dataset, names: Collection[str]) -> Dataset:
     leave_out = set(names)
     if not leave_out:
         return dataset
-    parts = {name: _select(getattr(dataset, name), leave_out) for name in PARTS}
-    counts = np.bincount(parts["train"].labels, minlength=len(dataset.classes))
+    train, validation, test = (_select(getattr(dataset, name), leave_out) for name in PARTS)
+    counts = np.bincount(train.labels, minlength=len(dataset.classes))
     for class_name, before, count in zip(
         dataset.classes, np.bincount(dataset.train.labels), counts, strict=True
     ):
@@ -71,7 +71,7 @@ def without(dataset: Dataset, names: Collection[str]) -> Dataset:
                 f"{dataset.root}: class {class_name!r}: none of its {before} training images can be read;"
                 " replace them, or remove the class from data and package"
             )
-    return replace(dataset, **parts)
+    return replace(dataset, train=train, validation=validation, test=test)
 
 
 def refuse(root: Path, skipped: Collection[SkippedRow]) -> None:
@@ -95,8 +95,11 @@ def steady(dataset: Dataset, report: Callable[[str, str, str], None]) -> Dataset
     Args:
         report: told once of every image that cannot be read: its part, its name, the reason.
     """
-    parts = {name: SteadyPart.of(getattr(dataset, name), partial(report, name)) for name in PARTS}
-    return replace(dataset, **parts)
+
+    def kept(name: str) -> Part:
+        return SteadyPart.of(getattr(dataset, name), partial(report, name))
+
+    return replace(dataset, train=kept("train"), validation=kept("validation"), test=kept("test"))
 
 
 class SteadyPart(FilePart):

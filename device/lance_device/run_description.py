@@ -3,12 +3,11 @@
 from dataclasses import asdict
 from typing import Any
 
-from lance_device.run_record import describe_machine, describe_software, now_utc, read_record
+from lance_device.run_record import describe_machine, describe_software, file_sha256, now_utc, read_record
 from lance_device.run_setup import Run, TrainRequest
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
 from lance_edge.errors import DataError
-from lance_edge.files import file_digest
 
 
 def describe_run(
@@ -24,7 +23,7 @@ def describe_run(
         "artifact": {
             "path": str(request.artifact),
             "identity_sha256": bundle.sha256,
-            "file_sha256": file_digest(request.artifact).hexdigest(),
+            "file_sha256": file_sha256(request.artifact),
         },
         "data": {
             "path": str(request.data),

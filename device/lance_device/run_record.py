@@ -13,7 +13,7 @@ import psutil
 
 from lance_device.session import SESSION_CONFIG, SESSION_OPTIONS, runtime_version
 from lance_edge.errors import DataError
-from lance_edge.files import atomic_writer
+from lance_edge.files import atomic_writer, file_digest
 
 SCHEMA_VERSION = 1
 BOARD = Path("/proc/device-tree/model")
@@ -48,6 +48,11 @@ def describe_software() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "unknown"
     return {"versions": versions, "session_options": {**SESSION_OPTIONS, **SESSION_CONFIG}}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a whole file."""
+    return file_digest(path).hexdigest()
 
 
 def now_utc() -> str:

@@ -38,7 +38,9 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals(notify: Callable[[str], None], interrupt: Callable[[bool], None]) -> Iterator[StopRequest]:
+def stop_on_signals(
+    notify: Callable[[str], None], interrupt: Callable[[bool], None] = lambda wanted: None
+) -> Iterator[StopRequest]:
     """A request that Ctrl-C or SIGTERM sets; a second signal ends the process at once.
 
     Outside the main thread no handler can be set and the request stays as it is.
