@@ -24,8 +24,8 @@ def load_network(
     """
     if manifest.model not in ZOO:
         raise ModelError(
-            f"--artifact of model {manifest.model}: only packages of {', '.join(ZOO)}"
-            " can be compared with PyTorch"
+            f"--artifact of model {manifest.model}: expected one of {', '.join(ZOO)}: these have a"
+            " twin in PyTorch; calibrate one of these"
         )
     network = ZOO[manifest.model].build(len(manifest.classes))
     network.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})

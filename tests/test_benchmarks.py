@@ -394,7 +394,7 @@ def test_photographs_are_always_the_same(tmp_path: Path) -> None:
 def test_networks_of_others_are_refused(material: Material) -> None:
     manifest, weights = read(material.package)
     with pytest.raises(
-        ModelError, match=r"--artifact of model net.py:make: only packages of mcunet, .* PyTorch"
+        ModelError, match=r"--artifact of model net.py:make: expected one of mcunet, .*; calibrate one of these"
     ):
         load_network(replace(manifest, model="net.py:make"), weights, ())
 

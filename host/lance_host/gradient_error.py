@@ -128,6 +128,12 @@ def _shifted(layer: Layer, basis: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.where(inside, basis.T[:, positions.clamp(0, len(basis) - 1)], 0.0)
 
 
+def _squared_norms(tensor: torch.Tensor) -> torch.Tensor:
+    """Of the last dimension, float64; without an array of squares."""
+    norms: torch.Tensor = torch.linalg.vector_norm(tensor, dim=-1)
+    return norms.double().square()
+
+
 # --- the channel mode -----------------------------------------------------------------------------------
 
 
@@ -147,10 +153,10 @@ class _ChannelsApart:
         """`[n, C, H, W] -> [1, C, n, H, W]`."""
         return core.transpose(0, 1)[None]
 
-    def squared_distances(self, sums: torch.Tensor) -> torch.Tensor:
+    def squared_distances(self, sums: torch.Tensor) -> torch.Tensor:  # takes `sums` for its own use
         """`[R1, R2, R3]`: channels up to the rank with their own error, the others with all they have."""
-        kept = (sums[:, :, 0] - self._exact).square().sum(-1).double().cumsum(-1)  # [R2, R3, C]
-        lost = self._exact.square().sum(-1).double().flip(0).cumsum(0).flip(0)  # [C], from each channel on
+        kept = _squared_norms(sums[:, :, 0].sub_(self._exact)).cumsum(-1)  # [R2, R3, C]
+        lost = _squared_norms(self._exact).flip(0).cumsum(0).flip(0)  # [C], from each channel on
         beyond = torch.cat([lost[1:], lost.new_zeros(1)])
         return (kept + beyond)[..., self._last].permute(2, 0, 1)
 
@@ -181,8 +187,10 @@ class _ChannelsMixed:
     def squared_distances(self, sums: torch.Tensor) -> torch.Tensor:
         """`[R1, R2, R3]`."""
         steps = sums.reshape(*sums.shape[:3], self.copies, -1, sums.shape[-1])
-        difference = _running_sums(steps, 3) - self._exact  # [R2, R3, groups, R1, C / groups, O / groups taps]
-        return difference.square().sum((2, 4, 5)).double().permute(2, 0, 1)
+        difference = _running_sums(steps, 3).sub_(
+            self._exact
+        )  # [R2, R3, groups, R1, C / groups, O / groups taps]
+        return _squared_norms(difference).sum((2, 4)).permute(2, 0, 1)
 
 
 def _channels(

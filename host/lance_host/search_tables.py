@@ -1,5 +1,6 @@
 """Tables for choosing: what can be trained, and what a memory budget buys."""
 
+import math
 from collections.abc import Sequence
 
 from lance_host.budget import BudgetPlan
@@ -17,7 +18,10 @@ def budget_table(plans: Sequence[BudgetPlan]) -> str:
     layers = plan.search.layers
     columns = [["layer", *(one.layer for one in layers), "total"]]
     norms = [one.gradient_norm or 1.0 for one in layers]
-    for candidates, label in ((plan.chosen, "ranks"), (plan.uniform, f"ε {plan.search.energy:.3f}: ranks")):
+    for candidates, label in (
+        (plan.chosen, "ranks"),
+        (plan.uniform, f"ε {_rounded_down(plan.search.energy)}: ranks"),
+    ):
         sizes = [one.nbytes for one in candidates]
         shares = [one.error / norm for one, norm in zip(candidates, norms, strict=True)]
         shares.append(plan.relative_error(candidates))
@@ -35,10 +39,15 @@ def budget_table(plans: Sequence[BudgetPlan]) -> str:
     )
     totals = (
         f"{count(len(one.chosen), 'layer')}: error {100 * one.relative_error(one.chosen):.1f} %, with ε"
-        f" {one.search.energy:.3f} {100 * one.relative_error(one.uniform):.1f} %"
+        f" {_rounded_down(one.search.energy)} {100 * one.relative_error(one.uniform):.1f} %"
         for one in fewer
     )
     return "\n".join([heading, "", *grid(columns), *totals])
+
+
+def _rounded_down(energy: float) -> str:
+    """Four digits; `--energy` with them takes no more bytes than this energy."""
+    return f"{math.floor(energy * 1e4) / 1e4:.4f}"
 
 
 def candidate_table(candidates: Sequence[Candidate], batch_size: int, head: str | None) -> str:

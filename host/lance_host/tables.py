@@ -97,10 +97,10 @@ def _layer_heading(manifest: Manifest, method: str) -> str:
 
 
 def _rank_rule(manifest: Manifest, method: str) -> str:
-    budget = manifest.variant(method).budget_bytes
-    if budget is None:
-        return f"energy threshold {manifest.energy:g}"
-    return f"memory budget {human_bytes(budget)}"
+    variant = manifest.variant(method)
+    if variant.budget_bytes is None:
+        return f"energy threshold {variant.energy:g}"
+    return f"memory budget {human_bytes(variant.budget_bytes)}"
 
 
 def _cost_columns(manifest: Manifest) -> list[list[str]]:

@@ -140,7 +140,7 @@ def test_run_json_tells_what_one_needs_to_repeat_it(finished, package):
     assert record["options"]["method"] == "lance"
     assert record["given"] == ["epochs", "lr", "threads"]
     assert record["versions"].keys() >= {"python", "onnxruntime", "numpy", "lance-edge"}
-    assert record["session_options"]["enable_mem_pattern"] is False
+    assert record["session_options"]["enable_cpu_mem_arena"] is True
     assert record["machine"]["kernel"]
     assert record["result"]["step"] == record["total_steps"] == 9
     assert record["ended"] >= record["started"]

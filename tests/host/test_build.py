@@ -509,19 +509,25 @@ def test_arrays_are_stored_without_pickle(bundle):
 def test_a_budget_chooses_the_ranks_and_is_kept(photos, start_weights, tmp_path):
     """Both counts of layers within the budget, trainable (verified), and not worse than one energy."""
     said = []
-    options = {"layers": "2,4", "methods": ("lance",), "budgets": {"lance": 40 << 10}}
+    budgets = {"lance": 40 << 10, "asi": 60 << 10}
+    options = {"layers": "2,4", "methods": ("lance", "asi", "bp"), "budgets": budgets}
     feedback = Feedback(say=said.append, progress=lambda name, done, total: None)
     manifest = calibrate(request(photos, tmp_path / "pkg.tar", start_weights, **options), feedback)
-    assert [len(variant.layers) for variant in manifest.variants] == [2, 4]
+    assert [(variant.method, len(variant.layers)) for variant in manifest.variants] == [
+        (method, count) for method in ("lance", "asi", "bp") for count in (2, 4)
+    ]
     for variant in manifest.variants:
-        assert variant.budget_bytes == 40 << 10
-        assert 0.8 * (40 << 10) < variant.activation_bytes <= 40 << 10
-    table = next(text for text in said if text.startswith("LANCE, memory budget 40.00 KiB"))
-    errors = [line.split() for line in table.splitlines() if line.startswith(("total", "2 layers"))]
-    (best, single), (fewer_best, fewer_single) = (errors[0][3], errors[0][6]), (errors[1][3], errors[1][8])
-    assert float(best) <= float(single)
-    assert float(fewer_best) <= float(fewer_single)
-    assert any(text.startswith("verified: loss and gradients of lance agree") for text in said)
+        assert variant.energy is None
+        assert variant.budget_bytes == budgets.get(variant.method)
+        if variant.budget_bytes is not None:
+            assert 0.7 * variant.budget_bytes < variant.activation_bytes <= variant.budget_bytes
+    for method in budgets:
+        lines = next(text for text in said if text.startswith(f"{method.upper()}, memory budget")).splitlines()
+        total = next(line.split() for line in lines if line.startswith("total"))
+        fewer = next(line.split() for line in lines if line.startswith("2 layers"))
+        assert float(total[3]) <= float(total[6])
+        assert float(fewer[3]) <= float(fewer[8])
+        assert any(text.startswith(f"verified: loss and gradients of {method} agree") for text in said)
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_calibration(photos, start_weights, tmp_path):

@@ -198,7 +198,7 @@ def budget_plan(count: int) -> BudgetPlan:
         LayerChoices(name, (best,), single, norm)
         for name, best, single, norm in zip((EXPAND, POINT), chosen, uniform, (4.0, 1.0), strict=True)
     ]
-    return BudgetPlan("lance", 65_536, SearchResult(0.69, tuple(choices[-count:])), chosen[-count:])
+    return BudgetPlan("lance", 65_536, SearchResult(0.69996, tuple(choices[-count:])), chosen[-count:])
 
 
 def test_a_budgets_table_stands_beside_that_of_one_energy() -> None:
@@ -206,7 +206,7 @@ def test_a_budgets_table_stands_beside_that_of_one_energy() -> None:
     assert table.startswith(
         "LANCE, memory budget 64.00 KiB: ranks with the least error of the weight gradients,"
     )
-    assert "ε 0.690: ranks" in table
+    assert "ε 0.6999: ranks" in table
     assert row(table, POINT) == words("4 16 1 1 31.04 KiB 50.0 2 3 1 1 5.81 KiB 150.0")
     assert row(table, "total") == words("43.53 KiB 35.0 23.11 KiB 70.0")  # (1.25 + 0.5) / 5, (2 + 1.5) / 5
     assert max(map(len, table.splitlines())) <= 120
@@ -214,7 +214,7 @@ def test_a_budgets_table_stands_beside_that_of_one_energy() -> None:
 
 def test_fewer_layers_are_a_line_each() -> None:
     last = budget_table([budget_plan(1), budget_plan(2)]).splitlines()[-1]
-    assert last == "1 layer: error 50.0 %, with ε 0.690 150.0 %"
+    assert last == "1 layer: error 50.0 %, with ε 0.6999 150.0 %"
 
 
 # --- package
