@@ -6,6 +6,7 @@ missing later, while a run reads them, are stood in for by others of their class
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,17 +40,23 @@ def find_bad(dataset: Dataset, threads: int, parts: Sequence[str] = PARTS) -> tu
     """Decode every image file once; an `.npz` holds none.
 
     Args:
-        threads: images that are decoded at a time.
+        threads: images that are decoded at a time, where the system has room for so many threads.
     """
     found: list[SkippedRow] = []
-    with ThreadPoolExecutor(threads) as pool:
-        for part_name in parts:
-            part = getattr(dataset, part_name)
-            if isinstance(part, FilePart):
-                reasons = pool.map(_reason, part.paths)
-                rows = zip(part.names, reasons, strict=True)
-                found += [SkippedRow(name, part_name, 0, reason) for name, reason in rows if reason]
+    for part_name in parts:
+        part = getattr(dataset, part_name)
+        if isinstance(part, FilePart):
+            rows = zip(part.names, _reasons(part.paths, threads), strict=True)
+            found += [SkippedRow(name, part_name, 0, reason) for name, reason in rows if reason]
     return tuple(found)
+
+
+def _reasons(paths: Sequence[Path], threads: int) -> list[str]:
+    """For each file what is wrong with it, or nothing."""
+    if threads > 1:
+        with suppress(RuntimeError), ThreadPoolExecutor(threads) as pool:  # no room for a thread (`ulimit -v`)
+            return list(pool.map(_reason, paths))
+    return [_reason(path) for path in paths]
 
 
 def without(dataset: Dataset, names: Collection[str]) -> Dataset:

@@ -13,6 +13,7 @@ import resource
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ from lance_device.guard import group_limit_bytes, status_bytes
 from lance_device.measure import PhaseMeter
 from lance_device.options import TrainOptions
 from lance_device.probe import MemoryProbe
+from lance_device.session import is_lack_of_memory
 from lance_device.step import training_step
 from lance_device.units import size
 from lance_edge import errors
@@ -146,6 +148,7 @@ def in_a_fork(measure: Callable[[], dict[str, int]]) -> dict[str, int]:
 
     Raises:
         LanceError: what `measure` raised, but for a lack of memory.
+        RuntimeError: with the traceback, if it raised anything else.
     """
     readable, writable = os.pipe()
     child = os.fork()
@@ -158,12 +161,12 @@ def in_a_fork(measure: Callable[[], dict[str, int]]) -> dict[str, int]:
             os.kill(child, signal.SIGKILL)
         answer = pipe.read()
     os.waitpid(child, 0)
-    if not answer:  # it was killed: it took more memory than there was
+    if not answer:  # killed, or ended by a library: it took more memory than there was
         return {FAILED: status_bytes("VmPeak") or 0}
     found = json.loads(answer)
     if isinstance(found, str):
         kind, text = found.split(":", 1)
-        raise getattr(errors, kind)(text)
+        raise getattr(errors, kind, RuntimeError)(text)
     return dict(found)
 
 
@@ -177,6 +180,9 @@ def _answer(measure: Callable[[], dict[str, int]], readable: int, writable: int)
         found = {FAILED: status_bytes("VmPeak") or 0}
     except LanceError as error:
         found = f"{type(error).__name__}:{error}"
+    except Exception as error:
+        is_lack = is_lack_of_memory(error)
+        found = {FAILED: status_bytes("VmPeak") or 0} if is_lack else f"RuntimeError:{traceback.format_exc()}"
     finally:
         os.write(writable, json.dumps(found).encode() if found is not None else b"")
         os._exit(0)

@@ -208,7 +208,8 @@ def _session_options(runtime: ModuleType, threads: int) -> Any:
 def is_lack_of_memory(error: Exception) -> bool:
     """Whether an exception of onnxruntime says that memory, or room for a thread, was lacking."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(word in text for word in ("alloc", "posixthread", "pthread"))
+    signs = ("alloc", "posixthread", "pthread", "new thread")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
 def _out_of_memory(where: str, error: Exception) -> PlatformError:

@@ -15,24 +15,39 @@ from device_harness import arrays, assert_same_arrays, spawn, table
 from lance_device.run_log import RunLog
 
 # What a clock, a thermometer or chance decides: everything else is the same in every run of these arguments.
-MEASURED = ("latency_ms", "rss_kib", "peak_rss_kib", "temperature_c", "arm_mhz", "time_s", "run_id", "warmup")
+# `cached` tells what a measurement is of: after a break, features that were kept need not be computed again.
+MEASURED = (
+    *("latency_ms", "rss_kib", "peak_rss_kib", "temperature_c", "arm_mhz", "time_s"),
+    *("run_id", "warmup", "cached"),
+)
 MEASURED_META = ("run_id", "seconds", "rows")
 
-# A killer within the process: SIGKILL at the n-th call into the operating system that changes a file.
+# A killer within the process: SIGKILL at the n-th call into the operating system that changes a file: a
+# checkpoint, a CSV file, the cache of features, a name.  With n = 0 it only counts.
 KILLER = """
-import os, signal, sys
+import atexit, os, signal, sys
 import lance_device.train
 class Killer:
-    NAMES = {{"write", "fsync", "replace", "link", "unlink", "truncate", "flush"}}
+    NAMES = {{"write", "pwrite", "fsync", "replace", "link", "unlink", "truncate", "ftruncate", "flush"}}
     def __init__(self, event, count):
-        self.event, self.left = event, count
+        self.event, self.count, self.seen = event, count, 0
     def __call__(self, frame, event, argument):
         if event == self.event and argument.__name__ in self.NAMES:
-            self.left -= 1
-            if self.left == 0:
+            self.seen += 1
+            if self.seen == self.count:
                 os.kill(os.getpid(), signal.SIGKILL)
-sys.setprofile(Killer({event!r}, {count}))
+killer = Killer({event!r}, {count})
+atexit.register(lambda: print("calls", killer.seen))
+sys.setprofile(killer)
 """
+
+
+def count_calls(words: tuple[Any, ...]) -> int:
+    """How often a whole run of `lance-device` changes a file."""
+    process = spawn(*words, prelude=KILLER.format(event="c_call", count=0))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return int(output.splitlines()[-1].removeprefix("calls "))
 
 
 def run_until_killed(words: tuple[Any, ...], chance: random.Random, calls: int, seconds: float) -> bool:
@@ -63,7 +78,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert len(saved) == len(set(saved)), "a checkpoint's row stands twice"
     assert (found / "split.csv").read_bytes() == (expected / "split.csv").read_bytes()
     assert json.loads((found / "run.json").read_text())["status"] == "finished"
-    assert [file.name for file in found.iterdir() if file.name.startswith(".")] == []
+    left = {file.name for file in found.iterdir()}
+    assert not [name for name in left if name.startswith(".") or name == "features.cache"]
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -127,9 +143,11 @@ class ForgetfulDisk:
         self._serials: dict[int, int] = {}  # an inode's number comes again when its file is gone
         self._durable = {file.name: file.read_bytes() for file in folder.glob("*")}
         self._real_open, self._real_fsync = Path.open, os.fsync
+        self._real_os_open, self._real_pwrite, self._real_ftruncate = os.open, os.pwrite, os.ftruncate
         monkeypatch.setattr(Path, "open", lambda *words, **options: self._open(*words, **options))
         monkeypatch.setattr(os, "fsync", self._fsync)
-        monkeypatch.setattr(os, "ftruncate", self._refuse)
+        for name in ("open", "pwrite", "ftruncate"):  # the cache of features
+            monkeypatch.setattr(os, name, getattr(self, f"_os_{name}"))
         for name in ("replace", "hardlink_to", "unlink"):
             self._watch(name, getattr(Path, name), monkeypatch)
         checkpoint = RunLog.checkpoint
@@ -140,9 +158,6 @@ class ForgetfulDisk:
 
     def _saved(self, log: RunLog) -> None:
         self.record("saved", log._run.progress.step)
-
-    def _refuse(self, *words: Any) -> None:
-        raise AssertionError("ftruncate is not in this disk's model")
 
     def _watch(self, name: str, real: Any, monkeypatch: Any) -> None:
         def call(path: Path, *words: Any, **options: Any) -> Any:
@@ -159,11 +174,30 @@ class ForgetfulDisk:
         file = self._real_open(path, mode, *words, **options)
         if path.parent != self._folder or mode in ("r", "rb"):
             return file
-        number = os.fstat(file.fileno()).st_ino
+        serial = self._opened(path, file.fileno(), is_new)
+        return _File(self, file, serial, mode.startswith("a"))
+
+    def _os_open(self, path: Any, flags: int, *words: Any) -> int:
+        is_new = not Path(path).exists()
+        descriptor = self._real_os_open(path, flags, *words)
+        if Path(path).parent == self._folder and flags & os.O_RDWR:
+            self._opened(Path(path), descriptor, is_new)
+        return descriptor
+
+    def _opened(self, path: Path, descriptor: int, is_new: bool) -> int:
+        number = os.fstat(descriptor).st_ino
         if is_new or number not in self._serials:
             self._serials[number] = len(self._serials) + len(self.operations)
             self.record("create" if is_new else "found", path.name, self._serials[number])
-        return _File(self, file, self._serials[number], mode.startswith("a"))
+        return self._serials[number]
+
+    def _os_pwrite(self, descriptor: int, data: bytes, offset: int) -> int:
+        self.record("write", self._serials[os.fstat(descriptor).st_ino], offset, bytes(data))
+        return self._real_pwrite(descriptor, data, offset)
+
+    def _os_ftruncate(self, descriptor: int, size: int) -> None:
+        self.record("truncate", self._serials[os.fstat(descriptor).st_ino], size)
+        self._real_ftruncate(descriptor, size)
 
     def _fsync(self, descriptor: int) -> None:
         state = os.fstat(descriptor)
@@ -227,6 +261,7 @@ def _apply(contents: dict[int, bytearray], operation: tuple[Any, ...]) -> None:
     content = contents.setdefault(inode, bytearray())
     if kind == "truncate":
         del content[position:]
+        content.extend(bytes(position - len(content)))
     else:
         content.extend(bytes(max(0, position - len(content))))  # a hole is zeros
         content[position : position + len(data[0])] = data[0]

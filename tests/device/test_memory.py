@@ -31,10 +31,10 @@ import atexit
 from lance_device import probe
 from lance_device.guard import status_bytes
 reset, peaks = probe.MemoryProbe._try_reset, []
-def remember():
+def remember(self):
     peaks.append(status_bytes("VmHWM"))
-    return reset()
-probe.MemoryProbe._try_reset = staticmethod(remember)
+    return reset(self)
+probe.MemoryProbe._try_reset = remember
 atexit.register(lambda: print("peak", max([*peaks, status_bytes("VmHWM")])))
 """
 
@@ -261,6 +261,11 @@ def test_a_fork_answers_fails_or_dies():
 
     with pytest.raises(ArtifactError, match="of another kind"):
         in_a_fork(wrong)
+
+
+def test_a_mistake_in_a_fork_is_no_lack_of_memory():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: integer"):
+        in_a_fork(lambda: {"VmHWM": 1 // 0})
 
 
 def test_a_size_that_is_none(package, images, tmp_path):

@@ -182,11 +182,20 @@ def _field(number, data):
 
 
 def test_what_stands_twice_is_refused():
-    """Protobuf would merge two graphs, and take the second of two names: what was checked, or the other?"""
+    """Protobuf would take the second of two: what was checked, or the other?"""
     data = model().SerializeToString()
-    assert "field 7 of a model stands twice" in refusal(data + _field(7, b""))
+    assert "field 2 of a model stands twice" in refusal(data + 2 * _field(2, b"me"))
     node = model().graph.node[0].SerializeToString() + _field(4, b"Relu")
     assert "field 4 of a node stands twice" in refusal(_with_node(node))
+
+
+def test_every_part_of_a_graph_is_checked():
+    """A package holds graphs in parts, one behind the other: protobuf merges them, and so may a stranger."""
+    data = model().SerializeToString()
+    check_graph(data + _with_node(model().graph.node[0].SerializeToString()), "x.onnx")
+    evil = helper.make_node("Evil", ["y"], ["z"]).SerializeToString()
+    assert "found the operator 'Evil'" in refusal(data + _with_node(evil))
+    assert "found the operator 'Evil'" in refusal(_with_node(evil) + data)
 
 
 def _with_node(node):
