@@ -9,9 +9,9 @@
     next multiple of 4096   any        records, all of one size; the first has place 1
 
 A record is appended when it is first written, and its table entry follows it; nothing is ever synced, to
-spare an SD card.  Whatever a crash, a power cut, a second writer or a bad card leaves behind, the check decides:
-it is the CRC-32 of header, slot number and record, so a record under a wrong slot, or of the features that were
-in the file before (their removal may have been lost), is refused like a torn one.
+spare an SD card.  Whatever a crash, a power cut, a second writer or a bad card leaves behind, the check
+decides: it is the CRC-32 of header, slot number and record, so a record under a wrong slot, or of the features
+that were in the file before (their removal may have been lost), is refused like a torn one.
 A header that is not exactly the expected one means that the file belongs to other features: it is emptied.
 """
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -35,21 +36,32 @@ BOARD = Path("/proc/device-tree/model")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 USEFUL_FEATURES = ("fp", "asimd", "asimddp", "asimdhp", "crc32", "sse4_2", "avx", "avx2", "avx512f", "fma")
 
-# Says versions and whether anything is sent: telemetry is decided when the runtime loads.
+# Says versions and whether anything could be sent.  Telemetry is decided when the runtime loads: where it is on
+# (seen with 1.31.1), that starts a thread and opens a data base of events in the user's cache.
 TRIAL = """
 import json, os
+import numpy
+
+def names(folder):
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+def files():
+    found = set()
+    for name in names("/proc/self/fd"):
+        try:
+            found.add(os.readlink(f"/proc/self/fd/{name}"))
+        except OSError:
+            pass
+    return {link for link in found if link.startswith(("/", "socket:")) and not link.startswith("/proc/")}
+
+files_before, threads_before = files(), names("/proc/self/task")
 from lance_device.run_record import describe_software
 versions = describe_software()["versions"]
-links = []
-for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
-    try:
-        links.append(os.readlink(f"/proc/self/fd/{name}"))
-    except OSError:
-        pass
 print(json.dumps({
     "versions": versions,
-    "telemetry": os.environ.get("ORT_DISABLE_TELEMETRY") != "1",
-    "sockets": sum(link.startswith("socket:") for link in links),
+    "switch": os.environ.get("ORT_DISABLE_TELEMETRY") == "1",
+    "threads": len(names("/proc/self/task") - threads_before),
+    "files": sorted(files() - files_before),
 }))
 """
 
@@ -206,11 +218,17 @@ def _runtime(folder: Path) -> Iterator[Finding]:
     versions = answer["versions"]
     yield Finding("onnxruntime", versions.pop("onnxruntime"))
     yield Finding("packages", ", ".join(f"{name} {version}" for name, version in versions.items()))
-    if answer["telemetry"] or answer["sockets"]:
-        value = f"telemetry on, {answer['sockets']} sockets open"
-        yield Finding("telemetry", value, PROBLEM, "set ORT_DISABLE_TELEMETRY=1, and report this")
-    else:
-        yield Finding("telemetry", "off (ORT_DISABLE_TELEMETRY=1), no socket open")
+    yield _telemetry(answer)
+
+
+def _telemetry(answer: dict[str, Any]) -> Finding:
+    opened = [*answer["files"], *([f"{answer['threads']} threads"] if answer["threads"] else [])]
+    if answer["switch"] and not opened:
+        return Finding(
+            "telemetry", "off (ORT_DISABLE_TELEMETRY=1): loading the runtime opened no socket, file or thread"
+        )
+    value = f"on: loading the runtime opened {', '.join(opened) or 'nothing, but its switch is not set'}"
+    return Finding("telemetry", value, PROBLEM, "set ORT_DISABLE_TELEMETRY=1, and report this")
 
 
 def _failure(done: "subprocess.CompletedProcess[str]") -> str:

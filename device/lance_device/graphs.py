@@ -1,6 +1,7 @@
 """What a package gives to run: graphs, starting weights and projections, checked against the manifest."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +53,18 @@ def tensor_specs(bundle: Bundle, variant: Variant) -> dict[str, TensorSpec]:
         TensorSpec(LOGITS, ("N", len(manifest.classes)), "float32"),
         *(TensorSpec(gradient_name(spec.name), spec.shape, "float32") for spec in manifest.parameters),
     )
-    declared = (*variant.boundary, *variant.saved, *variant.statistics, *variant.activations)
+    declared = (*variant.boundary, *variant.saved, *_statistics(variant), *variant.activations)
     return {spec.name: spec for spec in (*declared, *own)}
+
+
+def _statistics(variant: Variant) -> Iterable[TensorSpec]:
+    """Those of `hosvd` have other ranks at every step; the manifest holds the estimate from calibration."""
+    if variant.method != "hosvd":
+        return variant.statistics
+    return (
+        replace(spec, shape=tuple(f"{spec.name} {axis}" for axis in range(len(spec.shape))))
+        for spec in variant.statistics
+    )
 
 
 def starting_parameters(bundle: Bundle, variant: Variant) -> dict[str, Float]:

@@ -59,6 +59,7 @@ class StepGraphs:
             return load_graph(bundle, variant, role, threads) if role in variant.graphs else None
 
         self.variant = variant
+        self._where = str(bundle.path)
         self.features = features or ComputedFeatures(load_graph(bundle, variant, "prefix", threads))
         self.forward = [load_graph(bundle, variant, role, threads) for role in variant.forward_roles]
         self.backward = load_graph(bundle, variant, "backward", threads)
@@ -69,7 +70,7 @@ class StepGraphs:
         made = [name for graph in self.forward for name in graph.outputs]
         produced = {*self.features.names, *made} - set(self._statistics)
         self.crossing = tuple(name for name in self.backward.inputs if name in produced)
-        self._check_wiring(made, str(bundle.path))
+        self._check_wiring(made)
 
     @property
     def projection_bytes(self) -> int:
@@ -87,10 +88,21 @@ class StepGraphs:
         return {name: self._projections[name][rows] for name in self.variant.batch_projections}
 
     def accumulate(self, totals: dict[str, Array], values: dict[str, Array]) -> None:
-        """Move the statistics among `values` into their sums over the batch."""
+        """Move the statistics among `values` into their sums over the batch.
+
+        Raises:
+            ArtifactError: if a graph gives another shape for every micro-batch.
+        """
         for name in self._statistics:
             if name in values and name in totals:
-                totals[name] += values.pop(name)
+                addend = values.pop(name)
+                if addend.shape != totals[name].shape:
+                    raise ArtifactError(
+                        f"{self._where}: statistic {name} is {list(addend.shape)} after"
+                        f" {list(totals[name].shape)} of another micro-batch; rebuild the package with"
+                        " lance-host"
+                    )
+                totals[name] += addend
             elif name in values:
                 totals[name] = values.pop(name)
 
@@ -115,7 +127,7 @@ class StepGraphs:
         """
         return finite_loss(values, self.features.names, self._parameters)
 
-    def _check_wiring(self, made: list[str], where: str) -> None:
+    def _check_wiring(self, made: list[str]) -> None:
         """Every statistic and every gradient comes from some graph."""
         gradient_outputs = self._gradient.outputs if self._gradient is not None else ()
         gradients = [gradient_name(name) for name in self.variant.parameters]
@@ -125,7 +137,7 @@ class StepGraphs:
         lacking += missing_names((spec.name for spec in self.variant.activations), made, self.features.names)
         if lacking:
             raise ArtifactError(
-                f"{where}: no graph of method {self.variant.method} gives {', '.join(lacking)};"
+                f"{self._where}: no graph of method {self.variant.method} gives {', '.join(lacking)};"
                 " rebuild the package with lance-host"
             )
 

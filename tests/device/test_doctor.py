@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 from device_harness import lance_device, started
@@ -9,6 +11,7 @@ from device_harness import lance_device, started
 from lance_device import doctor
 from lance_device.doctor import PROBLEM, WARNING, examine
 from lance_device.probe import Health
+from lance_device.session import runtime_version
 
 NAMES = ["board", "system", "Python", "processor", "memory", "disk", "temperature", "onnxruntime", "packages"]
 
@@ -23,7 +26,8 @@ def test_this_machine_can_train(tmp_path):
     assert re.match(r"this machine can train: 0 problems \(x\), \d+ warnings \(!\)$", lines[-1])
     named = [line[2:].split("  ")[0] for line in lines[:-1]]
     assert [name for name in named if name in NAMES] == NAMES
-    assert "  telemetry    off (ORT_DISABLE_TELEMETRY=1), no socket open" in lines
+    off = "off (ORT_DISABLE_TELEMETRY=1): loading the runtime opened no socket, file or thread"
+    assert f"  telemetry    {off}" in lines
 
 
 def test_the_same_as_json(tmp_path):
@@ -109,13 +113,32 @@ def test_a_runtime_that_does_not_load(monkeypatch, tmp_path, trial, words):
     assert "this machine cannot train: 1 problems (x)" in result.stdout
 
 
-def test_telemetry_that_is_on_is_a_problem(monkeypatch, tmp_path):
-    """As if the switch had not worked: the trial's answer with the switch taken away."""
+def test_a_switch_that_is_not_set_is_a_problem(monkeypatch, tmp_path):
     forgetful = doctor.TRIAL.replace("print(", "os.environ.pop('ORT_DISABLE_TELEMETRY')\nprint(", 1)
     monkeypatch.setattr(doctor, "TRIAL", forgetful)
     finding = _find(list(doctor._runtime(tmp_path)), "telemetry")[0]
     assert finding.verdict == PROBLEM
+    assert finding.value == "on: loading the runtime opened nothing, but its switch is not set"
     assert "set ORT_DISABLE_TELEMETRY=1" in finding.remedy
+
+
+def test_telemetry_that_is_on_is_seen(monkeypatch, tmp_path):
+    """For real: the runtime is loaded before its switch is set, in a process without any network."""
+    alone = ["unshare", "--net", "--map-root-user"]
+    if shutil.which(alone[0]) is None or subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("no process without a network can be made here")
+    if tuple(map(int, runtime_version().split(".")[:2])) < (1, 29):
+        pytest.skip("this onnxruntime has no telemetry")
+    run = subprocess.run
+    monkeypatch.setattr(doctor.subprocess, "run", lambda words, **options: run([*alone, *words], **options))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    early = "import onnxruntime\nfrom lance_device.run_record"
+    monkeypatch.setattr(doctor, "TRIAL", doctor.TRIAL.replace("from lance_device.run_record", early))
+    finding = _find(list(doctor._runtime(tmp_path)), "telemetry")[0]
+    assert finding.verdict == PROBLEM
+    assert re.search(r"opened .*onnxruntime.*, \d threads$", finding.value)
 
 
 def test_limits_of_a_control_group_are_shown(monkeypatch, tmp_path):
