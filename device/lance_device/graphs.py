@@ -11,6 +11,7 @@ from lance_edge.bundle import ArrayReader, Bundle
 from lance_edge.checkpoints import trained_shapes
 from lance_edge.errors import ArtifactError
 from lance_edge.manifest import (
+    BATCH_DIM,
     IMAGES,
     LABELS,
     LOGITS,
@@ -45,12 +46,11 @@ def load_graph(bundle: Bundle, variant: Variant, role: str, threads: int) -> Gra
 def tensor_specs(bundle: Bundle, variant: Variant) -> dict[str, TensorSpec]:
     """Everything that passes between graphs and runtime, by name; `"N"` is the micro-batch."""
     manifest = bundle.manifest
-    side = manifest.preprocessing.resolution
     own = (
-        TensorSpec(IMAGES, ("N", 3, side, side), "float32"),
-        TensorSpec(LABELS, ("N",), "int64"),
+        TensorSpec(IMAGES, (BATCH_DIM, *manifest.preprocessing.sample_shape), "float32"),
+        TensorSpec(LABELS, (BATCH_DIM,), "int64"),
         TensorSpec(LOSS, (), "float32"),
-        TensorSpec(LOGITS, ("N", len(manifest.classes)), "float32"),
+        TensorSpec(LOGITS, (BATCH_DIM, len(manifest.classes)), "float32"),
         *(TensorSpec(gradient_name(spec.name), spec.shape, "float32") for spec in manifest.parameters),
     )
     declared = (*variant.boundary, *variant.saved, *_statistics(variant), *variant.activations)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lance_device.cache_plan import CachePlan, choose, plan_cache
 from lance_device.checkpoint import Checkpoint, Meta, Progress
+from lance_device.class_weights import training_targets
 from lance_device.graphs import starting_parameters
 from lance_device.memory_plan import MemoryPlan, find_limits, plan_memory
 from lance_device.options import TrainOptions, keep_stored, resolve
@@ -24,7 +25,8 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import SCHEMA_VERSION
 from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, DataError
-from lance_edge.manifest import Variant
+from lance_edge.manifest import ArrayInput, InputSpec, Variant
+from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]
 
@@ -95,6 +97,7 @@ class Run:
     velocity: dict[str, Float]
     codec_state: dict[str, Float]
     progress: Progress
+    targets: Targets
     cache: CachePlan
     cache_reason: str
     memory: MemoryPlan | None = None
@@ -159,6 +162,7 @@ def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
     limits = find_limits(request.memory_limit)
     options, memory = plan_memory(limits, options, request.given, bundle, dataset)
     variant = bundle.manifest.variant(options.method, options.layers)
+    _expect_possible_augment(options.augment, bundle.manifest.preprocessing)
     parameters = starting_parameters(bundle, variant)
     plan = _plan(options, bundle, dataset, folder)
     cache, reason = choose(plan["cache"], options.cache)
@@ -224,8 +228,18 @@ def _plan(options: TrainOptions, bundle: Bundle, dataset: Dataset, folder: RunFo
         "stream": stream,
         "total_steps": total_steps,
         "data_sha256": data_identity(dataset.train),
+        "targets": training_targets(
+            options.class_weights, options.label_smoothing, dataset.train.labels, manifest.classes
+        ),
         "cache": plan_cache(options, total_steps, bundle, variant, dataset, folder.path),
     }
+
+
+def _expect_possible_augment(augment: str, preprocessing: InputSpec) -> None:
+    if isinstance(preprocessing, ArrayInput) and augment != "none":
+        raise DataError(
+            f"--augment {augment}: the package takes arrays, which go to the network unchanged; leave it out"
+        )
 
 
 def _expect_full_batch(data: Path, images: int, batch_size: int) -> None:

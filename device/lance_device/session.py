@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lance_edge.errors import ArtifactError, Interrupted, PlatformError
 from lance_edge.graph_check import check_graph
-from lance_edge.manifest import BATCH_DIM, TensorSpec
+from lance_edge.manifest import BATCH_DIM, TensorSpec, batch_multiple
 
 Array = NDArray[Any]
 
@@ -177,13 +177,25 @@ class Graph:
 
 
 def fits(value: Array, spec: TensorSpec, dims: dict[str, int]) -> bool:
-    """Whether an array is like that; a named dimension (`"N"`) is what it is in the first array that has it."""
+    """Whether an array is like that.
+
+    Args:
+        dims: sizes of named dimensions (`"N"`); a name is what it is in the first array that has it, `"4*N"` four
+            times what `"N"` is.
+    """
     if not isinstance(value, np.ndarray) or str(value.dtype) != spec.dtype or value.ndim != len(spec.shape):
         return False
-    return all(
-        size == (dims.setdefault(dim, size) if isinstance(dim, str) else dim)
-        for size, dim in zip(value.shape, spec.shape, strict=True)
-    )
+    return all(_agrees(size, dim, dims) for size, dim in zip(value.shape, spec.shape, strict=True))
+
+
+def _agrees(size: int, dim: int | str, dims: dict[str, int]) -> bool:
+    if isinstance(dim, int):
+        return size == dim
+    multiple = batch_multiple(dim)
+    if multiple is None:
+        return size == dims.setdefault(dim, size)
+    samples, rest = divmod(size, max(multiple, 1))
+    return rest == 0 and samples == dims.setdefault(BATCH_DIM, samples)
 
 
 def _kind(value: Array) -> str:
