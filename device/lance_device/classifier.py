@@ -14,6 +14,7 @@ from lance_device.session import Graph
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ModelError
 from lance_edge.manifest import (
+    BATCH_DIM,
     CLASSES_KEY,
     IMAGES,
     LOGITS,
@@ -63,15 +64,15 @@ def from_onnx(path: Path, threads: int) -> Classifier:
         raise ModelError(
             f"{path}: cannot open the model ({error.strerror}); make one with lance-host merge -o model.onnx"
         ) from None
-    images = TensorSpec(IMAGES, ("N", 3, "R", "R"), "float32")
-    logits = TensorSpec(LOGITS, ("N", "classes"), "float32")
-    graph = Graph(model, str(path), threads, {IMAGES: images, LOGITS: logits})
+    graph = Graph(model, str(path), threads)
     if IMAGES not in graph.inputs or LOGITS not in graph.outputs:
         raise ModelError(
             f"{path}: expected an input {IMAGES} and an output {LOGITS}, found {', '.join(graph.inputs)} and"
             f" {', '.join(graph.outputs)}; export it with lance-host merge"
         )
     classes, preprocessing = _read_metadata(path, graph.metadata)
+    images = TensorSpec(IMAGES, (BATCH_DIM, *preprocessing.sample_shape), "float32")
+    graph.expect(images, TensorSpec(LOGITS, (BATCH_DIM, len(classes)), "float32"))
     return Classifier(lambda images: graph.run({IMAGES: images})[LOGITS], classes, preprocessing)
 
 

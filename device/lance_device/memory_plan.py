@@ -224,10 +224,8 @@ class _Trial:
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit == resource.RLIM_INFINITY:
             return True
-        stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
-        stack = LARGEST_STACK if stack == resource.RLIM_INFINITY else stack
         threads = len(self._variant.graphs) * (self._options.threads - 1)
-        return (status_bytes("VmSize") or 0) + threads * stack + LEAST_BESIDE_STACKS < limit
+        return (status_bytes("VmSize") or 0) + threads * _stack_bytes() + LEAST_BESIDE_STACKS < limit
 
     def needed(self, kind: str, micro_batch: int) -> int:
         """Bytes that a whole run takes with this micro-batch."""
@@ -236,6 +234,8 @@ class _Trial:
         an_image = max(0, self._many.get(kind, 0) - self._one[kind]) / (MANY - 1)
         measured = self._one[kind] + an_image * (micro_batch - 1)
         whole_run = self._state_bytes() + self._kept_bytes(micro_batch) + self._cache_bytes(micro_batch)
+        if kind == "VmPeak":
+            whole_run += _stack_bytes()  # of the thread that hears of signals (stop.py)
         return int((measured + whole_run) * (1 + MARGIN_SHARE)) + MARGIN_BYTES
 
     def _state_bytes(self) -> int:
@@ -279,3 +279,9 @@ class _Trial:
             Network(prefix, predict, parameters)(batch.images(slice(0, micro_batch)))
         resident_kib = meter.take_step()["step"].peak_rss_kib or 0
         return {"VmHWM": 1024 * resident_kib + unseen, "VmPeak": status_bytes("VmPeak") or 0}
+
+
+def _stack_bytes() -> int:
+    """Address space of a thread's stack."""
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return LARGEST_STACK if stack == resource.RLIM_INFINITY else stack

@@ -106,7 +106,7 @@ class Graph:
         """
         check_graph(model, where)
         runtime = _runtime()
-        self._where, self._specs = where, specs
+        self._where, self._specs = where, dict(specs)
         try:
             self._session = runtime.InferenceSession(
                 model,
@@ -125,6 +125,10 @@ class Graph:
         self.outputs = tuple(tensor.name for tensor in self._session.get_outputs())
         tensors = (*self._session.get_inputs(), *self._session.get_outputs())
         self.batch_axes = {tensor.name: _batch_axis(tensor.shape) for tensor in tensors}
+
+    def expect(self, *specs: TensorSpec) -> None:
+        """What some inputs and outputs are like, where that is known only now."""
+        self._specs |= {spec.name: spec for spec in specs}
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -180,8 +184,8 @@ def fits(value: Array, spec: TensorSpec, dims: dict[str, int]) -> bool:
     """Whether an array is like that.
 
     Args:
-        dims: sizes of named dimensions (`"N"`); a name is what it is in the first array that has it, `"4*N"` four
-            times what `"N"` is.
+        dims: sizes of named dimensions (`"N"`); a name is what it is in the first array that has it, and
+            `"4*N"` is four times what `"N"` is.
     """
     if not isinstance(value, np.ndarray) or str(value.dtype) != spec.dtype or value.ndim != len(spec.shape):
         return False

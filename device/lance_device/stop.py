@@ -46,7 +46,7 @@ def stop_on_signals(
     Outside the main thread no handler can be set and the request stays as it is.
 
     Args:
-        interrupt: called with true, from another thread, as soon as a signal has come; with false at the end.
+        interrupt: called with true, from any thread, as soon as a signal has come; with false at the end.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -55,6 +55,7 @@ def stop_on_signals(
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         request.requested = True
+        interrupt(True)  # the listener may not have come to it yet
         for heard in previous:
             signal.signal(heard, signal.SIG_DFL)
         with contextlib.suppress(RuntimeError):  # the signal may have come amid a write to the same stream

@@ -41,10 +41,12 @@ def run(*words: Any) -> None:
     raise result.exception or RuntimeError(result.output)
 
 
-def package(path: Path, images: Path, good: Path, folder: Path) -> None:
-    """Train two steps from it, with its default method and with the other, evaluating at the end."""
-    for number, flags in enumerate([(), ("--method", "bp")]):
-        out = folder / f"run{number}"
+def package(
+    path: Path, images: Path, good: Path, folder: Path, methods: tuple[str, ...] = ("lance", "bp")
+) -> None:
+    """Train two steps from it, with each of its methods, evaluating at the end."""
+    for method in methods:
+        out, flags = folder / f"run-{method}", ("--method", method)
         words = ("--artifact", path, "--data", images, "--out", out, "--steps", 2, "--threads", 1, "--quiet")
         run("train", *words, "--eval-every", 0, *flags)
 
@@ -61,7 +63,12 @@ def graph(path: Path, images: Path, good: Path, folder: Path) -> None:
     run("predict", "--model", path, images / "red", "--threads", 1)
 
 
-KINDS = {"package": package, "checkpoint": checkpoint, "graph": graph}
+def layered(path: Path, images: Path, good: Path, folder: Path) -> None:
+    """The same of one whose methods go by layer."""
+    package(path, images, good, folder, ("hosvd", "asi"))
+
+
+KINDS = {"package": package, "layered": layered, "checkpoint": checkpoint, "graph": graph}
 
 
 def main() -> None:

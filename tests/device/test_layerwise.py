@@ -430,7 +430,7 @@ def test_a_statistic_that_is_of_another_shape_each_time(layered):
     """Numpy would broadcast one row over all: ranks of `hosvd` are of no fixed size, but of one in a batch."""
     with Bundle(layered.path) as bundle:
         variant = bundle.manifest.variant("hosvd")
-        graphs = StepGraphs(bundle, variant, starting_parameters(bundle, variant), 1, None)
+        graphs = StepGraphs(bundle, variant, starting_parameters(bundle, variant), 1, None, None)
     totals, name = {}, variant.statistics[0].name
     graphs.accumulate(totals, {name: np.ones((5, 2), np.float32)})
     with pytest.raises(ArtifactError) as caught:
