@@ -195,6 +195,13 @@ def test_evaluation_and_the_exported_network_use_the_trained_weights(method, the
         assert float(file["eval_loss"]) == pytest.approx(losses.mean(), rel=1e-4)
 
 
+def test_our_device_predicts_with_the_exported_network(theirs, photos, lance_device):
+    """Classes and preprocessing have come along."""
+    image = next(photos.glob("square/*.jpg"))
+    said = lance_device("predict", "--model", theirs["bp"] / "inference.onnx", image).output
+    assert all(name in said for name in ("disc", "square", "stripes"))
+
+
 def test_lance_refuses_a_batch_of_another_size(artifacts, run_there, tmp_path):
     """Its subspace of the batch mode has a row for each sample."""
     code = """if True:
