@@ -1,4 +1,4 @@
-"""Run by an interpreter with onnxruntime-training, which has nothing of ours: `python ort_driver.py order.json`.
+"""Run by an interpreter with onnxruntime-training and nothing of ours: `python ort_driver.py order.json`.
 
 The order is a JSON object; its `work` says what:
 
@@ -50,9 +50,7 @@ def train(order: dict[str, Any]) -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = order["threads"]
     state = CheckpointState.load_checkpoint(folder / "checkpoint")
-    module = Module(
-        folder / "training_model.onnx", state, folder / "eval_model.onnx", session_options=options
-    )
+    module = Module(folder / "training_model.onnx", state, folder / "eval_model.onnx", session_options=options)
     optimizer = Optimizer(folder / "optimizer_model.onnx", module)
     optimizer.set_learning_rate(order["learning_rate"])
     batches = np.load(order["batches"])

@@ -1,4 +1,4 @@
-"""Training through `onnxruntime.training.api` from our artifacts, beside our own runtime and its own artifacts."""
+"""Training through `onnxruntime.training.api` from our artifacts, beside our runtime and its own artifacts."""
 
 from dataclasses import dataclass
 
@@ -208,7 +208,8 @@ def test_lance_refuses_a_batch_of_another_size(artifacts, run_there, tmp_path):
         import sys, numpy as np
         from onnxruntime.training.api import CheckpointState, Module
         folder = sys.argv[1]
-        module = Module(folder + "/training_model.onnx", CheckpointState.load_checkpoint(folder + "/checkpoint"))
+        state = CheckpointState.load_checkpoint(folder + "/checkpoint")
+        module = Module(folder + "/training_model.onnx", state)
         try:
             module(np.zeros((5, 3, 96, 96), np.float32), np.zeros(5, np.int64))
         except Exception as error:
@@ -221,7 +222,7 @@ def test_lance_refuses_a_batch_of_another_size(artifacts, run_there, tmp_path):
 
 
 def test_adamw_is_the_one_of_the_library(artifacts, drive, batches, batches_file, bundle, tmp_path):
-    """The first steps of AdamW as its documentation writes it (without weight decay), on our runtime's gradients."""
+    """Its first steps, written out (without weight decay), on our runtime's gradients."""
     steps, (b1, b2, epsilon) = 3, (0.9, 0.999, 1e-6)
     drive(
         work="train",

@@ -22,7 +22,7 @@ def join(parts: Mapping[str, ModelProto], public: Mapping[str, str]) -> GraphPro
         source.CopyFrom(model.graph)
         _rename(source, _new_names(part, source, public))
         for node in source.node:
-            node.name = f"{part}::{node.name}"
+            node.name = f"{part}::{node.name}" if node.name else ""
         graph.node.extend(source.node)
         graph.initializer.extend(source.initializer)
     return graph

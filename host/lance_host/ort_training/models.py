@@ -1,7 +1,8 @@
 """The three graphs of the training API: training, evaluation and optimiser.
 
-What they must look like is laid down in ONNX Runtime's `orttraining/training_api/{module,optimizer}.cc` (1.19):
-inputs are recognised by their names, and fed in the order user inputs, parameters, gradient buffers, reset flag.
+What they must look like is laid down in ONNX Runtime's `orttraining/training_api/module.cc` and `optimizer.cc`
+(1.19): inputs are recognised by their names, and fed in the order user inputs, parameters, gradient buffers,
+reset flag.
 """
 
 import json
@@ -104,9 +105,7 @@ class Optimizer:
 
 # Attributes and the unused first moments of SGD are those that `generate_artifacts` writes.
 OPTIMIZERS = {
-    "sgd": Optimizer(
-        "SGDOptimizerV2", ("learning_rate", "params", "gradients"), ("first_order_moments",), {}
-    ),
+    "sgd": Optimizer("SGDOptimizerV2", ("learning_rate", "params", "gradients"), ("first_order_moments",), {}),
     "adamw": Optimizer(
         "AdamWOptimizer",
         ("learning_rate", "step", "params", "gradients", "first_order_moments", "second_order_moments"),
@@ -214,7 +213,8 @@ def _flag(name: str) -> ValueInfoProto:
 
 
 def _microsoft(operator: str, inputs: Sequence[str], output: str, **attributes: float | int) -> NodeProto:
-    return helper.make_node(operator, inputs, [output], f"{operator}::{output}", domain=MICROSOFT, **attributes)
+    name = f"{operator}::{output}"
+    return helper.make_node(operator, inputs, [output], name, domain=MICROSOFT, **attributes)  # type: ignore[arg-type]
 
 
 def _checked(graph: GraphProto, name: str, manifest: Manifest, domains: dict[str, int]) -> ModelProto:
