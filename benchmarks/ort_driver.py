@@ -6,8 +6,8 @@ The order is a JSON object; its `work` says what:
                inputs of the graphs too, not constants; `clip`; `artifacts`: the folder to write.
     train      `artifacts`; `batches`: npz with images `[S, B, 3, R, R]` and labels `[S, B]`, taken in turn;
                `steps`, `learning_rate`, `threads`; `result`: npz to write: `loss` and `latency_ms` `[steps]`,
-               `import_rss_kib` `[]`, `eval_loss` `[]` of the first batch at the end, `weights/<parameter>`, at
-               the end, and `gradients/<parameter>`, of the first step; `inference`: where the library is to
+               `eval_loss` `[]` of the first batch at the end, if `evaluate`, `weights/<parameter>`,
+               at the end, and `gradients/<parameter>`, of the first step; `inference`: where the library is to
                write the trained network, images to logits, or null.
 """
 
@@ -46,7 +46,7 @@ def train(order: dict[str, Any]) -> None:
     import onnxruntime
     from onnxruntime.training.api import CheckpointState, Module, Optimizer
 
-    imported_kib, folder = _rss_kib(), Path(order["artifacts"])
+    folder = Path(order["artifacts"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = order["threads"]
     state = CheckpointState.load_checkpoint(folder / "checkpoint")
@@ -67,23 +67,23 @@ def train(order: dict[str, Any]) -> None:
         module.lazy_reset_grad()
         latencies.append((time.perf_counter() - began) * 1000)
         losses.append(float(loss))
-    module.eval()
-    eval_loss, *_ = module(images[0], labels[0])
+    eval_loss = _eval_loss(module, images[0], labels[0]) if order["evaluate"] else np.nan
     weights = {f"weights/{name}": np.array(one.data) for name, one in _trained(state)}
-    numbers = {"loss": losses, "latency_ms": latencies, "eval_loss": eval_loss, "import_rss_kib": imported_kib}
+    numbers = {"loss": losses, "latency_ms": latencies, "eval_loss": eval_loss}
     arrays: Arrays = {name: np.asarray(value) for name, value in numbers.items()}
     if order["inference"]:
         module.export_model_for_inferencing(order["inference"], ["logits"])
     np.savez(order["result"], **(arrays | weights | gradients))  # type: ignore[arg-type]
 
 
+def _eval_loss(module: Any, images: NDArray[Any], labels: NDArray[Any]) -> float:
+    module.eval()
+    loss, *_ = module(images, labels)
+    return float(loss)
+
+
 def _trained(state: Any) -> list[tuple[str, Any]]:
     return [(name, one) for name, one in state.parameters if one.requires_grad]
-
-
-def _rss_kib() -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmRSS:")))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,7 @@ def theirs(artifacts, drive, batches_file, tmp_path_factory):
             steps=STEPS,
             learning_rate=LEARNING_RATE,
             threads=1,
+            evaluate=True,
             inference=folder / "inference.onnx",
             result=folder / "result.npz",
         )
@@ -163,6 +164,7 @@ def generated(bundle, drive, batches_file, tmp_path_factory):
         steps=1,
         learning_rate=LEARNING_RATE,
         threads=1,
+        evaluate=False,
         inference=None,
         result=folder / "result.npz",
     )
@@ -231,6 +233,7 @@ def test_adamw_is_the_one_of_the_library(artifacts, drive, batches, batches_file
         steps=steps,
         learning_rate=1e-3,
         threads=1,
+        evaluate=False,
         inference=None,
         result=tmp_path / "result.npz",
     )
