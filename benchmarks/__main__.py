@@ -105,8 +105,9 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 def _heading(options: Options, manifest: Manifest) -> str:
     versions = {name: version(name) for name in ("onnxruntime", "torch", "numpy")}
+    shape = "x".join(map(str, manifest.preprocessing.sample_shape))
     facts = (
-        f"{manifest.model}, {manifest.preprocessing.resolution} px, batch {manifest.batch_size},"
+        f"{manifest.model}, input {shape}, batch {manifest.batch_size},"
         f" {count(options.threads, 'thread')}, {count(options.rounds, 'round')} in turns, each contender"
         f" in processes of its own; weights: {manifest.weights_source}; energy {manifest.energy:g}."
         f" {datetime.date.today():%Y-%m-%d}."

@@ -2,7 +2,8 @@
 
     root/train/<class>/*  and  root/test/<class>/*     the parts as given
     root/<class>/*                                     a stratified split is made
-    file.npz: x uint8 [N, H, W, 3], y [N], and optionally x_test, y_test, classes (names)
+    file.npz: x uint8 [N, H, W, 3], y [N], and optionally x_test, y_test, classes (names); or x (and
+              x_test) float32 [N, ...]: arrays that go to the network unchanged
 
 Membership depends on nothing but names.  Of each class with n images, those with the smallest
 `sha256("{seed}:{name}")` are the test part, `round(test_fraction * n)` of them, at least 1, leaving at
@@ -18,17 +19,17 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lance_edge.arrays import FloatPart
 from lance_edge.errors import DataError
 from lance_edge.images import EXTENSIONS, Part, is_image, load_image, visible_entries
 from lance_edge.manifest import Split
+from lance_edge.npz_data import ArrayPart, read_npz
 
-MAX_LABEL = 65_535  # of an .npz: whoever has more means something else by a label
 LEAST_FOR_VALIDATION = 4  # training images of a class that can spare one whatever the fraction
 
 
@@ -53,29 +54,7 @@ class FilePart:
         return FilePart(paths, tuple(self.names[row] for row in rows), self.labels[rows])
 
 
-@dataclass(frozen=True, eq=False)
-class ArrayPart:
-    """Rows of an array of pixels `[N, H, W, 3]` that all parts share; see `images.Part`."""
-
-    pixels: NDArray[np.uint8]
-    rows: NDArray[np.int64]
-    names: tuple[str, ...]
-    labels: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def image(self, index: int) -> Image.Image:
-        """One image, RGB."""
-        return Image.fromarray(self.pixels[self.rows[index]])
-
-    def select(self, rows: NDArray[np.int64]) -> "ArrayPart":
-        """The part that has these images only."""
-        names = tuple(self.names[row] for row in rows)
-        return ArrayPart(self.pixels, self.rows[rows], names, self.labels[rows])
-
-
-AnyPart = FilePart | ArrayPart
+AnyPart = FilePart | ArrayPart | FloatPart
 
 
 @dataclass(frozen=True)
@@ -88,6 +67,11 @@ class Dataset:
     validation: Part
     test: Part
 
+    @property
+    def array_shape(self) -> tuple[int, ...] | None:
+        """Of one float32 array; `None` where the data are images."""
+        return self.train.sample_shape if isinstance(self.train, FloatPart) else None
+
 
 def open_dataset(root: Path, split: Split, classes: Sequence[str] | None = None) -> Dataset:
     """Find the images and divide them; nothing is decoded yet (an `.npz` is read into memory once).
@@ -99,7 +83,7 @@ def open_dataset(root: Path, split: Split, classes: Sequence[str] | None = None)
     Raises:
         DataError: if the data are missing, incomplete, or of other classes.
     """
-    found, train, test = _read_folders(root) if _is_folder(root) else _read_npz(root)
+    found, train, test = _read_folders(root) if _is_folder(root) else read_npz(root)
     agreed = _agree(root, found, classes)
     order = np.array([agreed.index(name) for name in found], np.int64)
     train = replace(train, labels=order[train.labels])
@@ -240,78 +224,3 @@ def _read_classes(root: Path, folders: dict[str, Path]) -> FilePart:
 def _nfc(name: str) -> str:
     """The same name on every system: macOS hands out decomposed accents, Linux what was stored."""
     return unicodedata.normalize("NFC", name)
-
-
-# --- npz ---
-
-
-def _read_npz(path: Path) -> tuple[list[str], ArrayPart, ArrayPart | None]:
-    """Class names, the training part (or everything), and the test part if there is one."""
-    arrays = _load_arrays(path)
-    train = _array_part(path, arrays, "x", "y")
-    has_test = "x_test" in arrays or "y_test" in arrays
-    test = _array_part(path, arrays, "x_test", "y_test") if has_test else None
-    classes = _class_names(path, arrays.get("classes"), train.labels)
-    for label, count in enumerate(np.bincount(train.labels, minlength=len(classes))):
-        if count == 0:
-            raise DataError(
-                f"{path}: class {classes[label]!r} has no image in y; labels must be 0 to {len(classes) - 1},"
-                " each used: number the classes without gaps"
-            )
-    for key, part in (("y", train), ("y_test", test)):
-        if part is not None and part.labels.max() >= len(classes):
-            raise DataError(
-                f"{path}: {key} has label {part.labels.max()}, expected 0 to {len(classes) - 1}"
-                f" for {len(classes)} classes; correct the labels or the classes"
-            )
-    return classes, train, test
-
-
-def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    wanted = ("x", "y", "x_test", "y_test", "classes")
-    try:
-        with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("found a single array, as of numpy.save")
-            arrays = {key: file[key] for key in wanted if key in file.files}
-            held = ", ".join(file.files) or "nothing"
-    except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
-        raise DataError(f"{path}: not a readable npz ({error}); write it again with numpy.savez") from None
-    for key in ("x", "y", *(wanted[2:4] if "x_test" in arrays or "y_test" in arrays else ())):
-        if key not in arrays:
-            raise DataError(f"{path}: expected an array {key}, found {held}; add it to the file")
-    return arrays
-
-
-def _array_part(path: Path, arrays: dict[str, NDArray[Any]], images: str, labels: str) -> ArrayPart:
-    x, y = arrays[images], arrays[labels]
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
-        raise DataError(
-            f"{path}: {images} must be uint8 [N, H, W, 3], found {x.dtype} {list(x.shape)}; convert it"
-        )
-    if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-        raise DataError(
-            f"{path}: {labels} must be int64 [{len(x)}], one label for each of {images}, found {y.dtype}"
-            f" {list(y.shape)}; convert it"
-        )
-    if y.min() < 0:
-        raise DataError(f"{path}: {labels} has label {y.min()}, expected 0 or more; remove such images")
-    if y.max() > MAX_LABEL:
-        raise DataError(
-            f"{path}: {labels} has label {y.max()}, expected at most {MAX_LABEL};"
-            " number the classes without gaps"
-        )
-    names = tuple(f"{images}[{row}]" for row in range(len(x)))
-    return ArrayPart(x, np.arange(len(x)), names, y.astype(np.int64))
-
-
-def _class_names(path: Path, given: NDArray[Any] | None, labels: NDArray[np.int64]) -> list[str]:
-    if given is None:
-        return [str(label) for label in range(int(labels.max()) + 1)]
-    names = [str(name) for name in given.ravel()]
-    if given.dtype.kind != "U" or given.ndim != 1 or len(set(names)) != len(names):
-        raise DataError(
-            f"{path}: classes must be distinct strings [K], found {given.dtype} {list(given.shape)}; correct it"
-        )
-    return names

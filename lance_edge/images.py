@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lance_edge.arrays import array_batch
 from lance_edge.errors import DataError
-from lance_edge.manifest import Preprocessing
+from lance_edge.manifest import ArrayInput, InputSpec, Preprocessing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")  # case does not matter
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
@@ -114,21 +115,23 @@ def _without_far_ends(image: Image.Image) -> Image.Image:
 def load_batch(
     part: Part,
     indices: Sequence[int] | NDArray[np.int64],
-    preprocessing: Preprocessing,
+    preprocessing: InputSpec,
     flips: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float32]:
-    """Images as the network reads them: `(x / 255 - mean) / std` per channel.
+    """Samples as the network reads them: images as `(x / 255 - mean) / std` per channel, arrays unchanged.
 
     Args:
         indices: which N images of the part, in the order of the batch.
         flips: `[N]`, which of them to mirror left to right; none by default.
 
     Returns:
-        float32 `[N, channels, R, R]`, C-contiguous.
+        float32 `[N, channels, R, R]`, or `[N, *shape]` of arrays, C-contiguous.
 
     Raises:
         DataError: if an image cannot be read.
     """
+    if isinstance(preprocessing, ArrayInput):
+        return array_batch(part, indices, preprocessing.shape)
     batch = np.empty((len(indices), *preprocessing.sample_shape), np.float32)
     levels = _normalised_levels(preprocessing)  # [channels, 256]
     for row, index in enumerate(indices):

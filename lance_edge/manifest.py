@@ -18,12 +18,16 @@ SCHEMA_VERSION = 1
 # How the micro-batches of a batch go through forward and backward: see `Variant`.
 Schedule = Literal["one pass", "two passes", "by layer"]
 
-BATCH_DIM = "N"  # the dimension of a tensor that counts the samples of a micro-batch
+# The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
+BATCH_DIM = "N"
 
 # Names with a fixed meaning in the graphs' signatures.
-IMAGES = "images"  # float32 [N, 3, R, R], input of the prefix
+IMAGES = "images"  # float32 [N, 3, R, R], or arrays [N, ...], input of the prefix
 LABELS = "labels"  # int64 [N], input of forward (and of backward, where it reads them)
-SCALE = "scale"  # float32 [], input of backward: 1 / batch size
+SCALE = "scale"  # float32 [], input of backward: 1 / batch size, or 1 / the sum of the samples' weights
+# Of a sample of class c the target is `off`, plus `on[c]` at c: both float32 [classes], inputs of forward and
+# backward.  Ones and zeros are plain cross-entropy; class weights and label smoothing are other numbers.
+TARGET_ON, TARGET_OFF = "target/on", "target/off"
 LOSS = "loss"  # float32 [], output of forward: cross-entropy summed over the N samples
 LOGITS = "logits"  # float32 [N, classes], output of forward and of predict
 
@@ -84,6 +88,21 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class ArrayInput:
+    """Float32 arrays of this shape, without the batch, go to the network unchanged."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one array."""
+        return self.shape
+
+
+InputSpec = Preprocessing | ArrayInput
+
+
+@dataclass(frozen=True)
 class Split:
     """How class folders without their own `train/` and `test/` are divided (see `datasets.py`).
 
@@ -95,17 +114,31 @@ class Split:
     validation_fraction: float
 
 
+def batch_multiple(dim: str) -> int | None:
+    """4 for `4*N`, 1 for `N`; `None` for what is no multiple of the micro-batch."""
+    factor, star, name = dim.rpartition("*")
+    if name != BATCH_DIM or (star and not factor.isdecimal()):
+        return None
+    return int(factor) if star else 1
+
+
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named tensor.  A `str` in `shape` is the micro-batch dimension, `"N"`."""
+    """A named tensor.  A `str` in `shape` is the micro-batch dimension, `"N"`, or a multiple of it, `"4*N"`."""
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
 
+    def sizes(self, samples: int) -> tuple[int, ...]:
+        """The shape when the micro-batch has `samples` samples."""
+        return tuple(
+            dim if isinstance(dim, int) else samples * (batch_multiple(dim) or 1) for dim in self.shape
+        )
+
     def nbytes(self, samples: int) -> int:
         """Bytes when the micro-batch has `samples` samples; masks are kept as one bit a value."""
-        values = math.prod(samples if isinstance(dim, str) else dim for dim in self.shape)
+        values = math.prod(self.sizes(samples))
         bits = {"float32": 32, "int64": 64, "int32": 32, "uint8": 8, "bool": 1}[self.dtype]
         return -(-values * bits // 8)
 
@@ -255,7 +288,7 @@ class Manifest:
     model: str
     weights_source: str
     classes: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | ArrayInput
     split: Split
     seed: int
     mode: str
@@ -352,18 +385,19 @@ def _check_meaning(manifest: Manifest) -> None:
     """What the types leave open and every reader relies on."""
     parameters = {spec.name for spec in manifest.parameters}
     layers = {layer.name for layer in manifest.layers}
-    steps = manifest.preprocessing
     rules = {
         "two or more classes": len(manifest.classes) >= 2,
         "a batch size of 1 or more": manifest.batch_size >= 1,
-        "a resolution of 1 or more": min(steps.resolution, steps.resize) >= 1,
-        "a mean and a positive std of 1 or 3 channels": len(steps.mean) == len(steps.std)
-        and len(steps.mean) in (1, 3)
-        and min(steps.std) > 0,
-        f"an interpolation of {', '.join(INTERPOLATIONS)}": steps.interpolation in INTERPOLATIONS,
+        **_input_rules(manifest.preprocessing),
         "one variant or more": bool(manifest.variants),
         "fixed shapes of parameters": all(
             isinstance(d, int) for spec in manifest.parameters for d in spec.shape
+        ),
+        "shapes of numbers and multiples of N": all(
+            isinstance(dim, int) or batch_multiple(dim)
+            for variant in manifest.variants
+            for spec in (*variant.boundary, *variant.saved, *variant.statistics)
+            for dim in spec.shape
         ),
         "parameters for all variants": all(parameters.issuperset(v.parameters) for v in manifest.variants),
         "ranks for all projections": all(
@@ -385,6 +419,18 @@ def _check_meaning(manifest: Manifest) -> None:
     broken = [expected for expected, holds in rules.items() if not holds]
     if broken:
         raise RecordError(f"expected {', '.join(broken)}")
+
+
+def _input_rules(steps: InputSpec) -> dict[str, bool]:
+    if isinstance(steps, ArrayInput):
+        return {"arrays of positive size": bool(steps.shape) and min(steps.shape) >= 1}
+    return {
+        "a resolution of 1 or more": min(steps.resolution, steps.resize) >= 1,
+        "a mean and a positive std of 1 or 3 channels": len(steps.mean) == len(steps.std)
+        and len(steps.mean) in (1, 3)
+        and min(steps.std) > 0,
+        f"an interpolation of {', '.join(INTERPOLATIONS)}": steps.interpolation in INTERPOLATIONS,
+    }
 
 
 def _refuse_constant(text: str) -> None:

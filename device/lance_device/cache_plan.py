@@ -22,7 +22,7 @@ from lance_device.units import size
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset, FilePart
 from lance_edge.images import Part
-from lance_edge.manifest import Variant
+from lance_edge.manifest import ArrayInput, InputSpec, Variant
 from lance_edge.records import to_json
 
 OWN_FILE = "features.cache"  # in the run's folder
@@ -134,7 +134,7 @@ def plan_cache(
         packing=Packing(variant.boundary),
         parts=_part_plans(options, total_steps, manifest.batch_size, dataset),
         limit_bytes=options.cache_size,
-        obstacle=_obstacle(options, variant),
+        obstacle=_obstacle(options, variant, manifest.preprocessing),
     )
 
 
@@ -251,11 +251,15 @@ def _part_plans(
     )
 
 
-def _obstacle(options: TrainOptions, variant: Variant) -> str:
+def _obstacle(options: TrainOptions, variant: Variant, preprocessing: InputSpec) -> str:
     if options.augment not in VIEWS:
         return f"with --augment {options.augment} an image never looks the same twice"
     if Packing(variant.boundary).elements == 0:
         return "the frozen part of the network gives nothing"
+    if [spec.shape for spec in variant.boundary] == [("N", *preprocessing.sample_shape)] and isinstance(
+        preprocessing, ArrayInput
+    ):
+        return "nothing is frozen: the features would be the arrays themselves"
     for spec in variant.boundary:
         kinds = [type(dimension) for dimension in spec.shape]
         if spec.dtype != "float32" or kinds != [str] + [int] * (len(kinds) - 1):

@@ -13,7 +13,15 @@ from lance_device.graphs import load_network
 from lance_device.session import Graph
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ModelError
-from lance_edge.manifest import CLASSES_KEY, IMAGES, LOGITS, PREPROCESSING_KEY, Preprocessing
+from lance_edge.manifest import (
+    CLASSES_KEY,
+    IMAGES,
+    LOGITS,
+    PREPROCESSING_KEY,
+    ArrayInput,
+    InputSpec,
+    Preprocessing,
+)
 from lance_edge.records import RecordError, from_json
 
 Float = NDArray[np.float32]
@@ -25,7 +33,7 @@ class Classifier:
 
     logits: Callable[[Float], Float]
     classes: tuple[str, ...]
-    preprocessing: Preprocessing
+    preprocessing: InputSpec
 
 
 def from_package(bundle: Bundle, checkpoint_path: Path, threads: int) -> Classifier:
@@ -64,10 +72,13 @@ def from_onnx(path: Path, threads: int) -> Classifier:
     return Classifier(lambda images: graph.run({IMAGES: images})[LOGITS], classes, preprocessing)
 
 
-def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...], Preprocessing]:
+def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...], InputSpec]:
     try:
         classes = from_json(tuple[str, ...], json.loads(metadata[CLASSES_KEY]))
-        return classes, from_json(Preprocessing, json.loads(metadata[PREPROCESSING_KEY]))
+        steps = json.loads(metadata[PREPROCESSING_KEY])
+        if isinstance(steps, dict) and "shape" in steps:
+            return classes, from_json(ArrayInput, steps)
+        return classes, from_json(Preprocessing, steps)
     except KeyError as error:
         reason = f"no {error.args[0]}"
     except (ValueError, RecordError) as error:

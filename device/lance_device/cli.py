@@ -12,7 +12,14 @@ from typing import Any
 import click
 
 from lance_device.bench_cli import bench, bench_worker
-from lance_device.cli_types import Commands, Number, auto_or_count, byte_count, minutes_or_steps
+from lance_device.cli_types import (
+    Commands,
+    Number,
+    auto_or_count,
+    byte_count,
+    class_weights,
+    minutes_or_steps,
+)
 from lance_edge.errors import DataError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -60,7 +67,24 @@ main.add_command(bench_worker)
     help="Learning rate over the steps; cosine ends at 1 % of --lr.",
 )
 @click.option(
-    "--augment", type=click.Choice(["flip", "none"]), default="flip", help="Mirror half of the images."
+    "--augment",
+    type=click.Choice(["auto", "flip", "none"]),
+    default="auto",
+    callback=lambda context, option, text: None if text == "auto" else text,
+    help="Mirror half of the images; auto: of images, but not of arrays.",
+)
+@click.option(
+    "--label-smoothing",
+    type=Number(min=0, max=1, max_open=True),
+    default=0.0,
+    help="Share of the target that all classes divide.",
+)
+@click.option(
+    "--class-weights",
+    default="none",
+    metavar="none|balanced|W1,W2,...",
+    callback=class_weights,
+    help="How much a sample of each class counts in the loss; balanced: each class as much as any other.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of order and flips; moves no image.")
 @click.option("--threads", **AUTO, help="auto: what the board advises, else its cores.")

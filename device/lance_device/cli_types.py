@@ -47,6 +47,17 @@ def byte_count(context: click.Context, option: click.Parameter, text: str) -> in
     return int(count)
 
 
+def class_weights(context: click.Context, option: click.Parameter, text: str) -> str:
+    """Let `none`, `balanced` and `1,2.5,1` pass."""
+    from lance_device.class_weights import is_understood
+
+    if not is_understood(text):
+        raise click.BadParameter(
+            f"expected none, balanced, or positive numbers such as 1,2.5,1, found {text!r}"
+        )
+    return text
+
+
 class Number(click.FloatRange):
     """A finite number in a range."""
 

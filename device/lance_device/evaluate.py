@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lance_device.step_graphs import micro_batches
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import Preprocessing
+from lance_edge.manifest import InputSpec
 
 Float = NDArray[np.float32]
 Classify = Callable[[Part, slice], Float]  # some images of a part -> logits [N, classes]
@@ -44,7 +44,7 @@ class Evaluation:
         return tuple(correct / count if count else None for correct, count in pairs)
 
 
-def on_images(network: Callable[[Float], Float], preprocessing: Preprocessing) -> Classify:
+def on_images(network: Callable[[Float], Float], preprocessing: InputSpec) -> Classify:
     """Classify by a network that takes prepared images `[N, 3, R, R]`."""
 
     def classify(part: Part, rows: slice) -> Float:

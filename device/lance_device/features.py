@@ -20,7 +20,7 @@ from lance_device.graphs import run_prefix
 from lance_device.session import Array, Graph
 from lance_edge.errors import ArtifactError
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import Preprocessing, TensorSpec
+from lance_edge.manifest import InputSpec, TensorSpec
 
 Float = NDArray[np.float32]
 Half = NDArray[np.float16]
@@ -43,13 +43,13 @@ class Batch:
     part: Part
     indices: NDArray[np.int64]
     flips: NDArray[np.bool_]
-    preprocessing: Preprocessing
+    preprocessing: InputSpec
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def images(self, rows: slice | Rows) -> Float:
-        """Prepared images `[N, 3, R, R]`."""
+        """Prepared samples, `[N, 3, R, R]` of images."""
         return load_batch(self.part, self.indices[rows], self.preprocessing, self.flips[rows])
 
     def labels(self, rows: slice) -> NDArray[np.int64]:

@@ -66,7 +66,8 @@ class LayerwiseStep:
             statistics = self._backward(way)
             gradients = graphs.gradients(statistics, constants | way.compressed.tensors)
         saved_bytes += total_bytes(statistics)
-        return StepOutcome(loss / len(batch), correct, gradients, saved_bytes, way.compressed.nbytes)
+        mean_loss = loss / graphs.total_weight(batch)
+        return StepOutcome(mean_loss, correct, gradients, saved_bytes, way.compressed.nbytes)
 
     def _features(self, batch: Batch, way: "_Way", meter: PhaseMeter) -> dict[str, Array]:
         """The boundary tensors of the whole batch."""

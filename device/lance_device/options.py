@@ -10,10 +10,11 @@ from typing import Any
 import psutil
 
 from lance_device.board import choose_board
+from lance_device.class_weights import is_understood
 from lance_device.schedule import SCHEDULES
 from lance_edge.boards import Advice
 from lance_edge.errors import CheckpointError
-from lance_edge.manifest import Manifest
+from lance_edge.manifest import ArrayInput, InputSpec, Manifest
 
 AUGMENTS = ("flip", "none")
 CACHES = ("on", "off")
@@ -31,6 +32,8 @@ class TrainOptions:
         layers: trained convolutions.
         steps: train so many batches, whatever `epochs` says; `None` follows `epochs`.
         clip: largest global gradient norm; 0 is off.
+        label_smoothing: share of the target that all classes divide.
+        class_weights: `none`, `balanced`, or a number for each class, with commas.
         eval_every: epochs between evaluations; 0 evaluates at the end only.
         cache: `on` or `off`; `auto` until a new run has decided.
         cache_size: bytes of features on disk at most.
@@ -47,6 +50,8 @@ class TrainOptions:
     clip: float
     schedule: str
     augment: str
+    label_smoothing: float
+    class_weights: str
     seed: int
     threads: int
     micro_batch: int
@@ -72,6 +77,8 @@ def check_options(options: TrainOptions) -> None:
     wrong += ["schedule"] * (options.schedule not in SCHEDULES) + ["augment"] * (
         options.augment not in AUGMENTS
     )
+    wrong += ["label_smoothing"] * (not 0 <= options.label_smoothing < 1)
+    wrong += ["class_weights"] * (not is_understood(options.class_weights))
     wrong += ["cache"] * (options.cache not in CACHES)
     if wrong:
         raise ValueError(f"option {wrong[0]} is {getattr(options, wrong[0])!r}")
@@ -93,11 +100,17 @@ def resolve(values: Mapping[str, Any], manifest: Manifest) -> TrainOptions:
     variant = manifest.variant(values["method"], values["layers"])
     chosen["method"], chosen["layers"] = variant.method, len(variant.layers)
     advice = choose_board(values.get("board")).advice
+    chosen["augment"] = values["augment"] or _augment_for(manifest.preprocessing)
     chosen["threads"] = values["threads"] or advised_threads(advice)
     if values["cache_dir"] is not None:
         chosen["cache_dir"] = str(Path(values["cache_dir"]).absolute())
     chosen["micro_batch"] = min(values["micro_batch"] or advice.micro_batch, manifest.batch_size)
     return TrainOptions(**chosen)
+
+
+def _augment_for(preprocessing: InputSpec) -> str:
+    """Photographs are mirrored; of arrays nobody knows what may be done to them."""
+    return "none" if isinstance(preprocessing, ArrayInput) else "flip"
 
 
 def keep_stored(stored: TrainOptions, wanted: TrainOptions, given: Collection[str], where: str) -> TrainOptions:

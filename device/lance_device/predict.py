@@ -1,4 +1,4 @@
-"""Classifying image files."""
+"""Classifying image files, or files of arrays."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,21 +9,26 @@ import numpy as np
 from lance_device.classifier import Classifier
 from lance_device.evaluate import softmax
 from lance_device.step_graphs import micro_batches
+from lance_edge.arrays import read_arrays
 from lance_edge.datasets import FilePart
 from lance_edge.errors import ModelError
-from lance_edge.images import list_images, load_batch
+from lance_edge.images import Part, list_images, load_batch
+from lance_edge.manifest import ArrayInput, InputSpec
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image with their probabilities, likeliest first."""
+    """The likeliest classes of one image with their probabilities, likeliest first.
+
+    `file` is its path; of an array in a file with many, `path[row]`.
+    """
 
     file: Path
     ranking: tuple[tuple[str, float], ...]
 
 
 def predict(classifier: Classifier, paths: Sequence[Path], top: int, micro_batch: int) -> Iterator[Prediction]:
-    """Classify files, and all images in folders, in the order of their names.
+    """Classify files, and all images in folders, in the order of their names; or the arrays of files.
 
     Args:
         top: classes of a prediction.
@@ -33,9 +38,8 @@ def predict(classifier: Classifier, paths: Sequence[Path], top: int, micro_batch
         DataError: if there is no image, or one cannot be read.
         ModelError: if the model gives another number of logits than it names classes.
     """
-    files = tuple(list_images(paths))
-    part = FilePart(files, tuple(map(str, files)), np.zeros(len(files), np.int64))
-    for rows in micro_batches(len(files), micro_batch):
+    part = _open(classifier.preprocessing, paths)
+    for rows in micro_batches(len(part), micro_batch):
         images = load_batch(part, range(rows.start, rows.stop), classifier.preprocessing)
         probabilities = softmax(classifier.logits(images))  # [N, classes]
         if probabilities.shape[1] != len(classifier.classes):
@@ -43,6 +47,13 @@ def predict(classifier: Classifier, paths: Sequence[Path], top: int, micro_batch
                 f"the model gives {probabilities.shape[1]} logits but names {len(classifier.classes)} classes;"
                 " export it again with lance-host merge"
             )
-        for file, row in zip(files[rows], probabilities, strict=True):
+        for name, row in zip(part.names[rows], probabilities, strict=True):
             best = np.argsort(-row, kind="stable")[:top]
-            yield Prediction(file, tuple((classifier.classes[i], float(row[i])) for i in best))
+            yield Prediction(Path(name), tuple((classifier.classes[i], float(row[i])) for i in best))
+
+
+def _open(preprocessing: InputSpec, paths: Sequence[Path]) -> Part:
+    if isinstance(preprocessing, ArrayInput):
+        return read_arrays(paths, preprocessing.shape)
+    files = tuple(list_images(paths))
+    return FilePart(files, tuple(map(str, files)), np.zeros(len(files), np.int64))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lance_device.cache_plan import CachePlan, choose, plan_cache
 from lance_device.checkpoint import Checkpoint, Meta, Progress, read_checkpoint
+from lance_device.class_weights import training_targets
 from lance_device.graphs import starting_parameters
 from lance_device.measure import keep_rows
 from lance_device.options import TrainOptions, keep_stored, resolve
@@ -22,8 +23,9 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import SCHEMA_VERSION
 from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, DataError
-from lance_edge.manifest import Variant
+from lance_edge.manifest import ArrayInput, InputSpec, Variant
 from lance_edge.profiles import HistoryRow, StepRow
+from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]
 
@@ -76,6 +78,7 @@ class Run:
     velocity: dict[str, Float]
     codec_state: dict[str, Float]
     progress: Progress
+    targets: Targets
     cache: CachePlan
     cache_reason: str
 
@@ -117,6 +120,7 @@ def make_checkpoint(run: Run, bundle: Bundle) -> Checkpoint:
 def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
     options = resolve(request.values, bundle.manifest)
     variant = bundle.manifest.variant(options.method, options.layers)
+    _expect_possible_augment(options.augment, bundle.manifest.preprocessing)
     parameters = starting_parameters(bundle, variant)
     folder = RunFolder(request.out)
     plan = _plan(options, bundle, dataset, folder)
@@ -179,6 +183,9 @@ def _plan(options: TrainOptions, bundle: Bundle, dataset: Dataset, folder: RunFo
         "stream": stream,
         "total_steps": total_steps,
         "data_sha256": data_identity(dataset.train),
+        "targets": training_targets(
+            options.class_weights, options.label_smoothing, dataset.train.labels, manifest.classes
+        ),
         "cache": plan_cache(options, total_steps, bundle, variant, dataset, folder.path),
     }
 
@@ -192,6 +199,13 @@ def _drop_later_rows(run: Run) -> None:
 
     keep_rows(run.folder.steps, StepRow, belongs)
     keep_rows(run.folder.history, HistoryRow, lambda row: row.step <= evaluated_step)
+
+
+def _expect_possible_augment(augment: str, preprocessing: InputSpec) -> None:
+    if isinstance(preprocessing, ArrayInput) and augment != "none":
+        raise DataError(
+            f"--augment {augment}: the package takes arrays, which go to the network unchanged; leave it out"
+        )
 
 
 def _expect_full_batch(data: Path, images: int, batch_size: int) -> None:

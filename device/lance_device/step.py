@@ -27,6 +27,7 @@ from lance_device.step_graphs import (
 )
 from lance_edge.bundle import Bundle
 from lance_edge.manifest import LABELS, LOGITS, Variant
+from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]
 
@@ -65,17 +66,19 @@ def training_step(
     parameters: dict[str, Float],
     threads: int,
     features: Features | None = None,
+    targets: Targets | None = None,
 ) -> TrainingStep:
     """The step of a variant, by its schedule.
 
     Args:
         parameters: the trainable tensors; read at every step, so an optimiser updates them in place.
         features: where boundary tensors come from; by default the package's prefix computes them.
+        targets: of each class; by default those of ordinary cross-entropy.
 
     Raises:
         ArtifactError: if graphs and manifest do not fit together.
     """
-    graphs = StepGraphs(bundle, variant, parameters, threads, features)
+    graphs = StepGraphs(bundle, variant, parameters, threads, features, targets)
     if variant.schedule == "by layer":
         return LayerwiseStep(graphs, bundle.manifest)
     return StreamedStep(graphs)
@@ -116,7 +119,7 @@ class StreamedStep:
         with meter.phase("backward"):
             gradients = graphs.gradients(sums.statistics, constants)
         saved_bytes = sums.peak_kept_bytes + total_bytes(sums.statistics) + graphs.projection_bytes
-        return StepOutcome(sums.loss / len(batch), sums.correct, gradients, saved_bytes)
+        return StepOutcome(sums.loss / graphs.total_weight(batch), sums.correct, gradients, saved_bytes)
 
     def _run_forward(
         self, batch: Batch, rows: slice, constants: Mapping[str, Array], sums: "_Sums", meter: PhaseMeter

@@ -12,7 +12,8 @@ from lance_device.graphs import load_graph, load_projections, missing_names
 from lance_device.session import Array, Graph
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ArtifactError, NumericalError
-from lance_edge.manifest import LOGITS, LOSS, SCALE, Variant, gradient_name
+from lance_edge.manifest import LOGITS, LOSS, SCALE, TARGET_ON, Variant, gradient_name
+from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]
 
@@ -22,7 +23,7 @@ class StepOutcome:
     """What a batch gave.
 
     Attributes:
-        loss: mean cross-entropy over the batch.
+        loss: mean cross-entropy over the batch, by the weights of its samples.
         correct: samples whose largest logit was the right one, before the update.
         gradients: of the batch's mean loss, by parameter.
         saved_bytes: measured: the most that was alive between forward and backward (tensors that cross,
@@ -47,6 +48,7 @@ class StepGraphs:
         parameters: dict[str, Float],
         threads: int,
         features: Features | None,
+        targets: Targets | None,
     ) -> None:
         """Load.
 
@@ -58,6 +60,7 @@ class StepGraphs:
             return load_graph(bundle, variant, role, threads) if role in variant.graphs else None
 
         self.variant = variant
+        self._targets = targets or Targets.plain(len(bundle.manifest.classes))
         self.features = features or ComputedFeatures(load_graph(bundle, variant, "prefix", threads))
         self.forward = [load_graph(bundle, variant, role, threads) for role in variant.forward_roles]
         self.backward = load_graph(bundle, variant, "backward", threads)
@@ -78,8 +81,13 @@ class StepGraphs:
     def constants(self, batch: Batch) -> dict[str, Array]:
         """What is the same for all micro-batches: weights, what is prepared from them, projections."""
         values: dict[str, Array] = {name: self._projections[name] for name in self.variant.projections}
-        values |= {**self._parameters, SCALE: np.array(1 / len(batch), dtype=np.float32)}
+        scale = np.array(1 / self.total_weight(batch), dtype=np.float32)
+        values |= {**self._parameters, **self._targets.arrays(), SCALE: scale}
         return values | (self._prepare.run(values) if self._prepare is not None else {})
+
+    def total_weight(self, batch: Batch) -> float:
+        """What makes the sum of a batch's losses their mean."""
+        return self._targets.total_weight(batch.labels(slice(None)))
 
     def own_rows(self, rows: slice) -> dict[str, Array]:
         """Of a projection of the batch mode, the rows of these samples."""
@@ -108,6 +116,11 @@ class StepGraphs:
         lacking += missing_names(gradients, self._statistics, gradient_outputs)
         lacking += missing_names((LOSS, LOGITS), made)
         lacking += missing_names((spec.name for spec in self.variant.activations), made, self.features.names)
+        if TARGET_ON not in self.forward[-1].inputs and not self._targets.is_plain:
+            raise ArtifactError(
+                f"{where}: its graphs know no class weights or label smoothing; rebuild the package with"
+                " lance-host, or train without --class-weights and --label-smoothing"
+            )
         if lacking:
             raise ArtifactError(
                 f"{where}: no graph of method {self.variant.method} gives {', '.join(lacking)};"

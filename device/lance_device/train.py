@@ -77,7 +77,7 @@ class Training:
         options = run.options
         self._request, self._run, self._bundle, self._dataset = request, run, bundle, dataset
         self._features, self._reporter = features, reporter
-        self._step = training_step(bundle, run.variant, run.parameters, options.threads, features)
+        self._step = training_step(bundle, run.variant, run.parameters, options.threads, features, run.targets)
         if request.resume:
             _load_state(self._step, run)
         else:

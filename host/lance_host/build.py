@@ -19,8 +19,8 @@ from lance_edge.manifest import (
     SCHEMA_VERSION,
     SPECTRA_MEMBER,
     WEIGHTS_MEMBER,
+    InputSpec,
     Manifest,
-    Preprocessing,
     TensorSpec,
     projection_name,
 )
@@ -36,6 +36,7 @@ from lance_host.request import Feedback, Request, check
 from lance_host.shapes import infer_specs
 from lance_host.share import share
 from lance_host.stages import bind, extract
+from lance_host.trainable import check_trainable
 from lance_host.verify import Samples, verify_on_any
 
 VERIFY_IMAGES = 8  # a set; U0 has no rows for more than a batch
@@ -52,10 +53,13 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
     """
     check(request)
     dataset = open_dataset(request.data, request.split)
-    network = load_network(request.network, len(dataset.classes), feedback.say, feedback.download)
+    network = load_network(
+        request.network, len(dataset.classes), feedback.say, feedback.download, dataset.array_shape
+    )
     batch_size = choose_batch(request, dataset, feedback)
 
     captured = capture_selections(network)
+    check_trainable(captured[-1], request.layers)
     for method, budget in request.budgets.items():
         check_budget(method, budget, [one.layers for one in captured], batch_size)
     spectra, batches = measure_spectra(request, network, captured[-1], dataset, batch_size, feedback)
@@ -111,7 +115,7 @@ def measure_spectra(
     return spectra, len(order)
 
 
-def _load(order: NDArray[np.int64], part: Part, preprocessing: Preprocessing) -> Iterator[NDArray[np.float32]]:
+def _load(order: NDArray[np.int64], part: Part, preprocessing: InputSpec) -> Iterator[NDArray[np.float32]]:
     for indices in order:
         yield load_batch(part, indices, preprocessing)
 
@@ -208,7 +212,7 @@ def verify_variants(
         feedback.say(f"verified: loss and gradients of {method} agree with PyTorch to {error:.0e}")
 
 
-def verification_samples(dataset: Dataset, preprocessing: Preprocessing, number: int) -> list[Samples]:
+def verification_samples(dataset: Dataset, preprocessing: InputSpec, number: int) -> list[Samples]:
     """Several sets of images and labels from all over the training part."""
     spread = np.linspace(0, len(dataset.train) - 1, number).astype(np.int64)
     sets = [(spread + shift) % len(dataset.train) for shift in range(VERIFY_SETS)]

@@ -19,9 +19,11 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, Layer
+from lance_edge.manifest import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, TARGET_OFF, TARGET_ON, Layer
 from lance_host.autodiff.conv import geometry
 from lance_host.autodiff.emit import Emit, static_dims
+from lance_host.edit import constant
+from lance_host.simplify import simplify
 
 OPSET = 18
 
@@ -33,7 +35,8 @@ class Captured:
     `model` has the inputs `images`, `labels` and the trainable parameters, and the outputs `loss` (summed
     over the micro-batch) and `logits`; `seed` is the gradient of the batch's mean loss with respect to the
     logits.  `convs` are the nodes of the trainable layers, `parameters` the
-    trainable inputs in the order convs (module order), head weight, head bias.
+    trainable inputs in the order convs (module order), head weight, head bias.  `targets` are the inputs
+    that say what the target of each class is.
     """
 
     model: ir.Model
@@ -42,6 +45,7 @@ class Captured:
     convs: tuple[ir.Node, ...]
     parameters: tuple[ir.Value, ...]
     labels: ir.Value
+    targets: tuple[ir.Value, ...]
     scale: ir.Value
     loss: ir.Value
     seed: ir.Value
@@ -65,6 +69,7 @@ def clone(captured: Captured) -> Captured:
         parameters=tuple(same(value) for value in captured.parameters),
         images=same(captured.images),
         labels=same(captured.labels),
+        targets=tuple(same(value) for value in captured.targets),
         scale=same(captured.scale),
         loss=same(captured.loss),
         seed=same(captured.seed),
@@ -110,7 +115,7 @@ def capture_layers(exported: ir.Model, layers: Sequence[str], head: str | None) 
     _fold_batch_norm(model, frozenset(names))
     described = tuple(_describe(name, conv) for name, conv in zip(layers, convs, strict=True))
     parameters = tuple(_as_input(model.graph, name) for name in names)
-    labels, scale, loss, seed = _append_loss(model.graph)
+    labels, targets, scale, loss, seed = _append_loss(model.graph)
     return Captured(
         model=model,
         images=model.graph.inputs[0],
@@ -118,6 +123,7 @@ def capture_layers(exported: ir.Model, layers: Sequence[str], head: str | None) 
         convs=tuple(convs),
         parameters=parameters,
         labels=labels,
+        targets=targets,
         scale=scale,
         loss=loss,
         seed=seed,
@@ -126,7 +132,7 @@ def capture_layers(exported: ir.Model, layers: Sequence[str], head: str | None) 
 
 
 def export(network: torch.nn.Module, sample: Sequence[int]) -> ir.Model:
-    """The network as ONNX with constants folded and batch-norm as it is, opset 18, dynamic batch."""
+    """The network as ONNX simplified, with batch-norm as it is, opset 18, dynamic batch."""
     example = torch.zeros(2, *sample)
     try:
         with _quiet(), torch.no_grad():
@@ -148,27 +154,17 @@ def export(network: torch.nn.Module, sample: Sequence[int]) -> ir.Model:
         ) from error
     assert program is not None
     model: ir.Model = program.model
+    images = model.graph.inputs[0].shape
+    if images is None or isinstance(images[0], int):
+        raise ModelError(
+            "this network cannot be exported for batches of any size: somewhere in forward the batch becomes a"
+            " plain number, as in len(x); write x.shape[0]"
+        )
     optimizer.fold_constants(model, onnx_shape_inference=True)
-    _fix_reshapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     passes.IdentityEliminationPass()(model)
+    simplify(model)
     return model
-
-
-def _fix_reshapes(graph: ir.Graph) -> None:
-    """Give every Reshape a constant shape, with -1 for the batch.
-
-    The exporter computes `[N, 512]` from the shape of the images.  Cut in two, the graph would carry that
-    number along, and shape inference cannot follow it.
-    """
-    for node in graph:
-        if node.op_type != "Reshape" or node.inputs[1] is None or node.inputs[1].const_value is not None:
-            continue
-        shape = node.outputs[0].shape
-        if shape is None or sum(not isinstance(dim, int) for dim in shape) > 1:
-            continue
-        numbers = np.array([dim if isinstance(dim, int) else -1 for dim in shape], np.int64)
-        node.replace_input_with(1, _constant(graph, f"{node.outputs[0].name}/shape", numbers))
 
 
 @contextlib.contextmanager
@@ -269,41 +265,43 @@ def _numpy(value: ir.Value | None) -> np.ndarray:
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    return _constant(graph, name, array.astype(np.float32))
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
+    return constant(graph, name, array.astype(np.float32))
 
 
 # --- loss ---------------------------------------------------------------------------------------------
 
 
-def _append_loss(graph: ir.Graph) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-    """Cross-entropy with integer labels, summed over the micro-batch, and its gradient.
+def _append_loss(
+    graph: ir.Graph,
+) -> tuple[ir.Value, tuple[ir.Value, ...], ir.Value, ir.Value, ir.Value]:
+    """Cross-entropy with a target distribution for each class, summed over the micro-batch; its gradient.
 
-    Adds the inputs `labels` `[N]` and `scale` (1 / batch size), and the output `loss`.
+    The target of a sample of class c is `off`, plus `on[c]` at c.  With class weights w and label smoothing
+    s, as in PyTorch's CrossEntropyLoss, `on = (1 - s) w` and `off = w s / classes`, both `[classes]`.  Adds
+    these inputs, `labels` `[N]` and `scale`, and the output `loss`.
 
     Returns:
-        labels, scale, loss, and the gradient of `scale * loss` with respect to the logits, `[N, classes]`.
+        labels, (on, off), scale, loss, and the gradient of `scale * loss` with respect to the logits,
+        `[N, classes]`.
     """
     logits = graph.outputs[0]
     (classes,) = static_dims(logits, start=1)
     labels = ir.Value(name=LABELS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([BATCH_DIM]))
-    scale = ir.Value(name=SCALE, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
-    graph.inputs.extend([labels, scale])
+    on, off = (_float_input(name, [classes]) for name in (TARGET_ON, TARGET_OFF))
+    scale = _float_input(SCALE, [])
+    graph.inputs.extend([labels, on, off, scale])
     emit = Emit(graph, "loss/")
     log_probabilities = emit("LogSoftmax", logits, axis=-1)
     depth, off_on = emit.constant([classes]), emit.constant(np.array([0, 1], np.float32))
-    one_hot = emit("OneHot", labels, depth, off_on)
-    loss = emit("Neg", emit("ReduceSum", emit("Mul", log_probabilities, one_hot), keepdims=0))
+    target = emit("Add", emit("Mul", emit("OneHot", labels, depth, off_on), on), off)  # [N, classes]
+    loss = emit("Neg", emit("ReduceSum", emit("Mul", log_probabilities, target), keepdims=0))
     loss.name = LOSS
     graph.outputs[:] = [loss, logits]
-    # d loss / d logits = softmax(logits) - one_hot
-    seed = emit("Mul", emit("Sub", emit("Exp", log_probabilities), one_hot), scale)
-    return labels, scale, loss, seed
+    # d loss / d logits = softmax(logits) sum(target) - target
+    spread = emit("Mul", emit("Exp", log_probabilities), emit.sum(target, 1, keepdims=True))
+    seed = emit("Mul", emit("Sub", spread, target), scale)
+    return labels, (on, off), scale, loss, seed
+
+
+def _float_input(name: str, shape: Sequence[int]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))

@@ -204,22 +204,27 @@ def _progress() -> Iterator[Any]:
 @MODEL
 @INPUT_SIZE
 @HEAD
+@click.option("--data", type=FILE, help="An .npz of float32 arrays: says what the network takes.")
 @click.option("--batch-size", default=128, show_default=True, help="For which bytes are told.")
-def layers(model: str, resolution: int | None, head: str, batch_size: int) -> None:
+def layers(model: str, resolution: int | None, head: str, data: Path | None, batch_size: int) -> None:
     """List what can be trained: name, kind, weights, input, bytes of plain backpropagation.
 
     \b
     lance-host layers --model resnet18
     lance-host layers --model net.py:make --input-size 96
+    lance-host layers --model examples/spoken_words.py:Network --data spoken/new.npz
     """
+    from lance_edge.datasets import open_dataset
     from lance_host.inputs import InputRequest, check_input
     from lance_host.layers import list_layers
     from lance_host.network import NetworkRequest, open_network
+    from lance_host.request import DEFAULT_SPLIT
     from lance_host.search_tables import candidate_table
 
     inputs = InputRequest(size=resolution)
     check_input(inputs)
-    network = open_network(NetworkRequest(model, head=head, input=inputs), None, click.echo)
+    shape = None if data is None else open_dataset(data, DEFAULT_SPLIT).array_shape
+    network = open_network(NetworkRequest(model, head=head, input=inputs), None, click.echo, shape)
     candidates = list_layers(network.module, network.preprocessing.sample_shape, network.head)
     click.echo(candidate_table(candidates, batch_size, network.head))
 

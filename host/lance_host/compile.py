@@ -13,7 +13,7 @@ from lance_host import accounting
 from lance_host.capture import Captured, clone
 from lance_host.graph_cost import graph_macs
 from lance_host.hosvd import Spectrum
-from lance_host.methods import METHODS
+from lance_host.methods import METHODS, rank_names
 from lance_host.shapes import infer_specs
 from lance_host.stages import PLANNED_MICRO_BATCH, Stages, cut_stages, extract
 from lance_host.step import Step, differentiate, lower_forward, split_prefix, tidy
@@ -77,7 +77,9 @@ def compile_variant(
         statistics=stages.statistics,
         batch_projections=tuple(str(value.name) for value in step.batch_projections),
         projections=tuple(str(value.name) for value in whole),
-        graph_macs={role: graph_macs(graphs[role], batch_size) for role in graphs if role != "tail"},
+        graph_macs={
+            role: graph_macs(graphs[role], batch_size, _rank_sizes(ranks)) for role in graphs if role != "tail"
+        },
         budget_bytes=budget,
     )
     return Compiled(variant, {names[role]: data for role, data in members.items()})
@@ -99,6 +101,15 @@ def _cheapest_schedule(
 def _kept_bytes(stages: Stages, batch_size: int) -> int:
     micro_batch = min(PLANNED_MICRO_BATCH, batch_size)
     return kept_bytes(stages.schedule, stages.saved, stages.statistics, micro_batch, batch_size)
+
+
+def _rank_sizes(ranks: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """What the named dimensions of a codec's arrays are estimated to be."""
+    return {
+        name: rank
+        for layer, chosen in ranks.items()
+        for name, rank in zip(rank_names(layer, len(chosen)), chosen, strict=True)
+    }
 
 
 def _plan(

@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import onnx_ir as ir
 
 from lance_host.shapes import infer_shapes
 
 
-def graph_macs(model: ir.Model, batch: int) -> int:
+def graph_macs(model: ir.Model, batch: int, ranks: Mapping[str, int] = MappingProxyType({})) -> int:
     """Multiply-adds of all convolutions and matrix products when the micro-batch has `batch` samples.
 
     Elementwise operators, reductions and data movement are not counted, as in the paper.
+
+    Args:
+        ranks: sizes of the dimensions that vary from step to step, by name.
     """
-    shapes = infer_shapes(model, batch)
+    shapes = infer_shapes(model, batch, ranks)
     return sum(_node_macs(node, shapes) for node in model.graph)
 
 

@@ -1,12 +1,12 @@
 """What a network takes: as its source says, or as the user does."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
 from lance_edge.errors import LanceError, ModelError
-from lance_edge.manifest import INTERPOLATIONS, Preprocessing
+from lance_edge.manifest import INTERPOLATIONS, ArrayInput, InputSpec, Preprocessing
 from lance_host.model_source import ModelSource
 
 LEAST_INPUT_SIZE = 32  # pixels; usual networks halve them five times
@@ -52,13 +52,24 @@ def check_input(request: InputRequest) -> None:
 
 
 def settle_input(
-    source: ModelSource, network: nn.Module, request: InputRequest, say: Callable[[str], None]
-) -> Preprocessing:
-    """The preprocessing of a network's images; what nobody says is ImageNet's, and is said aloud.
+    source: ModelSource,
+    network: nn.Module,
+    request: InputRequest,
+    array_shape: tuple[int, ...] | None,
+    say: Callable[[str], None],
+) -> InputSpec:
+    """What becomes of the user's data before the network.
+
+    Args:
+        array_shape: of the user's float32 arrays, which stay as they are; `None` for images.  Of their
+            preprocessing, what nobody says is ImageNet's, and is said aloud.
 
     Raises:
-        LanceError: if mean or std have another number of channels than the network.
+        LanceError: if mean or std have another number of channels than the network, or the data are arrays.
     """
+    if array_shape is not None:
+        _expect_nothing(request)
+        return ArrayInput(array_shape)
     known = source.preprocessing
     steps = known or _assumed(source, network)
     if request.size is not None:
@@ -78,6 +89,15 @@ def settle_input(
             " does not say: check them, and correct them with --input-size, --mean, --std"
         )
     return steps
+
+
+def _expect_nothing(request: InputRequest) -> None:
+    given = [field.name for field in fields(request) if getattr(request, field.name) is not None]
+    if given:
+        option = "--input-size" if given[0] == "size" else f"--{given[0]}"
+        raise LanceError(
+            f"{option}: --data holds float32 arrays, which go to the network unchanged; leave it out"
+        )
 
 
 def usual_preprocessing(channels: int, size: int = USUAL_SIZE) -> Preprocessing:

@@ -88,7 +88,10 @@ def _elementwise_operands(
     """Rule 2."""
     rank = len(shapes[node.outputs[0]])
     known = [_shape(value, shapes) for value in node.inputs if value is not None]
-    sources = [_source(value) for value in node.inputs]
+    sources = [  # with fewer axes, the exchanged ones are not the first two of the output
+        _source(value) if value is not None and len(_shape(value, shapes) or ()) == rank else None
+        for value in node.inputs
+    ]
     swapped = sum(source is not None for source in sources)
     large = sum(shape is None or len(shape) == rank for shape in known)
     if not swapped or None in known or 2 * swapped < large:

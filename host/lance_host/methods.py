@@ -72,6 +72,11 @@ def projection_inputs(
     }
 
 
+def rank_names(layer: str, modes: int) -> list[str]:
+    """The names of the dimensions of a codec's arrays, one for each mode of the layer's input."""
+    return [f"{layer}/r{mode}" for mode in range(modes)]
+
+
 def codec_inputs(
     layer: str, input_shape: Sequence[int], ranks: Sequence[int]
 ) -> tuple[ir.Value, dict[int, ir.Value]]:
@@ -80,7 +85,7 @@ def codec_inputs(
     Without `ranks` they may be of any rank.
     """
     # The runtime takes dimensions of one name for one size, so each layer has names of its own.
-    names: Sequence[int | str] = ranks or [f"{layer}/r{mode}" for mode in range(1 + len(input_shape))]
+    names: Sequence[int | str] = ranks or rank_names(layer, 1 + len(input_shape))
     factors = projection_inputs(layer, input_shape, names, batch_size=-1)
     return _float_input(core_name(layer), names[1], names[0], *names[2:]), factors
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import Preprocessing
+from lance_edge.manifest import InputSpec
 from lance_host.heads import FIND, check_classes, choose_head, one_line, replace_head
 from lance_host.inputs import InputRequest, settle_input
 from lance_host.layers import select_layers
@@ -43,7 +43,7 @@ class OpenNetwork:
 
     source: ModelSource
     module: torch.nn.Module
-    preprocessing: Preprocessing
+    preprocessing: InputSpec
     head: str | None
 
 
@@ -57,19 +57,28 @@ class Network:
 
     module: torch.nn.Module
     name: str
-    preprocessing: Preprocessing
+    preprocessing: InputSpec
     weights_source: str
     selections: tuple[tuple[str, ...], ...]
     head: str | None
 
 
-def load_network(request: NetworkRequest, classes: int, say: Say, progress: Progress) -> Network:
+def load_network(
+    request: NetworkRequest,
+    classes: int,
+    say: Say,
+    progress: Progress,
+    array_shape: tuple[int, ...] | None = None,
+) -> Network:
     """Open the network, fill in weights, make its head new, choose what trains.
+
+    Args:
+        array_shape: of the user's float32 arrays; `None` for images.
 
     Raises:
         ModelError: if there is no such network, or it cannot be used for these classes.
     """
-    opened = open_network(request, classes, say)
+    opened = open_network(request, classes, say, array_shape)
     module, head = opened.module, opened.head
     source = replace(opened.source, head=head)
     loaded = load_weights(source, module, request.weights, request.seed, progress)
@@ -82,7 +91,9 @@ def load_network(request: NetworkRequest, classes: int, say: Say, progress: Prog
     return Network(module, source.name, opened.preprocessing, loaded.source, selections, head)
 
 
-def open_network(request: NetworkRequest, classes: int | None, say: Say) -> OpenNetwork:
+def open_network(
+    request: NetworkRequest, classes: int | None, say: Say, array_shape: tuple[int, ...] | None = None
+) -> OpenNetwork:
     """The network as its source builds it, with a head for `classes` if they are known.
 
     Raises:
@@ -90,7 +101,7 @@ def open_network(request: NetworkRequest, classes: int | None, say: Say) -> Open
     """
     source = open_source(request.model)
     module = build(source, classes or MANY_CLASSES, request.seed)
-    preprocessing = settle_input(source, module, request.input, say)
+    preprocessing = settle_input(source, module, request.input, array_shape, say)
     head = choose_head(module, request.head, source.head, preprocessing.sample_shape)
     if classes is not None:
         if head is not None:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import Layer, Preprocessing
+from lance_edge.manifest import InputSpec, Layer
 from lance_host.budget import plan_budget
 from lance_host.methods import METHODS
 from lance_host.perplexity import SEARCHES, BatchTensors, Spectra, Task
@@ -31,7 +31,7 @@ class GradientBatches:
     network: torch.nn.Module
     layers: Sequence[Layer]
     part: Part
-    preprocessing: Preprocessing
+    preprocessing: InputSpec
     order: NDArray[np.int64]
 
     def __iter__(self) -> Iterator[BatchTensors]:

@@ -4,10 +4,14 @@ ONNX shape inference with a symbolic batch loses track at some reshapes; with nu
 runs for two batch sizes, and what differs between them is the batch dimension.
 """
 
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import onnx
 import onnx_ir as ir
 
-from lance_edge.manifest import TensorSpec
+from lance_edge.manifest import BATCH_DIM, TensorSpec, batch_multiple
 
 PROBES = (5, 7)
 DTYPES = {
@@ -19,11 +23,14 @@ DTYPES = {
 }
 
 
-def infer_specs(model: ir.Model) -> dict[str, TensorSpec]:
+def infer_specs(model: ir.Model, multiples: bool = True) -> dict[str, TensorSpec]:
     """The tensor of every input, output and intermediate value, by name.
 
-    A dimension that is proportional to the batch but not equal to it (a flattened one) is left out:
-    values with such a dimension have no entry, and are never saved.
+    Values of which a dimension neither is a number nor a multiple of the batch (one is appended to it) have
+    no entry, and are never saved.
+
+    Args:
+        multiples: whether values with a dimension such as `4*N` have an entry.
 
     Raises:
         onnx.shape_inference.InferenceError: if the graph is not consistent.
@@ -31,30 +38,48 @@ def infer_specs(model: ir.Model) -> dict[str, TensorSpec]:
     first, second = (_infer(model, batch) for batch in PROBES)
     specs = {}
     for name, (dtype, shape) in first.items():
-        merged = tuple(_merge(a, b) for a, b in zip(shape, second[name][1], strict=True))
-        if -1 not in merged:
+        merged = tuple(dimension(*pair, PROBES) for pair in zip(shape, second[name][1], strict=True))
+        factors = [1 if isinstance(dim, int) else batch_multiple(dim) for dim in merged]
+        if None not in factors and (multiples or set(factors) <= {1}):
             specs[name] = TensorSpec(name, merged, dtype)
     return specs
 
 
-def infer_shapes(model: ir.Model, batch: int) -> dict[str, tuple[int, ...]]:
-    """The shape of every value, by name, when the micro-batch has `batch` samples."""
-    return {name: shape for name, (_, shape) in _infer(model, batch).items()}
+def infer_shapes(
+    model: ir.Model, batch: int, sizes: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every value, by name, when the micro-batch has `batch` samples.
+
+    Args:
+        sizes: of other named dimensions of the inputs.
+    """
+    return {name: shape for name, (_, shape) in _infer(model, batch, sizes).items()}
 
 
-def _merge(first: int, second: int) -> int | str:
-    if first == second:
+def dimension(first: int, second: int, batches: tuple[int, int]) -> int | str:
+    """What a dimension is, that has these sizes for two batch sizes: a number, `N`, `4*N` or `N+1`."""
+    factor, rest = divmod(second - first, batches[1] - batches[0])
+    if rest:
+        return "?"
+    if factor == 0:
         return first
-    return "N" if (first, second) == PROBES else -1
+    offset = first - factor * batches[0]
+    return (BATCH_DIM if factor == 1 else f"{factor}*{BATCH_DIM}") + (f"{offset:+d}" if offset else "")
 
 
-def _infer(model: ir.Model, batch: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _infer(
+    model: ir.Model, batch: int, sizes: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     proto = ir.serde.serialize_model(model)
     for info in proto.graph.input:
+        _set_batch(info, batch)
         for dim in info.type.tensor_type.shape.dim:
-            if dim.HasField("dim_param"):
-                dim.dim_value = batch
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
+    computed = {name for node in proto.graph.node for name in node.output}
+    known = [info for info in proto.graph.value_info if info.name in computed and _set_batch(info, batch)]
     del proto.graph.value_info[:]
+    proto.graph.value_info.extend(known)  # where inference cannot know, what `simplify` measured stands
     for info in proto.graph.output:
         info.type.tensor_type.ClearField("shape")
     inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True).graph
@@ -65,3 +90,16 @@ def _infer(model: ir.Model, batch: int) -> dict[str, tuple[str, tuple[int, ...]]
         if tensor.elem_type in DTYPES and tensor.HasField("shape") and all(dim >= 0 for dim in dims):
             found[info.name] = (DTYPES[tensor.elem_type], dims)
     return found
+
+
+def _set_batch(info: onnx.ValueInfoProto, batch: int) -> bool:
+    """Write numbers for dimensions such as `N` or `4*N+1`; whether all are numbers now."""
+    dims = info.type.tensor_type.shape.dim
+    for dim in dims:
+        found = re.fullmatch(rf"(?:(\d+)\*)?{BATCH_DIM}([+-]\d+)?", dim.dim_param)
+        if found is not None:
+            factor, offset = (
+                int(text) if text else neutral for text, neutral in zip(found.groups(), (1, 0), strict=True)
+            )
+            dim.dim_value = factor * batch + offset
+    return info.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims)

@@ -38,14 +38,15 @@ def cut_stages(step: Step) -> Stages:
     statistics, once a step.  A statistic that does not depend on the loss (the core G) is an output of
     forward, the others of backward.  What crosses between the two is chosen by a minimum cut.
     """
-    specs = infer_specs(step.model)
+    # By layer, the device joins micro-batches along the axis N, and takes them apart again.
+    specs = infer_specs(step.model, multiples=step.schedule != "by layer")
     after_loss = descendants(step.model.graph, [step.scale])
     early = [value for value in step.statistics if value not in after_loss]
     late = [value for value in step.statistics if value in after_loss]
     complete = [*step.compressed, *(early if step.schedule == "two passes" else [])]
     saved = _choose_saved(step, late, complete, after_loss, specs)
     crossing = [value for value in saved if value not in step.boundary and value is not step.logits]
-    fed = [*step.parameters, *step.projections, step.labels, step.scale]
+    fed = [*step.parameters, *step.projections, step.labels, *step.targets, step.scale]
     results = [step.loss, step.logits, *crossing, *early]
     prepared = _prepared(step, [*results, *step.activations, *late])
     final = [value for value in step.gradients if value not in step.statistics]
@@ -89,7 +90,7 @@ def _choose_saved(
         for value in node.outputs
         if value.name in specs
     }
-    free = {*step.parameters, *step.projections, step.labels, *complete}
+    free = {*step.parameters, *step.projections, step.labels, *step.targets, *complete}
     return values_to_save(reads, given=set(step.boundary), free=free, sizes=sizes)
 
 
@@ -102,7 +103,7 @@ def _prepared(step: Step, ends: Sequence[ir.Value]) -> list[ir.Value]:
     graph = step.model.graph
     data = [step.images, *step.batch_projections, *step.compressed, step.labels, step.scale]
     varying = descendants(graph, data)
-    constant = set(graph.initializers.values()) | {*step.parameters, *step.projections}
+    constant = set(graph.initializers.values()) | {*step.parameters, *step.projections, *step.targets}
     bounds = {*step.boundary, *step.statistics} - set(ends)
     needed = set(ancestors(ends, stop=lambda value: value in bounds))
     prepared: dict[ir.Value, None] = {}

@@ -8,20 +8,20 @@ All of it is one ONNX graph first, which runs as it stands and can be checked ag
 `stages.py` extracts the device's graphs from it, between named values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from lance_edge.manifest import Layer, Schedule, gradient_name
+from lance_edge.manifest import BATCH_DIM, Layer, Schedule, gradient_name
 from lance_host.autodiff import conv
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.reverse import InputGradient, gradients
 from lance_host.capture import Captured
 from lance_host.layout import sink_swaps
 from lance_host.methods import METHODS, LayerContext, WeightGradient, codec_inputs, projection_inputs
-from lance_host.traverse import depends_on, descendants
+from lance_host.traverse import ancestors, depends_on, descendants
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Step:
     images: ir.Value
     parameters: tuple[ir.Value, ...]
     labels: ir.Value
+    targets: tuple[ir.Value, ...]
     scale: ir.Value
     loss: ir.Value
     logits: ir.Value
@@ -97,6 +98,7 @@ def differentiate(
         images=captured.images,
         parameters=captured.parameters,
         labels=captured.labels,
+        targets=captured.targets,
         scale=captured.scale,
         loss=captured.loss,
         logits=captured.logits,
@@ -113,7 +115,7 @@ def differentiate(
 
 
 def split_prefix(graph: ir.Graph, images: ir.Value, parameters: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
-    """The boundary tensors: what the trainable part reads of the frozen part.
+    """The boundary tensors, `[N, ...]`: what the trainable part reads of the frozen part.
 
     Where it reads the images themselves, an Identity stands between, so that a prefix always exists.
     """
@@ -123,15 +125,30 @@ def split_prefix(graph: ir.Graph, images: ir.Value, parameters: Sequence[ir.Valu
         if any(output in tail for output in node.outputs):
             for value in node.inputs:
                 if value is not None and value not in tail and depends_on(value, images):
-                    boundary[value] = None
+                    boundary |= dict.fromkeys(_batch_first(value, images))
     if images in boundary:
         copy = ir.Value(name="images/copy", type=images.type, shape=images.shape)
-        readers = [use for use in images.uses() if use.node.outputs[0] in tail]
+        inner = set(ancestors([*boundary], stop=lambda value: value is images)) - {images}
+        readers = [use for use in images.uses() if use.node.outputs[0] not in inner]
         graph.insert_before(graph[0], ir.Node("", "Identity", (images,), outputs=[copy]))
         for use in readers:
             use.node.replace_input_with(use.idx, copy)
         boundary = {copy if value is images else value: None for value in boundary}
     return tuple(boundary)
+
+
+def _batch_first(value: ir.Value, images: ir.Value) -> Iterator[ir.Value]:
+    """A value, or where its first axis does not count samples, what it is computed from.
+
+    The prefix may then take any number of images at a time, and what it made of an image can be kept.
+    """
+    producer = value.producer()
+    if producer is None or value.shape is None or (len(value.shape) and value.shape[0] == BATCH_DIM):
+        yield value
+        return
+    for operand in producer.inputs:
+        if operand is not None and depends_on(operand, images):
+            yield from _batch_first(operand, images)
 
 
 def _context(

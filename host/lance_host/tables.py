@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from lance_edge.manifest import LayerPlan, Manifest, Member, Preprocessing, Variant
+from lance_edge.manifest import ArrayInput, InputSpec, LayerPlan, Manifest, Member, Variant
 from lance_host.accounting import bp_activation_bytes
 from lance_host.text import (
     GAP,
@@ -177,7 +177,9 @@ def _step_macs(variant: Variant) -> int:
     return sum(macs for role, macs in variant.graph_macs.items() if role != "predict")
 
 
-def _preprocessing(steps: Preprocessing) -> str:
+def _preprocessing(steps: InputSpec) -> str:
+    if isinstance(steps, ArrayInput):
+        return f"none: float32 arrays {'x'.join(map(str, steps.shape))}"
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (steps.mean, steps.std))
     resize = f"short side {steps.resize} px ({steps.interpolation})"
     return f"{resize}, centre crop {steps.resolution} px, mean {mean}, std {std}"

@@ -19,12 +19,15 @@ from lance_edge.manifest import (
     LABELS,
     LOSS,
     SCALE,
+    TARGET_OFF,
+    TARGET_ON,
     Layer,
     Variant,
     core_name,
     gradient_name,
     projection_name,
 )
+from lance_edge.targets import Targets
 from lance_host.compile import Compiled
 from lance_host.runtime import open_session
 from lance_host.taps import module_taps, weight_gradient
@@ -170,10 +173,17 @@ def run_graphs(
             known |= _cores(variant, known)
         if role in variant.graphs:
             session = open_session(compiled.graph(role))
+            known |= _plain_targets(session)
             outputs = [output.name for output in session.get_outputs()]
             feeds = {declared.name: known[declared.name] for declared in session.get_inputs()}
             known.update(zip(outputs, session.run(outputs, feeds), strict=True))
     return known
+
+
+def _plain_targets(session: Any) -> Arrays:
+    """Those of ordinary cross-entropy, for the classes that a graph declares."""
+    sizes = [declared.shape[0] for declared in session.get_inputs() if declared.name in (TARGET_ON, TARGET_OFF)]
+    return {**Targets.plain(sizes[0]).arrays()} if sizes else {}
 
 
 def _cores(variant: Variant, known: Mapping[str, NDArray[Any]]) -> Arrays:

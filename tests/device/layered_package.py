@@ -16,17 +16,20 @@ import numpy as np
 from tiny_package import (
     AXES,
     BOOL,
+    CLASS_CONSTANTS,
     FEATURES,
     FLOAT,
     PREPROCESSING,
     SHAPES,
     SIDE,
     SPLIT,
+    TARGET_INPUTS,
     TinyPackage,
     dtype_of,
     graph_bytes,
     logit_gradient_constants,
     logit_gradient_nodes,
+    loss_nodes,
     node,
     pointwise_layer,
     prefix_graph,
@@ -57,7 +60,7 @@ LAYERED_SHAPES = {
     "one/dw": (8, FEATURES),
     "two/narrow": (5, "two/r1"),
 }
-LAYERED_SHAPES |= {name: SHAPES[name] for name in ("logits", "loss", "scale", "labels", "head.bias")}
+LAYERED_SHAPES |= {name: SHAPES[name] for name in ("logits", "loss", "scale", *TARGET_INPUTS, "head.bias")}
 for _layer, (_channels, _) in CHANNELS.items():
     _ranks = [f"{_layer}/r{mode}" for mode in range(4)]
     LAYERED_SHAPES[f"{_layer}/G"] = (_ranks[1], _ranks[0], *_ranks[2:])
@@ -138,11 +141,11 @@ def _first_part() -> bytes:
 def _second_part() -> bytes:
     nodes = [
         *_head_nodes(),
-        node("SoftmaxCrossEntropyLoss", "logits labels", "loss", reduction="sum"),
+        *loss_nodes(),
         node("Cast", "hidden", "two/mask", to=BOOL),
     ]
-    inputs = "two/A two.weight head.weight head.bias labels"
-    return _graph(nodes, inputs, "loss logits pooled two/mask", AXES)
+    inputs = f"two/A two.weight head.weight head.bias {' '.join(TARGET_INPUTS)}"
+    return _graph(nodes, inputs, "loss logits pooled two/mask", AXES | CLASS_CONSTANTS)
 
 
 def _rebuild_nodes(layer: str, *, channels: bool):
@@ -170,7 +173,8 @@ def _backward() -> bytes:
         node("Einsum", "one/delta one/rebuilt", "one/dw", equation="nohw,nchw->oc"),
         node("Einsum", "two/delta two/space", "two/narrow", equation="nohw,nqhw->oq"),
     ]
-    inputs = "logits labels scale pooled head.weight two.weight one/mask two/mask one/G two/G"
+    inputs = f"logits {' '.join(TARGET_INPUTS)} scale pooled head.weight two.weight"
+    inputs += " one/mask two/mask one/G two/G"
     inputs += " one/U0 one/U1 one/U2 one/U3 two/U0 two/U2 two/U3"
     return _graph(nodes, inputs, " ".join(STATISTICS), logit_gradient_constants())
 

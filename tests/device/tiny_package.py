@@ -48,6 +48,8 @@ SHAPES = {
     "logits": ("N", 3),
     "loss": (),
     "scale": (),
+    "target/on": (3,),
+    "target/off": (3,),
     "labels": ("N",),
     "conv.weight": (CHANNELS, FEATURES, 1, 1),
     "head.weight": (3, CHANNELS),
@@ -191,8 +193,11 @@ def _prepare() -> bytes:
 
 def _forward(core: bool, prepared: bool = False) -> bytes:
     """With `prepared` weights it gives a mask for `hidden`, as a package in two passes does."""
-    nodes = [*_tail_nodes(), node("SoftmaxCrossEntropyLoss", "logits labels", "loss", reduction="sum")]
-    inputs, outputs = ["features", *PARAMETERS, "labels"], ["loss", "logits", "hidden", "pooled"]
+    nodes = [
+        *_tail_nodes(),
+        *loss_nodes(),
+    ]
+    inputs, outputs = ["features", *PARAMETERS, *TARGET_INPUTS], ["loss", "logits", "hidden", "pooled"]
     if prepared:
         nodes[0] = node("Conv", "features filters", "linear")
         nodes.append(node("Cast", "hidden", "mask", to=BOOL))
@@ -206,14 +211,36 @@ def _forward(core: bool, prepared: bool = False) -> bytes:
             node("Einsum", "p2 conv/U3", "p3", equation="nqrw,ws->nqrs"),
             node("Einsum", "conv/U0 p3", "conv/G", equation="np,nqrs->pqrs"),
         ]
-    return graph_bytes(nodes, inputs, outputs, AXES)
+    return graph_bytes(nodes, inputs, outputs, AXES | CLASS_CONSTANTS)
+
+
+TARGET_INPUTS = ["labels", "target/on", "target/off"]
+TARGET_NODES = [
+    node("OneHot", "labels depth off_on", "one_hot", axis=1),
+    node("Mul", "one_hot target/on", "weighted"),
+    node("Add", "weighted target/off", "target"),
+]
+CLASS_CONSTANTS = {"depth": np.array(len(CLASSES)), "off_on": np.array([0, 1], np.float32)}
+
+
+def loss_nodes():
+    """The sum over samples of `-target . log softmax(logits)`."""
+    return [
+        *TARGET_NODES,
+        node("LogSoftmax", "logits", "log_probabilities", axis=1),
+        node("Mul", "log_probabilities target", "negative_terms"),
+        node("Neg", "negative_terms", "terms"),
+        node("ReduceSum", "terms", "loss", keepdims=0),
+    ]
 
 
 def logit_gradient_nodes():
     return [
+        *TARGET_NODES,
         node("Softmax", "logits", "probabilities", axis=1),
-        node("OneHot", "labels depth off_on", "target", axis=1),
-        node("Sub", "probabilities target", "difference"),
+        node("ReduceSum", "target axis1", "target_sum", keepdims=1),
+        node("Mul", "probabilities target_sum", "expected"),
+        node("Sub", "expected target", "difference"),
         node("Mul", "difference scale", "d_logits"),
         node("Gemm", "d_logits pooled", "head.weight/grad", transA=1),
         node("ReduceSum", "d_logits axis0", "head.bias/grad", keepdims=0),
@@ -227,17 +254,20 @@ def _delta_nodes():
     return [*logit_gradient_nodes(), node("Mul", "d_hidden slope", "delta")]
 
 
-DELTA_INPUTS = ["logits", "labels", "scale", "pooled", "head.weight"]
+DELTA_INPUTS = ["logits", *TARGET_INPUTS, "scale", "pooled", "head.weight"]
 DELTA_OUTPUTS = ["head.weight/grad", "head.bias/grad"]
 
 
 def logit_gradient_constants():
-    return AXES | {
-        "depth": np.array(len(CLASSES)),
-        "off_on": np.array([0, 1], np.float32),
-        "axis0": np.array([0]),
-        "mean": np.array(1 / SIDE**2, np.float32),
-    }
+    return (
+        AXES
+        | CLASS_CONSTANTS
+        | {
+            "axis0": np.array([0]),
+            "axis1": np.array([1]),
+            "mean": np.array(1 / SIDE**2, np.float32),
+        }
+    )
 
 
 def _backward(core: bool) -> bytes:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from lance_edge.targets import Targets
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.reverse import InputGradient, gradients
 from lance_host.methods import projection_inputs
@@ -50,7 +51,10 @@ def run_graph(model: ir.Model, values: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def graph_of_nodes(
-    nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Shape], constants: Mapping[str, Array]
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Mapping[str, Shape],
+    constants: Mapping[str, Array],
+    opset: int = OPSET,
 ) -> ir.Model:
     """A float32 graph with the output `y`, with shapes inferred as those of an exported network are."""
     graph = helper.make_graph(
@@ -60,7 +64,7 @@ def graph_of_nodes(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         initializer=[numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     del model.graph.output[0].type.tensor_type.shape.dim[:]
     model.graph.output[0].type.tensor_type.ClearField("shape")
     return ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(model, data_prop=True))
@@ -157,19 +161,25 @@ class Device:
         images: Array,
         labels: Array,
         parts: Sequence[int] | None = None,
+        targets: Targets | None = None,
     ) -> tuple[float, dict[str, Array]]:
         """Mean loss of the batch, and the gradient of each parameter by name.
 
-        `tensors` are parameters and projections; `parts` the sizes of the micro-batches.
+        `tensors` are parameters and projections; `parts` the sizes of the micro-batches; `targets` by default
+        those of ordinary cross-entropy.
         """
         batch = len(images)
+        targets = targets or Targets.plain(int(self.step.targets[0].shape[0]))
+        total = targets.total_weight(labels)
+        tensors = {**tensors, **targets.arrays(), "scale": np.array(1 / total, np.float32)}
         parts = parts or [batch]
         assert sum(parts) == batch
         edges = np.cumsum([0, *parts])
         rows = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
         if self.stages.schedule == "by layer":
-            return self._layerwise(tensors, images, labels)
-        fixed = {**tensors, "scale": np.array(1 / batch, np.float32)}
+            loss, gradients = self._layerwise(tensors, images, labels)
+            return loss / total, gradients
+        fixed = dict(tensors)
         if "prepare" in self.sessions:
             fixed |= run_session(self.sessions["prepare"], fixed)
         loss, totals, waiting = 0.0, dict[str, Array](), list[dict[str, Array]]()
@@ -187,14 +197,13 @@ class Device:
         if "gradient" in self.sessions:
             values |= run_session(self.sessions["gradient"], values)
         names = [value.name for value in self.step.parameters if value.name is not None]
-        return loss / batch, {name: values[f"{name}/grad"] for name in names}
+        return loss / total, {name: values[f"{name}/grad"] for name in names}
 
     def _layerwise(
         self, tensors: Mapping[str, Array], images: Array, labels: Array
     ) -> tuple[float, dict[str, Array]]:
         """The whole batch; cores are literal projections on the factors in `tensors`, of this batch."""
         values = dict(tensors) | {"images": images, "labels": labels}
-        values["scale"] = np.array(1 / len(images), np.float32)
         parts = sorted(
             (role for role in self.sessions if role.startswith("forward-")), key=lambda r: int(r[8:])
         )
@@ -211,7 +220,7 @@ class Device:
         if "gradient" in self.sessions:
             values |= run_session(self.sessions["gradient"], values)
         names = [value.name for value in self.step.parameters if value.name is not None]
-        return float(values["loss"]) / len(images), {name: values[f"{name}/grad"] for name in names}
+        return float(values["loss"]), {name: values[f"{name}/grad"] for name in names}
 
     def _own_rows(self, values: Mapping[str, Array], rows: slice) -> dict[str, Array]:
         return {name: array[rows] if name.endswith("/U0") else array for name, array in values.items()}

@@ -5,11 +5,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from graph_runner import Array, project_and_rebuild
 from torch import nn
+from torch.func import functional_call
 
 from lance_edge.manifest import Layer
+
+
+def convolution_gradients(
+    conv: nn.Module, x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """Of input and weight, by autograd through the module itself."""
+    with torch.enable_grad():
+        x, weight = (tensor.detach().requires_grad_() for tensor in (x, weight))
+        return torch.autograd.grad(functional_call(conv, {"weight": weight}, (x,)), [x, weight], dy)
 
 
 class CompressedConvolution(torch.autograd.Function):
@@ -26,15 +35,13 @@ class CompressedConvolution(torch.autograd.Function):
     ) -> Any:
         ctx.save_for_backward(x, weight)
         ctx.conv, ctx.name, ctx.projections = conv, name, projections
-        return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return functional_call(conv, {"weight": weight}, (x,))
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:
         (dy,), (x, weight), conv = outputs, ctx.saved_tensors, ctx.conv
-        settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        dx = torch.nn.grad.conv2d_input(x.shape, weight, dy, *settings)
-        rebuilt = project_and_rebuild(x, ctx.projections, ctx.name)
-        dw = torch.nn.grad.conv2d_weight(rebuilt, weight.shape, dy, *settings)
+        dx, _ = convolution_gradients(conv, x, weight, dy)
+        _, dw = convolution_gradients(conv, project_and_rebuild(x, ctx.projections, ctx.name), weight, dy)
         return dx, dw, None, None, None
 
 

@@ -231,6 +231,7 @@ def arrays_of(bundle, variant, micro_batch):
     values["images"] = rng.uniform(-1, 1, (micro_batch, 3, resolution, resolution)).astype(np.float32)
     values["labels"] = rng.integers(0, 3, micro_batch)
     values["scale"] = np.array(1 / 16, np.float32)
+    values |= {"target/on": np.ones(3, np.float32), "target/off": np.zeros(3, np.float32)}
     for role in ROLES:
         if role in variant.graphs:
             session = onnxruntime.InferenceSession(
@@ -248,7 +249,7 @@ def test_tensors_are_as_the_manifest_declares(bundle, method, micro_batch):
     variant = bundle.manifest.variant(method)
     values = arrays_of(bundle, variant, micro_batch)
     for spec in (*variant.boundary, *variant.saved, *variant.statistics):
-        shape = tuple(micro_batch if dim == "N" else dim for dim in spec.shape)
+        shape = spec.sizes(micro_batch)
         assert values[spec.name].shape == shape, spec.name
         assert str(values[spec.name].dtype) == spec.dtype, spec.name
         kept = np.packbits(values[spec.name]) if spec.dtype == "bool" else values[spec.name]

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from graph_runner import run_graph
+from graph_runner import Device, relative_error, run_graph
 from small_networks import (
     CLASSES,
     CONVS,
@@ -20,6 +20,7 @@ from small_networks import (
 from torch import nn
 
 from lance_edge.errors import ModelError
+from lance_edge.targets import Targets
 from lance_host.capture import capture, clone
 from lance_host.layers import conv_modules, select_layers
 from lance_host.stages import cut_stages
@@ -33,10 +34,13 @@ pytestmark = [pytest.mark.usefixtures("one_torch_thread"), pytest.mark.xdist_gro
 TOLERANCE = 1e-5
 
 
+PLAIN = Targets.plain(CLASSES).arrays() | {"scale": np.array(1, np.float32)}
+
+
 def logits_of(model: ir.Model, network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
     """The captured graph's logits with the network's own weights, fed by state-dict name."""
-    state = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    values = {**state, "images": images.numpy(), "labels": labels.numpy(), "scale": np.array(1, np.float32)}
+    state = {name: tensor.detach().numpy() for name, tensor in network.state_dict().items()}
+    values = {**state, **PLAIN, "images": images.numpy(), "labels": labels.numpy()}
     return run_graph(model, values)["logits"]
 
 
@@ -64,19 +68,25 @@ def test_the_graph_is_that_of_a_network_in_evaluation_mode() -> None:
     assert np.abs(found - truth).max() < TOLERANCE * np.abs(truth).max()
 
 
-def test_loss_and_seed_are_cross_entropy_and_its_gradient() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_and_seed_are_cross_entropy_and_its_gradient(weighted: bool, smoothing: float) -> None:
     """The loss is summed over the samples; the seed is the gradient of scale times the loss."""
+    weights = np.linspace(0.5, 3, CLASSES) if weighted else np.ones(CLASSES)
+    targets = Targets(weights, smoothing)
     images, labels = random_batch(0, 6)
     graph = captured(())
     graph.seed.type = ir.TensorType(ir.DataType.FLOAT)
     graph.model.graph.outputs.append(graph.seed)
-    state = {name: tensor.numpy() for name, tensor in small_net().state_dict().items()}
-    values = {**state, "images": images.numpy(), "labels": labels.numpy(), "scale": np.array(1 / 6, np.float32)}
+    state = {name: tensor.detach().numpy() for name, tensor in small_net().state_dict().items()}
+    total = targets.total_weight(labels.numpy())
+    values = {**state, **targets.arrays(), "images": images.numpy(), "labels": labels.numpy()}
+    values["scale"] = np.array(1 / total, np.float32)
     found = run_graph(graph.model, values)
     logits = small_net(torch.float64)(images.double()).requires_grad_()
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits, labels, torch.from_numpy(weights), label_smoothing=smoothing)
     (seed,) = torch.autograd.grad(loss, logits)
-    assert float(found["loss"]) / 6 == pytest.approx(loss.item(), rel=TOLERANCE)
+    assert float(found["loss"]) / total == pytest.approx(loss.item(), rel=TOLERANCE)
     np.testing.assert_allclose(found[str(graph.seed.name)], seed.numpy(), atol=1e-6)
 
 
@@ -88,7 +98,7 @@ def test_trainable_weights_are_inputs_by_state_dict_name() -> None:
     graph = captured(layers)
     names = [value.name for value in graph.model.graph.inputs]
     parameters = [f"{name}.weight" for name in layers] + [f"{HEAD}.weight", f"{HEAD}.bias"]
-    assert names == ["images", *parameters, "labels", "scale"]
+    assert names == ["images", *parameters, "labels", "target/on", "target/off", "scale"]
     assert [value.name for value in graph.parameters] == parameters
     assert not set(parameters) & set(graph.model.graph.initializers)
     assert all(value.const_value is None for value in graph.parameters)
@@ -202,6 +212,23 @@ def test_a_weight_that_is_used_twice_is_named() -> None:
         capture(Twice(), RESOLUTION, ["conv"], HEAD)
 
 
+class FixedBatch(nn.Module):
+    """`len` makes a plain number of the batch size, and the exporter then fixes it without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(x.reshape(len(x), 3, -1).mean(2))
+        return result
+
+
+def test_a_network_that_fixes_its_batch_size_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"batches of any size: .* as in len\(x\); write x.shape\[0\]"):
+        capture(FixedBatch(), RESOLUTION, [], HEAD)
+
+
 class NormFirst(nn.Module):
     """Batch-norm before the convolution: nothing to fold it into."""
 
@@ -216,19 +243,24 @@ class NormFirst(nn.Module):
         return result
 
 
-def test_a_batch_norm_that_cannot_be_folded_stays_exact_in_the_prefix_and_is_refused_in_the_tail() -> None:
+def test_a_batch_norm_that_cannot_be_folded_is_exact_in_the_prefix_and_trained_through_in_the_tail() -> None:
     torch.manual_seed(0)
     network = NormFirst().eval()
     randomise_norms(network, torch.Generator().manual_seed(0))
     network.requires_grad_(False)
+    network.first.weight.requires_grad_()
     graph = capture(network, RESOLUTION, ["second"], HEAD)
     images, labels = random_batch(0, 4)
     found = logits_of(graph.model, network, images, labels)
-    truth = network(images).numpy()
+    truth = network(images).detach().numpy()
     assert np.abs(found - truth).max() < TOLERANCE * np.abs(truth).max()
     assert "BatchNormalization" in {node.op_type for node in differentiate(graph, "bp", {}, 8).model.graph}
-    with pytest.raises(ModelError, match=r"operator BatchNormalization .* has no backward rule"):
-        differentiate(capture(network, RESOLUTION, ["first", "second"], HEAD), "bp", {}, 8)
+    step = differentiate(capture(network, RESOLUTION, ["first", "second"], HEAD), "bp", {}, 8)
+    weights = {name: tensor.detach().numpy() for name, tensor in network.state_dict().items()}
+    gradients = Device.of(step).gradients(weights, images.numpy(), labels.numpy())[1]
+    loss = F.cross_entropy(network(images), labels)
+    (expected,) = torch.autograd.grad(loss, [network.first.weight])
+    assert relative_error(gradients["first.weight"], expected) < TOLERANCE
 
 
 # --- the graphs of a package --------------------------------------------------------------------------

@@ -170,6 +170,7 @@ def test_an_unreadable_image_is_named(refused, small, tmp_path, photos, monkeypa
     # Images are first read after the capture, which takes seconds and is not what is tested here.
     monkeypatch.setattr("lance_host.build.capture_selections", lambda *_: [SimpleNamespace(layers=())])
     monkeypatch.setattr("lance_host.build.compile_variants", lambda *_: ())
+    monkeypatch.setattr("lance_host.build.check_trainable", lambda *_: None)
     line = refused(5, *small, "--data", tmp_path / "few", "--layers", 0)
     assert re.search(r"few/(disc|square)/\d.jpg: cannot read this image \(", line)
     assert line.endswith("replace or remove it")

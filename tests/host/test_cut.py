@@ -194,6 +194,14 @@ def test_one_value_serves_several_readers() -> None:
     assert graph.saved("left") == {"left"}
 
 
+def test_an_expensive_value_of_unknown_size_is_recomputed_too() -> None:
+    graph = Forward()
+    graph.leaf("x", 100)
+    graph.node("y", "MatMul", "x", size=None)
+    graph.node("z", "Relu", "y", size=None)
+    assert graph.saved("z") == {"x"}
+
+
 def test_a_value_of_unknown_size_is_recomputed() -> None:
     graph = Forward()
     graph.leaf("x", 100)

@@ -12,10 +12,10 @@ KNOWN = Preprocessing(160, 182, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bicubic")
 COLOUR, GREY = nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Conv2d(1, 4, 3))
 
 
-def settled(known, network, shape=None, **request):
+def settled(known, network, shape=None, arrays=None, **request):
     said = []
     source = ModelSource("net", lambda classes: network, preprocessing=known, input_shape=shape)
-    return settle_input(source, network, InputRequest(**request), said.append), said
+    return settle_input(source, network, InputRequest(**request), arrays, said.append), said
 
 
 def test_a_source_that_says_the_shape_alone():

@@ -41,15 +41,24 @@ def test_a_fixed_size_that_equals_a_probe_stays_a_number(size):
     assert infer_specs(model)["y"].shape == ("N", size)
 
 
-def test_a_dimension_that_only_follows_the_batch_has_no_entry():
+def test_a_multiple_of_the_batch_is_written_so_and_anything_else_has_no_entry():
     model = parse(
         "g (float[N,6] x, float[1,6] row) => (float[N,6] y) <int64[1] flat = {-1}>"
         " { f = Reshape(x, flat)  longer = Concat<axis=0>(x, row)  y = Relu(x) }"
     )
     specs = infer_specs(model)
-    assert "f" not in specs  # [6 N]
+    assert specs["f"] == TensorSpec("f", ("6*N",), "float32")
+    assert specs["f"].nbytes(samples=8) == 8 * 6 * 4
     assert "longer" not in specs  # [N + 1, 6]
+    assert "f" not in infer_specs(model, multiples=False)
     assert "y" in specs
+
+
+def test_a_graph_input_may_have_a_multiple_of_the_batch():
+    model = parse("g (float[N,2] x) => (float[N,2] y) { y = Relu(x) }")
+    model.graph.inputs[0].shape = ir.Shape(["4*N", 2])
+    assert infer_shapes(model, 3)["y"] == (12, 2)
+    assert infer_specs(model)["y"].shape == ("4*N", 2)
 
 
 def test_kinds_of_values():
@@ -94,3 +103,15 @@ def test_an_inconsistent_graph_is_refused():
     model = parse("g (float[N,6] x, float[5,3] w) => (float[N,3] y) { y = MatMul(x, w) }")
     with pytest.raises(onnx.shape_inference.InferenceError, match="ncompatible"):
         infer_specs(model)
+
+
+def test_a_shape_that_was_measured_stands_where_inference_cannot_know():
+    model = parse(
+        "g (float[N,6] x, int64[2] size) => (float[N,6] y, float[P,Q] f)"
+        " { y = Relu(x)  e = ConstantOfShape(size)  f = Relu(e) }"
+    )
+    assert "f" not in infer_specs(model)
+    (measured,) = [value for node in model.graph for value in node.outputs if value.name == "e"]
+    measured.type, measured.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["2*N", 6])
+    assert infer_specs(model)["f"].shape == ("2*N", 6)
+    assert infer_shapes(model, 3)["f"] == (6, 6)

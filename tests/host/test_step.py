@@ -18,10 +18,11 @@ from graph_runner import (
     relative_error,
 )
 from literal_method import compress_layers, ranks_of
-from small_networks import CONVS, HEAD, captured, random_batch, randomise_norms, small_net
+from small_networks import CLASSES, CONVS, HEAD, captured, random_batch, randomise_norms, small_net
 from torch import nn
 
 from lance_edge.manifest import Schedule
+from lance_edge.targets import Targets
 from lance_host.accounting import bp_activation_bytes
 from lance_host.capture import Captured, capture, clone
 from lance_host.layers import select_layers
@@ -65,15 +66,21 @@ def as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
 
 
 def check_gradients(
-    device: Device, network: nn.Module, parameters: Mapping[str, torch.Tensor], fed: Mapping[str, Array]
+    device: Device,
+    network: nn.Module,
+    parameters: Mapping[str, torch.Tensor],
+    fed: Mapping[str, Array],
+    targets: Targets | None = None,
 ) -> None:
     """Loss and gradients of one batch, in uneven micro-batches, against autograd through `network`."""
     images, labels = random_batch(1, BATCH)
-    loss = F.cross_entropy(network(images.double()), labels)
+    targets = targets or Targets.plain(CLASSES)
+    weights, smoothing = torch.from_numpy(targets.class_weights), targets.smoothing
+    loss = F.cross_entropy(network(images.double()), labels, weights, label_smoothing=smoothing)
     truth = torch.autograd.grad(loss, list(parameters.values()))
     feeds = {**as_arrays(parameters), **fed}
     for parts in ([BATCH], UNEVEN_PARTS):
-        found_loss, found = device.gradients(feeds, images.numpy(), labels.numpy(), parts)
+        found_loss, found = device.gradients(feeds, images.numpy(), labels.numpy(), parts, targets)
         assert found_loss == pytest.approx(loss.item(), rel=1e-5)
         assert set(found) == set(parameters)
         for (name, gradient), expected in zip(found.items(), truth, strict=True):
@@ -160,6 +167,26 @@ def test_gradients_from_a_codec_are_those_of_the_literal_method(selection: str, 
     check_gradients(device, network, parameters, factors)
 
 
+@pytest.mark.parametrize("selection", ["head only", "last four"])
+@pytest.mark.parametrize("method", ["bp", "lance"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_and_label_smoothing_are_those_of_pytorch(
+    selection: str, method: str, smoothing: float
+) -> None:
+    """In micro-batches of uneven weight: what divides the sum is the weight of the whole batch."""
+    layers = SELECTIONS[selection]
+    network = small_net(torch.float64)
+    parameters = parameters_of(network, layers)
+    projections: dict[str, Array] = {}
+    if method == "lance" and layers:
+        device, projections = compressed_device(layers, 0.5, "one pass")
+        compress_layers(network, layers, projections)
+    else:
+        device = Device.of(differentiate(captured(layers), "bp", {}, BATCH))
+    targets = Targets(np.array([0.2, 3.0, 1.0, 0.7, 1.9]), smoothing)
+    check_gradients(device, network, parameters, projections, targets)
+
+
 @pytest.mark.parametrize("selection", ["last four", "all"])
 def test_twenty_steps_of_bp_lose_as_pytorch_does(selection: str) -> None:
     layers = SELECTIONS[selection]
@@ -243,7 +270,8 @@ def test_backward_reads_saved_tensors_and_what_a_device_is_fed(method: str) -> N
         device = Device.of(differentiate(captured(CONVS), method, {}, BATCH))
     step, stages = device.step, device.stages
     reads = {value.name for value in stages.graphs["backward"].graph.inputs}
-    fed = {value.name for value in (*step.parameters, *step.projections, step.labels, step.scale)}
+    given = (*step.parameters, *step.projections, step.labels, *step.targets, step.scale)
+    fed = {value.name for value in given}
     fed |= {value.name for value in stages.graphs["prepare"].graph.outputs}
     assert reads - fed == {spec.name for spec in stages.saved}
 

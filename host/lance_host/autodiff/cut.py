@@ -31,7 +31,7 @@ def values_to_save(
         backward_reads: forward values that nodes of backward use.
         given: values that exist before forward starts (prefix outputs): saved at their size, never recomputed.
         free: values that both phases are fed anyway (parameters, projections, labels): cost nothing.
-        sizes: bytes per value; a value that is missing here cannot be saved.
+        sizes: bytes per value; a value that is missing here cannot be saved, and is computed again at any cost.
     """
     network, needed = nx.DiGraph(), _ancestors(backward_reads, given, free)
     network.add_node("source")
@@ -42,7 +42,8 @@ def values_to_save(
         capacity = byte * sizes[value] + tie_break if value in sizes else None
         _edge(network, (value, "in"), (value, "out"), capacity)
         producer = value.producer()
-        if value in given or producer is None or producer.op_type in EXPENSIVE:
+        is_dear = producer is not None and producer.op_type in EXPENSIVE and value in sizes
+        if value in given or producer is None or is_dear:
             _edge(network, "source", (value, "in"), None)
         else:
             for operand in producer.inputs:

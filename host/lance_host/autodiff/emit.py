@@ -1,6 +1,6 @@
 """Appending plain ONNX operators to a graph.
 
-The rules write `emit("MatMul", a, b)` and read like the formula they implement.
+The rules write `emit("Mul", dy, 2.0)` and read like the formula they implement.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lance_edge.errors import ModelError
 
 Attribute = int | float | str | Sequence[int]
+Operand = ir.Value | float | None
 
 
 class Emit:
@@ -24,20 +25,26 @@ class Emit:
         self._count = 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
-    def __call__(self, op_type: str, *inputs: ir.Value | None, **attributes: Attribute) -> ir.Value:
-        """Append a node of the standard domain with one output."""
+    def __call__(self, op_type: str, *inputs: Operand, **attributes: Attribute) -> ir.Value:
+        """Append a node of the standard domain with one output; a number among the inputs is a float32."""
+        return self.several(op_type, 1, *inputs, **attributes)[0]
+
+    def several(self, op_type: str, count: int, *inputs: Operand, **attributes: Attribute) -> list[ir.Value]:
+        """Append a node with `count` outputs."""
+        operands = [self.constant(value) if isinstance(value, float) else value for value in inputs]
         self._count += 1
-        output = ir.Value(name=f"{self._prefix}{op_type}_{self._count}")
+        name = f"{self._prefix}{op_type}_{self._count}"
+        names = [name] if count == 1 else [f"{name}_{index}" for index in range(count)]
         node = ir.Node(
             "",
             op_type,
-            inputs,
+            operands,
             attributes=ir.convenience.convert_attributes(attributes),
-            outputs=[output],
-            name=f"{self._prefix}{op_type}_{self._count}/node",
+            outputs=[ir.Value(name=output) for output in names],
+            name=f"{name}/node",
         )
         self.graph.append(node)
-        return output
+        return list(node.outputs)
 
     def constant(self, value: NDArray[np.generic] | Sequence[int] | float) -> ir.Value:
         """An initializer: arrays as they are, numbers as float32, integer lists as int64."""
@@ -70,6 +77,23 @@ class Emit:
         """Sum over axes."""
         return self("ReduceSum", value, self.constant(axes), keepdims=int(keepdims))
 
+    def mean(self, value: ir.Value, *axes: int) -> ir.Value:
+        """Mean over axes, which stay with size 1."""
+        return self("ReduceMean", value, self.constant(axes), keepdims=1)
+
+    def pad(self, value: ir.Value, before: Sequence[int], after: Sequence[int]) -> ir.Value:
+        """Zeros before and after each axis; a negative number crops."""
+        if not any((*before, *after)):
+            return value
+        return self("Pad", value, self.constant([*before, *after]))
+
+    def keep(self, value: ir.Value, mask: ir.Value) -> ir.Value:
+        """`value` where `mask` holds, else 0.
+
+        A product, because the runtime's `Where` with a scalar is slower, up to four times in old versions.
+        """
+        return self("Mul", value, self("Cast", mask, to=int(ir.DataType.FLOAT)))
+
 
 def dims(value: ir.Value) -> tuple[int | str, ...]:
     """The shape of a value of the captured network; the batch dimension is a `str`.
@@ -77,12 +101,13 @@ def dims(value: ir.Value) -> tuple[int | str, ...]:
     Raises:
         ModelError: if shape inference left it open.
     """
-    if value.shape is None:
+    shape = value.shape if value.shape is not None or value.const_value is None else value.const_value.shape
+    if shape is None or any(isinstance(dim, ir.SymbolicDim) and dim.value is None for dim in shape):
         raise ModelError(
             f"{value.name}: the exported graph does not say its shape;"
             " train only layers behind it (smaller --layers)"
         )
-    return tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    return tuple(dim if isinstance(dim, int) else str(dim) for dim in shape)
 
 
 def static_dims(value: ir.Value, start: int = 0) -> tuple[int, ...]:
@@ -98,3 +123,18 @@ def static_dims(value: ir.Value, start: int = 0) -> tuple[int, ...]:
             " train only layers behind it (smaller --layers)"
         )
     return tuple(dim for dim in found if isinstance(dim, int))
+
+
+def static_dim(value: ir.Value, axis: int) -> int:
+    """One dimension, which must be a number.
+
+    Raises:
+        ModelError: if it is not.
+    """
+    found = dims(value)[axis]
+    if isinstance(found, int):
+        return found
+    raise ModelError(
+        f"{value.name}: expected a fixed size of axis {axis}, found {found};"
+        " train only layers behind it (smaller --layers)"
+    )

@@ -9,6 +9,7 @@ from torch import nn
 from lance_edge.manifest import Preprocessing
 from lance_host.inputs import resize_for, usual_preprocessing
 from lance_host.model_source import ModelSource, Published
+from lance_host.zoo.efficientnet_lite import EfficientNetLite0, installed_weights
 from lance_host.zoo.mcunet import build_mcunet
 from lance_host.zoo.mobilenet import MobileNetV2
 from lance_host.zoo.resnet import build_resnet
@@ -44,6 +45,18 @@ def _torchvision(
     )
 
 
+def _efficientnet_lite0() -> ModelSource:
+    # TensorFlow's recipe: (x - 127) / 128 of pixels to 255, bicubic.
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3
+    return ModelSource(
+        name="efficientnet-lite0",
+        build=EfficientNetLite0,
+        preprocessing=Preprocessing(224, resize_for(224), mean, std, interpolation="bicubic"),
+        head="_fc",
+        provided=installed_weights,
+    )
+
+
 # fmt: off
 _MODELS = (
     _mcunet("mcunet", 160, "mcunet-256kb-1mb_imagenet.pth",
@@ -60,6 +73,7 @@ _MODELS = (
     _torchvision("mobilenetv2", MobileNetV2, "classifier.1", "mobilenet_v2", "b0353104"),
     _torchvision("resnet18", functools.partial(build_resnet, "resnet18"), "fc", "resnet18", "f37072fd"),
     _torchvision("resnet34", functools.partial(build_resnet, "resnet34"), "fc", "resnet34", "b627a593"),
+    _efficientnet_lite0(),
 )
 # fmt: on
 
