@@ -289,9 +289,10 @@ def _heading(setup: Setup, rounds: int) -> str:
     with Bundle(setup.material.package) as bundle:
         manifest = bundle.manifest
     ranks = [list(plan.ranks) for plan in manifest.variant("lance", setup.layers).layers]
+    shape = "x".join(map(str, manifest.preprocessing.sample_shape))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     facts = (
-        f"{manifest.model}, {manifest.preprocessing.resolution} px, batch {manifest.batch_size},"
+        f"{manifest.model}, input {shape}, batch {manifest.batch_size},"
         f" {count(setup.layers, 'convolution')} and the head, {count(setup.threads, 'thread')},"
         f" {count(rounds, 'round')} in turns; weights: {manifest.weights_source}; LANCE's ranks {ranks};"
         f" load of the machine {load:.1f}."

@@ -32,6 +32,7 @@ from lance_edge.manifest import (
     gradient_name,
 )
 from lance_edge.records import to_json
+from lance_edge.targets import Targets
 from lance_host.graph_file import read_graph
 from lance_host.ort_training.join import join
 
@@ -71,7 +72,7 @@ def training_model(bundle: Bundle, variant: Variant) -> ModelProto:
         graph.node.insert(0, node)
     graph.node.append(helper.make_node("Mul", [LOSS_SUM, SCALE], [LOSS], "loss::mean"))
     graph.node.extend(_accumulator(name) for name in variant.parameters)
-    graph.initializer.extend(_projections(bundle, variant))
+    graph.initializer.extend([*_projections(bundle, variant), *_targets(graph, len(manifest.classes))])
     samples: int | str = manifest.batch_size if variant.batch_projections else BATCH_DIM
     parameters = _parameter_inputs(manifest, variant)
     buffers = [_float(f"{info.name}_grad.accumulation.buffer", _dims(info)) for info in parameters]
@@ -180,6 +181,12 @@ def _projections(bundle: Bundle, variant: Variant) -> list[TensorProto]:
     return [
         _tensor(name, np.asarray(stored[name][:, :rank])) for name, rank in variant.projection_ranks.items()
     ]
+
+
+def _targets(graph: GraphProto, classes: int) -> list[TensorProto]:
+    """Those of ordinary cross-entropy, where the graph reads any: older packages know no others."""
+    read = {name for node in graph.node for name in node.input}
+    return [_tensor(name, array) for name, array in Targets.plain(classes).arrays().items() if name in read]
 
 
 def _tensor(name: str, array: NDArray[np.generic]) -> TensorProto:
