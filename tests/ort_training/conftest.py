@@ -3,11 +3,14 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
 
 DRIVER = Path(__file__).parents[2] / "benchmarks" / "ort_driver.py"
 
@@ -19,6 +22,19 @@ def ort_python() -> str:
     if not python:
         pytest.skip("needs onnxruntime-training; run make test-ort-training")
     return python
+
+
+@pytest.fixture(scope="session")
+def photo_package(
+    ort_python: str, calibrate_words: Sequence[Any], lance_host: Callable[..., Result], made_once: MadeOnce
+) -> Path:
+    """That of the other tests, made once: whether calibration repeats itself is asked there."""
+
+    def make(folder: Path) -> None:
+        result = lance_host(*calibrate_words, "-o", folder / "pkg.tar")
+        assert result.exit_code == 0, result.output
+
+    return made_once("ort-package", make) / "pkg.tar"
 
 
 @pytest.fixture(scope="session")

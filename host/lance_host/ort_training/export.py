@@ -1,5 +1,6 @@
 """`lance-host export-ort`: the four files that ONNX Runtime's training API reads."""
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,11 @@ def _write_parameters(bundle: Bundle, variant: Variant, folder: Path) -> None:
 
 def _let_the_library_write(folder: Path, python: str) -> None:
     """A process of its own: onnxruntime-training and onnxruntime are one module and cannot share a program."""
-    command = [python, str(Path(write_checkpoint.__file__)), str(folder)]
+    script = (
+        folder / "write_checkpoint.py"
+    )  # Python looks for modules beside a script: none of ours may be there
+    shutil.copyfile(write_checkpoint.__file__, script)
+    command = [python, str(script), str(folder)]
     try:
         end = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
