@@ -14,7 +14,7 @@ ORT_VENV   ?= .venv-ort
 ORT_INSTALLED := $(ORT_VENV)/.installed
 SOURCES := $(CURDIR):$(CURDIR)/host:$(CURDIR)/device
 
-.PHONY: help install demo test test-slow test-ort-training lint format bench clean
+.PHONY: help install demo test test-slow test-ort-training lint format bench pi-check clean
 
 help:
 	@echo "make demo      train MCUNet with LANCE and with backpropagation, side by side (about five minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-ort-training   export and device against onnxruntime-training 1.19.2 (CPython 3.11, x86-64)"
 	@echo "make lint      formatting, lint, types, import contracts"
 	@echo "make bench     step time and memory beside PyTorch's, on this machine (about ten minutes)"
+	@echo "make pi-check  run the device runtime on an emulated Raspberry Pi (as root; downloads Debian and wheels)"
 	@echo "make clean     remove what the above made"
 
 install: $(INSTALLED)
@@ -66,6 +67,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+
+pi-check: $(INSTALLED)
+	PYTHON="$(abspath $(BIN)/python)" scripts/pi_check.sh
 
 clean:
 	rm -rf $(VENV) $(ORT_VENV) demo-data demo-run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

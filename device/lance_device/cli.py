@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from lance_device.bench_cli import bench, bench_worker
+from lance_device.cli_board import doctor, install_service
 from lance_device.cli_types import (
     Commands,
     Number,
@@ -26,6 +27,14 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_con
 PATH = click.Path(path_type=Path)
 PARTS = ("test", "validation", "train")
 AUTO: dict[str, Any] = {"default": "auto", "metavar": "auto|N", "callback": auto_or_count}
+
+SIGNATURE = click.option(
+    "--require-signature",
+    "public_key",
+    type=PATH,
+    metavar="KEY.PUB",
+    help="Refuse a package that lance-host sign did not sign with this key.",
+)
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -42,6 +51,8 @@ def main() -> None:
 
 main.add_command(bench)
 main.add_command(bench_worker)
+main.add_command(doctor)
+main.add_command(install_service)
 
 
 @main.command()
@@ -115,7 +126,30 @@ main.add_command(bench_worker)
     help="Write last.npz every 5m (minutes) or 200 (steps), and at the end or when stopped."
     " Seldom spares an SD card; a power cut costs at most this much training.",
 )
+@click.option(
+    "--on-nan",
+    type=click.Choice(["stop", "skip", "halve-lr"]),
+    default="stop",
+    help="When a step's loss or gradients are no numbers: it is never applied; then stop with the state before"
+    " it saved, go on with the next batch, or go on with half the learning rate.",
+)
+@click.option(
+    "--memory-limit",
+    metavar="BYTES",
+    callback=byte_count,
+    help="Stay below 200MiB, say: takes the largest --micro-batch that fits, or stops before it trains.",
+)
+@click.option(
+    "--max-temp", type=Number(min=20, max=120), metavar="°C", help="Pause between steps above it, say 75."
+)
+@click.option(
+    "--duty-cycle", type=Number(min=0, max=1, min_open=True), default=1.0, help="Share of the time to work."
+)
+@click.option("--nice", type=click.IntRange(0, 19), help="Let other programs go first: 0 to 19.")
+@click.option("--strict", is_flag=True, help="Refuse images that cannot be read, instead of leaving them out.")
 @click.option("--resume", is_flag=True, help="Take up the run in --out; its options stay as they were.")
+@click.option("--resume-or-start", is_flag=True, help="The same if there is a run in --out, else begin one.")
+@SIGNATURE
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.pass_context
 def train(
@@ -126,6 +160,13 @@ def train(
     out: Path,
     checkpoint_every: tuple[float | None, int | None],
     resume: bool,
+    resume_or_start: bool,
+    memory_limit: int | None,
+    max_temp: float | None,
+    duty_cycle: float,
+    nice: int | None,
+    strict: bool,
+    public_key: Path | None,
     quiet: bool,
     **values: Any,
 ) -> None:
@@ -143,10 +184,12 @@ def train(
     """
     _require_runtime()
     from lance_device.live import Live, Silent
+    from lance_device.pace import PaceOptions
     from lance_device.run_setup import CheckpointEvery, TrainRequest
     from lance_device.text import result_table
     from lance_device.train import train as run_training
 
+    _check_signature(artifact, public_key)
     minutes, steps = checkpoint_every
     given = {name for name in values if _is_given(context, name)}
     request = TrainRequest(
@@ -158,6 +201,10 @@ def train(
         checkpoint_every=CheckpointEvery(steps, None if minutes is None else 60 * minutes),
         resume=resume,
         arguments=tuple(sys.argv[1:]),
+        resume_or_start=resume_or_start,
+        memory_limit=memory_limit,
+        strict=strict,
+        pace=PaceOptions(max_temp, duty_cycle, nice),
     )
     result = run_training(request, Silent() if quiet else Live(sys.stderr))
     if not quiet:
@@ -172,6 +219,8 @@ def train(
 @click.option("--threads", **AUTO, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--strict", is_flag=True, help="Refuse images that cannot be read, instead of leaving them out.")
+@SIGNATURE
 def evaluate_command(
     artifact: Path,
     checkpoint: Path,
@@ -180,6 +229,8 @@ def evaluate_command(
     threads: int | None,
     micro_batch: int | None,
     as_json: bool,
+    strict: bool,
+    public_key: Path | None,
 ) -> None:
     """Accuracy, overall and per class, and loss of a checkpoint.
 
@@ -193,11 +244,18 @@ def evaluate_command(
     from lance_device.text import evaluation_json, evaluation_table
     from lance_edge.bundle import Bundle
     from lance_edge.datasets import open_dataset
+    from lance_edge.screening import find_bad, refuse, without
 
+    _check_signature(artifact, public_key)
     with Bundle(artifact) as bundle:
         classifier = from_package(bundle, checkpoint, threads or available_cores())
         dataset = open_dataset(data, bundle.manifest.split, bundle.manifest.classes)
-    images = getattr(dataset, part)
+    skipped = find_bad(dataset, available_cores(), (part,))
+    if strict:
+        refuse(data, skipped)
+    for row in skipped:
+        click.echo(f"warning: {row.name} is left out ({row.reason})", err=True)
+    images = getattr(without(dataset, {row.name for row in skipped}), part)
     size = micro_batch or DEFAULT_MICRO_BATCH
     result = evaluate(on_images(classifier.logits, classifier.preprocessing), images, size)
     if result is None:
@@ -216,6 +274,7 @@ def evaluate_command(
 @click.option("--threads", **AUTO, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: a list with an entry for each file.")
+@SIGNATURE
 @click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILES_OR_FOLDERS...")
 def predict(
     artifact: Path | None,
@@ -225,6 +284,7 @@ def predict(
     threads: int | None,
     micro_batch: int | None,
     as_json: bool,
+    public_key: Path | None,
     files: tuple[Path, ...],
 ) -> None:
     """Classify image files, and all images in folders.
@@ -241,6 +301,7 @@ def predict(
     from lance_device.predict import predict as classify
     from lance_device.text import prediction_json, prediction_line
 
+    _check_signature(artifact or model or Path(), public_key)
     classifier = _open_classifier(artifact, checkpoint, model, threads or available_cores())
     predictions = classify(classifier, files, top, micro_batch or DEFAULT_MICRO_BATCH)
     if as_json:
@@ -274,14 +335,27 @@ def _open_classifier(artifact: Path | None, checkpoint: Path | None, model: Path
         return from_package(bundle, checkpoint, threads)
 
 
+def _check_signature(file: Path, public_key: Path | None) -> None:
+    """See that a package, or an exported model, is signed, if that is asked for."""
+    if public_key is not None:
+        from lance_device.signature import require_signature
+
+        require_signature(file, public_key)
+
+
 def _is_given(context: click.Context, name: str) -> bool:
     return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _require_runtime() -> None:
+    """See that there is a runtime, and that a lack of memory will be an error of the command."""
+    from lance_device.guard import bounded_memory, expect_address_space
+
+    expect_address_space()
     from lance_device.session import require_runtime
 
     require_runtime()
+    click.get_current_context().with_resource(bounded_memory())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from lance_device.step_graphs import (
     StepGraphs,
     StepOutcome,
     count_correct,
-    finite_loss,
     micro_batches,
     total_bytes,
 )
@@ -59,7 +58,7 @@ class LayerwiseStep:
         live = self._features(batch, way, meter)
         with meter.phase("forward"):
             self._forward(live, way)
-        loss, correct = finite_loss(live), count_correct(live[LOGITS], labels)
+        loss, correct = graphs.finite_loss(live), count_correct(live[LOGITS], labels)
         live.clear()
         saved_bytes = sum(kept.nbytes for kept in way.kept) + way.compressed.nbytes
         with meter.phase("backward"):

@@ -24,6 +24,7 @@ from lance_edge.manifest import (
     TensorSpec,
     projection_name,
 )
+from lance_edge.screening import steady
 from lance_host.budget import check_budget
 from lance_host.calibrate import calibration_batches, choose_batch_size, layer_spectra
 from lance_host.capture import Captured, capture_layers, clone, export
@@ -52,7 +53,7 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
         LanceError: with nothing written, for anything that the request, images or network do not allow.
     """
     check(request)
-    dataset = open_dataset(request.data, request.split)
+    dataset = steady(open_dataset(request.data, request.split), feedback.say_bad_image)
     network = load_network(
         request.network, len(dataset.classes), feedback.say, feedback.download, dataset.array_shape
     )

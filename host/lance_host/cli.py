@@ -1,4 +1,4 @@
-"""The command line of the workstation: the only module here that prints, and that knows click."""
+"""The command line of the workstation: only it and `cli_export` print, and know click."""
 
 import math
 import sys
@@ -11,6 +11,7 @@ import click
 
 from lance_edge import __version__
 from lance_edge.errors import LanceError
+from lance_host.cli_export import export_ort
 
 FILE = click.Path(path_type=Path)
 
@@ -267,53 +268,31 @@ def merge(artifact: Path, checkpoint: Path, output: Path) -> None:
     click.echo(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
 
 
-@cli.command("export-ort")
-@click.option("--artifact", type=FILE, required=True, help="The package to export.")
-@click.option("--method", default="lance", show_default=True, help="lance or bp, as the package holds it.")
-@click.option(
-    "--layers", type=click.IntRange(min=0), help="Of a package with several counts. Default: the largest."
-)
-@click.option(
-    "--optimizer",
-    default="sgd",
-    show_default=True,
-    help="sgd (no momentum, no weight decay) or adamw, both ONNX Runtime's own.",
-)
-@click.option(
-    "--clip", default=0.0, show_default=True, help="Largest norm of the gradient, as in lance-device; 0: none."
-)
-@click.option(
-    "--ort-python",
-    metavar="FILE",
-    help="Python of the environment that has onnxruntime-training; it writes the checkpoint. Default: this"
-    " one.",
-)
-@click.option("-o", "--output", type=FILE, required=True, help="New folder for the four files.")
-def export_ort(
-    artifact: Path,
-    method: str,
-    layers: int | None,
-    optimizer: str,
-    clip: float,
-    ort_python: str | None,
-    output: Path,
-) -> None:
-    """Write the artifacts of ONNX Runtime's own training API, for programs that train with it.
+@cli.command()
+@click.argument("key", type=FILE)
+def keygen(key: Path) -> None:
+    """Make a key pair for signing packages: KEY stays secret, KEY.pub goes to the boards.
 
     \b
-    python3.11 -m venv .venv-ort
-    .venv-ort/bin/pip install onnxruntime-training==1.19.2 onnx==1.17.0 torch==2.13.0
-    lance-host export-ort --artifact pkg.tar --method lance --ort-python .venv-ort/bin/python -o dir/
-
-    onnxruntime-training is imported as onnxruntime, like onnxruntime itself, so it needs an environment of its
-    own. It is deprecated; its last version is 1.19.2, for x86-64 and CPython up to 3.11, none for ARM.
+    lance-host keygen ~/.config/lance-edge/key
     """
-    from lance_host.ort_training.export import ARTIFACTS, Request, export_artifacts
+    from lance_host.signing import make_keys
 
-    python = sys.executable if ort_python is None else ort_python
-    batch = export_artifacts(Request(artifact, method, output, layers, optimizer, clip, python))
-    click.echo(f"wrote {', '.join(ARTIFACTS)} to {output}")
-    click.echo("images in a training step: " + ("any number" if batch is None else f"{batch}, always"))
+    click.echo(f"wrote {key} (keep it secret) and {make_keys(key)} (for lance-device --require-signature)")
+
+
+@cli.command()
+@click.option("--key", type=FILE, required=True, help="The private key of lance-host keygen.")
+@click.argument("artifact", type=FILE)
+def sign(key: Path, artifact: Path) -> None:
+    """Sign a package; copy pkg.tar.sig along with pkg.tar.
+
+    \b
+    lance-host sign --key ~/.config/lance-edge/key pkg.tar
+    """
+    from lance_host.signing import sign as write
+
+    click.echo(f"wrote {write(artifact, key)}")
 
 
 @cli.command("sample-data")
@@ -329,3 +308,6 @@ def sample_data(folder: Path, per_class: int | None) -> None:
 
     count = write_digits(folder, per_class)
     click.echo(f"wrote {count} images to {folder}")
+
+
+cli.add_command(export_ort)

@@ -5,7 +5,9 @@ import csv
 from benchmarks.ort_training import CONTENDERS, main
 
 
-def test_everybody_is_measured_and_computes_the_same(photo_package, ort_python, tmp_path, capsys):
+def test_whoever_is_measured_computes_the_same(photo_package, ort_python, tmp_path, capsys, monkeypatch):
+    measured = CONTENDERS[1::2]  # every other one: both runtimes, both methods
+    monkeypatch.setattr("benchmarks.ort_training.CONTENDERS", measured)
     words = (
         "--artifact",
         photo_package,
@@ -23,7 +25,7 @@ def test_everybody_is_measured_and_computes_the_same(photo_package, ort_python, 
     assert "its times mean nothing" not in text
     with (tmp_path / "steps.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * len(CONTENDERS)  # a warm-up and a step
+    assert len(rows) == 2 * len(measured)  # a warm-up and a step
     for row in rows:
         assert row["contender"] in text
         assert float(row["latency_ms"]) > 0

@@ -36,7 +36,7 @@ def runs(photo_package, photos, run_there, lance_device, tmp_path_factory):
 def test_training_there_gives_the_weights_of_training_here(method, runs):
     folder, said = runs
     with np.load(folder / f"there-{method}/last.npz") as a, np.load(folder / f"here-{method}/last.npz") as b:
-        names = [name for name in b.files if name != "meta"]
+        names = [name for name in b.files if b[name].dtype == np.float32]  # others are texts about the run
         assert a.files == b.files
         assert len(names) == 12  # four convolutions, weight and bias of the head, and their momentum
         for name in names:

@@ -7,6 +7,7 @@ FOLDER/checkpoint, and loads all four artifacts as a user would.  Exits with 3 w
 installed, with 1 where it refuses the artifacts; the last line of stderr says why.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ NOT_INSTALLED, REFUSED = 3, 1
 
 def main(folder: Path) -> None:
     """Write the checkpoint, then load everything."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # for whatever version stands in for it
     try:
         import onnx
         from onnxruntime.training import onnxblock
