@@ -16,11 +16,14 @@ from onnx_ir.passes import common as passes
 
 from lance_edge.manifest import BATCH_DIM, Layer, Schedule, gradient_name
 from lance_host.autodiff import conv
+from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.reverse import InputGradient, gradients
 from lance_host.capture import Captured
+from lance_host.forms import LayerContext
+from lance_host.layer_nodes import geometry, input_of
 from lance_host.layout import sink_swaps
-from lance_host.methods import METHODS, LayerContext, WeightGradient, codec_inputs, projection_inputs
+from lance_host.methods import METHODS, WeightGradient, codec_inputs, projection_inputs
 from lance_host.traverse import ancestors, depends_on, descendants
 
 
@@ -78,7 +81,7 @@ def differentiate(
     graph.inputs.extend([*cores, *factors])
     overrides = {
         (node, 1): _override(METHODS[method].gradient, contexts[layer.name])
-        for layer, node in zip(captured.layers, captured.convs, strict=True)
+        for layer, node in zip(captured.layers, captured.nodes, strict=True)
     }
     results = gradients(Emit(graph, "grad/"), captured.logits, captured.seed, captured.parameters, overrides)
     statistics = [value for context in contexts.values() for value in context.statistics]
@@ -88,7 +91,7 @@ def differentiate(
         value.name = gradient_name(parameter.name)
         if value not in from_statistics:
             statistics.append(value)
-    lower_forward(graph, captured.convs)
+    lower_forward(graph, captured.nodes)
     graph.outputs[:] = [captured.loss, captured.logits, *results]
     activations = [context.activation for context in contexts.values() if context.activation is not None]
     tidy(captured.model, keep=[*statistics, *activations])
@@ -165,25 +168,24 @@ def _context(
 
 def _override(method: WeightGradient, context: LayerContext) -> InputGradient:
     def weight_gradient(emit: Emit, node: ir.Node, dy: ir.Value) -> ir.Value:
-        x = node.inputs[0]
-        assert x is not None
-        return method(emit, context, conv.geometry(node), x, dy)
+        geo = geometry(node)
+        return method(emit, context, geo, input_of(emit, node, geo), dy)
 
     return weight_gradient
 
 
-def lower_forward(graph: ir.Graph, convs: Sequence[ir.Node]) -> None:
+def lower_forward(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     """Write trainable convolutions as matrix products where that is faster."""
     emit = Emit(graph, "forward/")
-    for node in convs:
-        geo = conv.geometry(node)
-        if not geo.by_channel:
+    for node in nodes:
+        geo = geometry(node)
+        if not isinstance(geo, ConvGeometry) or not geo.by_channel:
             continue
         x, weight = node.inputs[0], node.inputs[1]
         assert x is not None
         assert weight is not None
         y = conv.forward(emit, geo, x, weight, node.inputs[2] if len(node.inputs) > 2 else None)
-        y.type, y.shape = node.outputs[0].type, node.outputs[0].shape  # the next of `convs` may read it
+        y.type, y.shape = node.outputs[0].type, node.outputs[0].shape  # the next of `nodes` may read it
         ir.convenience.replace_all_uses_with(node.outputs[0], y)
         graph.remove(node, safe=True)
     graph.sort()
