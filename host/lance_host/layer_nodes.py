@@ -1,11 +1,12 @@
 """The nodes of trainable layers in the captured graph: a Conv, or for a linear layer a Gemm over rows."""
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import BATCH_DIM, Layer
+from lance_edge.manifest import BATCH_DIM, Layer, batch_multiple
 from lance_host.autodiff import conv, linear
 from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit, dims, static_dim, static_dims
@@ -70,11 +71,11 @@ def _over_rows(graph: ir.Graph, name: str, product: ir.Node) -> ir.Node:
 def _row_dims(value: ir.Value) -> tuple[int | str, int | str]:
     """`(T*N, F)` for `[N, ..., F]`."""
     first, *middle, last = dims(value)
-    factor, _, batch = str(first).rpartition("*")
-    rows = int(factor or 1)
-    for dim in middle:
-        rows *= int(dim)
-    return (batch if rows == 1 else f"{rows}*{BATCH_DIM}", last)
+    factor = batch_multiple(str(first))
+    if factor is None or not all(isinstance(dim, int) for dim in middle):
+        raise linear.not_apart(value)
+    rows = factor * math.prod(int(dim) for dim in middle)
+    return (BATCH_DIM if rows == 1 else f"{rows}*{BATCH_DIM}", last)
 
 
 def _shaped(value: ir.Value, like: ir.Value, shape: Sequence[int | str]) -> ir.Value:

@@ -61,8 +61,8 @@ class VisionTransformer(nn.Module):
         return logits
 
 
-def deit_tiny(num_classes: int = 1000) -> VisionTransformer:
-    return VisionTransformer(num_classes, size=224, patch=16, dim=192, depth=12, heads=3)
+def deit_tiny(num_classes: int = 1000, depth: int = 12) -> VisionTransformer:
+    return VisionTransformer(num_classes, size=224, patch=16, dim=192, depth=depth, heads=3)
 
 
 def small(num_classes: int = 5) -> VisionTransformer:

@@ -64,12 +64,17 @@ def batch_first(node: ir.Node) -> ir.Value:
         producer = value.producer()
         source = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
         if source is None or dims(source)[-1] != features:
-            raise ModelError(
-                f"{node.name}: expected the rows of one sample after the other in the input of this linear"
-                f" layer, found {list(dims(value))}; choose other --layers"
-            )
+            raise not_apart(value)
         value = source
     return value
+
+
+def not_apart(value: ir.Value) -> ModelError:
+    """What to raise for the input of a linear layer whose first axis does not count samples."""
+    return ModelError(
+        f"{value.name}: expected the rows of one sample after the other in the input of a linear layer, found"
+        f" {list(dims(value))}; choose other --layers"
+    )
 
 
 def samples(emit: Emit, node: ir.Node, geo: LinearGeometry) -> ir.Value:
