@@ -8,7 +8,7 @@ All of it is one ONNX graph first, which runs as it stands and can be checked ag
 `stages.py` extracts the device's graphs from it, between named values.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -83,7 +83,9 @@ def differentiate(
         (node, 1): _override(METHODS[method].gradient, contexts[layer.name])
         for layer, node in zip(captured.layers, captured.nodes, strict=True)
     }
-    results = gradients(Emit(graph, "grad/"), captured.logits, captured.seed, captured.parameters, overrides)
+    emit = Emit(graph, "grad/")
+    results = gradients(emit, captured.logits, captured.seed, captured.parameters, overrides)
+    results = [emit("Identity", v) if v in results[:i] else v for i, v in enumerate(results)]  # a name for each
     statistics = [value for context in contexts.values() for value in context.statistics]
     from_statistics = descendants(graph, statistics)
     for parameter, value in zip(captured.parameters, results, strict=True):
@@ -94,7 +96,7 @@ def differentiate(
     lower_forward(graph, captured.nodes)
     graph.outputs[:] = [captured.loss, captured.logits, *results]
     activations = [context.activation for context in contexts.values() if context.activation is not None]
-    tidy(captured.model, keep=[*statistics, *activations])
+    own = tidy(captured.model, keep=[*statistics, *activations])
     return Step(
         model=captured.model,
         schedule=schedule,
@@ -103,16 +105,16 @@ def differentiate(
         labels=captured.labels,
         targets=captured.targets,
         scale=captured.scale,
-        loss=captured.loss,
-        logits=captured.logits,
+        loss=own(captured.loss),
+        logits=own(captured.logits),
         boundary=boundary,
         projections=() if cores else tuple(factors),
         batch_projections=tuple(
             context.projections[0] for context in contexts.values() if 0 in context.projections and not cores
         ),
-        statistics=tuple(statistics),
-        gradients=tuple(results),
-        activations=tuple(activations),
+        statistics=tuple(own(value) for value in statistics),
+        gradients=tuple(own(value) for value in results),
+        activations=tuple(own(value) for value in activations),
         compressed=(*cores, *factors) if cores else (),
     )
 
@@ -191,10 +193,12 @@ def lower_forward(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     graph.sort()
 
 
-def tidy(model: ir.Model, keep: Sequence[ir.Value] = ()) -> None:
+def tidy(model: ir.Model, keep: Sequence[ir.Value] = ()) -> Callable[[ir.Value], ir.Value]:
     """Cancel exchanges of axes, and remove what no output needs or what is computed twice.
 
-    The values of `keep` survive under their own names.
+    Returns:
+        What stands for an output, or for a value of `keep`, now: it has its name, but where two were computed
+        alike (the shifts of two norms that are added have one gradient) it may be another.
     """
     graph = model.graph
     outputs = list(graph.outputs)
@@ -203,4 +207,6 @@ def tidy(model: ir.Model, keep: Sequence[ir.Value] = ()) -> None:
     passes.DeduplicateInitializersPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
-    graph.outputs[:] = outputs
+    values = {value.name: value for value in graph.outputs}
+    del graph.outputs[len(outputs) :]
+    return lambda value: values[value.name]
