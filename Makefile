@@ -9,13 +9,14 @@ PIP_FLAGS ?=
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow lint format bench pi-check clean
 
 help:
 	@echo "make demo      train MCUNet with LANCE and with backpropagation, side by side (about five minutes)"
 	@echo "make test      run the tests"
 	@echo "make lint      formatting, lint, types, import contracts"
 	@echo "make bench     step time and memory beside PyTorch's, on this machine (about ten minutes)"
+	@echo "make pi-check  run the device runtime on an emulated Raspberry Pi (as root; downloads Debian and wheels)"
 	@echo "make clean     remove what the above made"
 
 install: $(INSTALLED)
@@ -47,6 +48,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+
+pi-check: $(INSTALLED)
+	PYTHON="$(abspath $(BIN)/python)" scripts/pi_check.sh
 
 clean:
 	rm -rf $(VENV) demo-data demo-run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

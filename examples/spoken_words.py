@@ -51,7 +51,8 @@ def log_mel(sound: Float, rate: int = RATE) -> Float:
     starts = np.arange(0, length - window + 1, hop)
     frames = padded[starts[:, None] + np.arange(window)] * np.hanning(window)  # [T, window]
     power = np.abs(np.fft.rfft(frames, FFT)) ** 2  # [T, FFT / 2 + 1]
-    energies = np.log(power @ mel_filters(rate).T + 1e-6)  # [T, 40]
+    bands = power @ mel_filters(rate).T  # [T, 40]
+    energies = np.log(bands + max(1e-6 * bands.max(), 1e-20))  # nothing is felt below -60 dB of the loudest
     normed = (energies - energies.mean()) / (energies.std() + 1e-9)
     return normed.T[:, None, :].astype(np.float32)
 

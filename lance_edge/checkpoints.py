@@ -1,6 +1,7 @@
 """Reading a checkpoint (`last.npz`, `best.npz`) without trusting it; the format is in `docs/artifact.md`.
 
-The device writes and resumes from checkpoints, the workstation merges them: both read them here.
+The device writes and resumes from checkpoints, the workstation merges them: both read them here.  Damage
+(`DamagedCheckpointError`) is told from a sound file of something else, before anything in it is believed.
 """
 
 import json
@@ -15,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_edge.bundle import Bundle
-from lance_edge.errors import CheckpointError, LanceError
+from lance_edge.errors import CheckpointError, DamagedCheckpointError, LanceError
 from lance_edge.manifest import Variant
+from lance_edge.sealed import SEAL, check_seal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 META = "meta"
 OPTIMIZER = "optimizer/"
 CODEC = "codec/"
@@ -35,19 +37,22 @@ class Archive:
         """`npz` is what `numpy.load` opened.
 
         Raises:
-            CheckpointError: if it is an array or an npz without the checkpoint's `meta`.
+            DamagedCheckpointError: if it is an array or an npz without the checkpoint's `meta`.
+            SealError: if its content is not what was written.
         """
         self.path = path
         self._npz = npz
         if not hasattr(npz, "zip") or META not in npz.files:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{path}: not a checkpoint: expected an npz with {META}; give the last.npz or best.npz of a run"
             )
+        check_seal(npz.zip, path.stat().st_size)
 
     @property
     def weight_names(self) -> set[str]:
         """The parameters that are stored."""
-        return {name for name in self._npz.files if name != META and not name.startswith((OPTIMIZER, CODEC))}
+        own = (META, SEAL)
+        return {name for name in self._npz.files if name not in own and not name.startswith((OPTIMIZER, CODEC))}
 
     def meta(self, bundle: Bundle) -> dict[str, Any]:
         """The meta data, as JSON, of a checkpoint that belongs to this package.
@@ -125,7 +130,12 @@ class Archive:
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
-    """Open a checkpoint; whatever a damaged file makes numpy raise becomes a `CheckpointError`."""
+    """Open a checkpoint whose content is what was written.
+
+    Raises:
+        DamagedCheckpointError: for whatever a damaged file makes zipfile and numpy raise.
+        CheckpointError: if there is no such file.
+    """
     try:
         with path.open("rb") as file:
             yield Archive(path, np.load(file, allow_pickle=False))
@@ -137,7 +147,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
         ) from None
     except Exception as error:  # zipfile, zlib, json and numpy raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path}: not a readable checkpoint ({reason}); it may be cut off: copy it again, or use another"
         ) from None
 

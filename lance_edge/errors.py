@@ -23,6 +23,10 @@ class CheckpointError(LanceError):
     exit_code = 4
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose content is not what was written: an older one may still be whole."""
+
+
 class DataError(LanceError):
     """Images or class folders that cannot be used as given."""
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -10,12 +11,18 @@ from typing import BinaryIO
 
 from lance_edge.errors import StorageError
 
+CHUNK_BYTES = 1 << 16
+
 
 @contextlib.contextmanager
-def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+def atomic_writer(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends well, and vanishes otherwise.
 
-    Order of write barriers: file fsync, rename, folder fsync.
+    Order of write barriers: file fsync, rename, folder fsync.  So at every moment the name leads to a file
+    that is durable, whichever of the renames a power cut leaves behind.
+
+    Args:
+        previous: where the file that stood at `path` is kept, in the same folder.
 
     Raises:
         StorageError: if the folder or the file cannot be written (disk full, no permission).
@@ -29,8 +36,10 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise StorageError(
             f"{path}: cannot write ({error.strerror or error}); free some space or choose another place"
@@ -40,7 +49,38 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def file_digest(path: Path, size: int | None = None) -> "hashlib._Hash":
+    """The running SHA-256 of a file, or of its first `size` bytes.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size if size is None else size
+        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Give a file a second name; where the file system has no hard links (FAT), its only one."""
+    second = path.parent / f".{previous.name}.{secrets.token_hex(4)}"
+    try:
+        second.hardlink_to(path)
+    except OSError:
+        path.replace(previous)
+        sync_folder(path.parent)
+        return
+    try:
+        second.replace(previous)
+    finally:
+        second.unlink(missing_ok=True)  # renaming between two names of one file does nothing
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

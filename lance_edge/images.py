@@ -70,6 +70,8 @@ def load_image(path: Path) -> Image.Image:
                 upright.info.clear()  # pillow copies metadata along: nobody shall turn it again
                 return upright
             reason = f"found {file.width}x{file.height} pixels, more than {MAX_PIXELS} in all"
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # pillow raises many kinds for a damaged file
         reason = _reason(path, error)
     raise DataError(

@@ -20,7 +20,7 @@ import numpy as np
 from lance_edge.errors import DataError
 
 STEP_PHASES = ("data", "prefix", "forward", "backward", "update")  # "step" is their sum
-PHASES = (*STEP_PHASES, "step", "eval", "checkpoint")
+PHASES = (*STEP_PHASES, "step", "eval", "checkpoint", "pause")
 
 Row = TypeVar("Row")
 
@@ -90,6 +90,9 @@ class HistoryRow:
     time_s: float
 
 
+MOST_KEPT = 4096  # latencies of a phase that percentiles are taken from
+
+
 @dataclass(frozen=True)
 class SummaryRow:
     """Latency of one phase over all steps but the warm-ups (`summary.csv`)."""
@@ -106,20 +109,58 @@ class SummaryRow:
 
 
 class LatencyCollector:
-    """Gathers rows into summaries; holds 8 bytes a row, so that a small board can keep a long run."""
+    """Gathers rows into summaries, in a memory that does not grow with the run."""
 
     def __init__(self) -> None:
-        self._latencies_ms: dict[str, array[float]] = {}
+        self._phases: dict[str, _Latencies] = {}
 
     def add(self, row: StepRow) -> None:
         """Count a row, unless it is a warm-up."""
         if not row.warmup:
-            self._latencies_ms.setdefault(row.phase, array("d")).append(row.latency_ms)
+            self._phases.setdefault(row.phase, _Latencies()).add(row.latency_ms)
 
     def rows(self) -> tuple[SummaryRow, ...]:
         """Latency per phase, in the order of `PHASES`; phases that never ran are left out."""
-        known = self._latencies_ms
-        return tuple(_summary(phase, known[phase]) for phase in PHASES if phase in known)
+        return tuple(self._phases[phase].summary(phase) for phase in PHASES if phase in self._phases)
+
+
+class _Latencies:
+    """Those of one phase: count, mean, deviation, least and largest exactly, percentiles from what is kept.
+
+    All are kept up to `MOST_KEPT`; of more, every second, then every fourth and so on, evenly over the run.
+    """
+
+    def __init__(self) -> None:
+        self._kept: array[float] = array("d")
+        self._stride, self._count = 1, 0
+        self._mean, self._squares = 0.0, 0.0  # squares: of the distances from the mean (Welford 1962)
+        self._least, self._largest = math.inf, -math.inf
+
+    def add(self, latency_ms: float) -> None:
+        if self._count % self._stride == 0:
+            if len(self._kept) == MOST_KEPT:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+            if self._count % self._stride == 0:
+                self._kept.append(latency_ms)
+        self._count += 1
+        distance = latency_ms - self._mean
+        self._mean += distance / self._count
+        self._squares += distance * (latency_ms - self._mean)
+        self._least, self._largest = min(self._least, latency_ms), max(self._largest, latency_ms)
+
+    def summary(self, phase: str) -> SummaryRow:
+        p50, p90, p99 = np.percentile(np.array(self._kept), (50, 90, 99))
+        return SummaryRow(
+            phase=phase,
+            n=self._count,
+            mean_ms=self._mean,
+            std_ms=math.sqrt(self._squares / (self._count - 1)) if self._count > 1 else 0.0,
+            min_ms=self._least,
+            p50_ms=float(p50),
+            p90_ms=float(p90),
+            p99_ms=float(p99),
+            max_ms=self._largest,
+        )
 
 
 def summarise(rows: Iterable[StepRow]) -> tuple[SummaryRow, ...]:
@@ -128,22 +169,6 @@ def summarise(rows: Iterable[StepRow]) -> tuple[SummaryRow, ...]:
     for row in rows:
         collector.add(row)
     return collector.rows()
-
-
-def _summary(phase: str, latencies_ms: "array[float]") -> SummaryRow:
-    values = np.array(latencies_ms)  # [n]
-    p50, p90, p99 = np.percentile(values, (50, 90, 99))
-    return SummaryRow(
-        phase=phase,
-        n=len(values),
-        mean_ms=float(values.mean()),
-        std_ms=float(values.std(ddof=1)) if len(values) > 1 else 0.0,
-        min_ms=float(values.min()),
-        p50_ms=float(p50),
-        p90_ms=float(p90),
-        p99_ms=float(p99),
-        max_ms=float(values.max()),
-    )
 
 
 def columns(kind: type) -> tuple[str, ...]:

@@ -14,7 +14,11 @@ import lance_host
 
 PACKAGES = {"lance_edge": lance_edge, "lance_host": lance_host, "lance_device": lance_device}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors")
-CLICK_MODULES = {"lance_device.bench_cli", "lance_device.cli", "lance_device.cli_types", "lance_host.cli"}
+CLICK_MODULES = {
+    *("lance_device.bench_cli", "lance_device.cli", "lance_device.cli_board"),
+    *("lance_device.cli_common", "lance_device.cli_train", "lance_device.cli_types"),
+    "lance_host.cli",
+}
 
 
 def source_files(package: str) -> dict[str, Path]:

@@ -9,8 +9,9 @@
     next multiple of 4096   any        records, all of one size; the first has place 1
 
 A record is appended when it is first written, and its table entry follows it; nothing is ever synced, to
-spare an SD card.  Whatever a crash, a second writer or a bad card leaves behind, the check decides: it is the
-CRC-32 of the record begun at the slot number, so a record under a wrong slot is refused like a torn one.
+spare an SD card.  Whatever a crash, a power cut, a second writer or a bad card leaves behind, the check
+decides: it is the CRC-32 of header, slot number and record, so a record under a wrong slot, or of the features
+that were in the file before (their removal may have been lost), is refused like a torn one.
 A header that is not exactly the expected one means that the file belongs to other features: it is emptied.
 """
 
@@ -94,6 +95,7 @@ class RecordFile:
         self.damaged = 0  # records whose check failed
         self._layout = layout
         self._header_bytes, self._data_offset = len(layout.header), layout.data_offset
+        self._header_check = zlib.crc32(layout.header)
         self._capacity = layout.capacity(nbytes)
         if self._capacity == 0:
             raise CacheUnavailable(f"{path}: no room for features here")
@@ -150,7 +152,7 @@ class RecordFile:
         entries = zip(slots.tolist(), self._table[slots].tolist(), strict=True)
         for row, (slot, (place, check)) in enumerate(entries):
             if place:
-                found[row] = self._read_record(place, records[row]) and check == _check(records[row], slot)
+                found[row] = self._read_record(place, records[row]) and check == self._check(records[row], slot)
                 self.damaged += not found[row]
         return found
 
@@ -169,7 +171,7 @@ class RecordFile:
             if place == 0:
                 continue
             self._pwrite(record.tobytes(), self._offset(place))
-            entry = np.array([place, _check(record, slot)], dtype=ENTRY)
+            entry = np.array([place, self._check(record, slot)], dtype=ENTRY)
             self._pwrite(entry.tobytes(), self._header_bytes + slot * ENTRY_BYTES)
             self._table[slot] = entry
 
@@ -212,6 +214,9 @@ class RecordFile:
         except OSError:  # the card cannot read it any more
             return False
 
+    def _check(self, record: Bytes, slot: int) -> int:
+        return zlib.crc32(record.data, zlib.crc32(struct.pack("<I", slot), self._header_check))
+
     def _next_free(self) -> int:
         if self.room == 0:
             return 0
@@ -236,10 +241,6 @@ def remove_unused(path: Path) -> bool:
         finally:
             os.close(file)
     return not path.exists()
-
-
-def _check(record: Bytes, slot: int) -> int:
-    return zlib.crc32(record.data, slot)
 
 
 def _differences(found: bytes, identity: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""`last.npz` and `best.npz`: weights, momentum, and where the run stands.
+"""`last.npz`, `previous.npz` and `best.npz`: weights, momentum, and where the run stands.
 
 Trainable tensors stand under their state-dict names, momentum under `optimizer/<name>`, the subspaces of a
-codec under `codec/<layer>/U<mode>`, and `meta` is a JSON string.  Written atomically; read without
-unpickling, and nothing in it is trusted unchecked.
+codec under `codec/<layer>/U<mode>`, `meta` is a JSON string and `sha256` the digest of all that.  Written
+atomically; read without unpickling, and nothing in it is trusted unchecked.
 """
 
 import json
@@ -28,6 +28,7 @@ from lance_edge.errors import CheckpointError
 from lance_edge.files import atomic_writer
 from lance_edge.manifest import Variant
 from lance_edge.records import RecordError, from_json, to_json
+from lance_edge.sealed import write_sealed
 
 Float = NDArray[np.float32]
 
@@ -44,6 +45,14 @@ class Best:
     test_accuracy: float | None
 
 
+@dataclass(frozen=True)
+class FileMark:
+    """The first `size` bytes of a file that grows, and their SHA-256."""
+
+    size: int
+    sha256: str
+
+
 @dataclass
 class Progress:
     """Where a run stands after its last complete step.
@@ -53,6 +62,9 @@ class Progress:
         evaluated_step: the step after which the last evaluation was made.
         loss_sum, correct, samples: over the steps since that evaluation.
         seconds: of training, in all parts of the run together.
+        skipped, skipped_in_a_row: steps that were not applied because something was no number.
+        rate_factor: what their number has left of the learning rate.
+        rows: what the CSV files held, by their names; all of it was durable before this state was written.
     """
 
     step: int = 0
@@ -63,6 +75,10 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     best: Best | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    rate_factor: float = 1.0
+    rows: dict[str, FileMark] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,8 +120,11 @@ class Checkpoint:
     codec_state: dict[str, Float] = field(default_factory=dict)
 
 
-def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+def write_checkpoint(path: Path, checkpoint: Checkpoint, previous: Path | None = None) -> None:
     """Write; a reader finds the old file or the new one.
+
+    Args:
+        previous: where the old file is kept; it is never gone before the new one is durable.
 
     Raises:
         StorageError: if it cannot be written.
@@ -114,15 +133,16 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     meta = np.array(json.dumps(to_json(checkpoint.meta), ensure_ascii=False))
     codec = {CODEC + name: value for name, value in checkpoint.codec_state.items()}
     arrays: dict[str, Any] = {**checkpoint.parameters, **momentum, **codec, META: meta}
-    with atomic_writer(path) as file:
-        np.savez(file, **arrays)
+    with atomic_writer(path, previous) as file:
+        write_sealed(file, arrays)
 
 
 def read_checkpoint(path: Path, bundle: Bundle) -> Checkpoint:
     """Read, and check against the package that it must belong to.
 
     Raises:
-        CheckpointError: if it is missing, damaged, or of another package.
+        DamagedCheckpointError: if its content is not what was written.
+        CheckpointError: if it is missing, or of another package.
     """
     with open_archive(path) as archive:
         value = archive.meta(bundle)

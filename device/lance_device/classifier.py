@@ -14,6 +14,7 @@ from lance_device.session import Graph
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ModelError
 from lance_edge.manifest import (
+    BATCH_DIM,
     CLASSES_KEY,
     IMAGES,
     LOGITS,
@@ -21,6 +22,7 @@ from lance_edge.manifest import (
     ArrayInput,
     InputSpec,
     Preprocessing,
+    TensorSpec,
 )
 from lance_edge.records import RecordError, from_json
 
@@ -69,6 +71,8 @@ def from_onnx(path: Path, threads: int) -> Classifier:
             f" {', '.join(graph.outputs)}; export it with lance-host merge"
         )
     classes, preprocessing = _read_metadata(path, graph.metadata)
+    images = TensorSpec(IMAGES, (BATCH_DIM, *preprocessing.sample_shape), "float32")
+    graph.expect(images, TensorSpec(LOGITS, (BATCH_DIM, "classes"), "float32"))
     return Classifier(lambda images: graph.run({IMAGES: images})[LOGITS], classes, preprocessing)
 
 

@@ -34,8 +34,10 @@ def minutes_or_steps(
     return (float(amount), None) if is_minutes else (None, int(amount))
 
 
-def byte_count(context: click.Context, option: click.Parameter, text: str) -> int:
-    """Parse `512MiB`, `1.5 GB` or `4096` to bytes."""
+def byte_count(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """Parse `512MiB`, `1.5 GB` or `4096` to bytes; nothing stays nothing."""
+    if text is None:
+        return None
     number = text.strip().rstrip("KMGTiB")
     unit = text.strip()[len(number) :]
     try:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lance_device.run_record import read_record
 from lance_device.units import percent, size
 from lance_edge.errors import DataError
 from lance_edge.profiles import STEP_PHASES
@@ -66,10 +67,7 @@ def _latency(median_ms: float | None) -> str:
 
 def _read_record(run: Path) -> dict[str, Any]:
     file = run / "run.json"
-    try:
-        record: dict[str, Any] = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot read ({error}); give the --out folder of a run") from None
-    if not isinstance(record, dict) or not isinstance(record.get("result"), dict):
+    record = read_record(file)
+    if not isinstance(record.get("result"), dict):
         raise DataError(f"{file}: this run has not finished; let it end, or go on with --resume")
     return record

@@ -1,6 +1,7 @@
 """What a package gives to run: graphs, starting weights and projections, checked against the manifest."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +11,16 @@ from lance_edge.bundle import ArrayReader, Bundle
 from lance_edge.checkpoints import trained_shapes
 from lance_edge.errors import ArtifactError
 from lance_edge.manifest import (
+    BATCH_DIM,
     IMAGES,
+    LABELS,
     LOGITS,
+    LOSS,
     PROJECTIONS_MEMBER,
     WEIGHTS_MEMBER,
+    TensorSpec,
     Variant,
+    gradient_name,
 )
 
 Float = NDArray[np.float32]
@@ -33,7 +39,32 @@ def load_graph(bundle: Bundle, variant: Variant, role: str, threads: int) -> Gra
             f"{bundle.path}: method {variant.method} has no {role} graph; rebuild the package with lance-host"
         )
     members = variant.graphs[role]
-    return Graph(bundle.read(*members), f"{bundle.path}: {members[0]}", threads)
+    specs = tensor_specs(bundle, variant)
+    return Graph(bundle.read(*members), f"{bundle.path}: {members[0]}", threads, specs)
+
+
+def tensor_specs(bundle: Bundle, variant: Variant) -> dict[str, TensorSpec]:
+    """Everything that passes between graphs and runtime, by name; `"N"` is the micro-batch."""
+    manifest = bundle.manifest
+    own = (
+        TensorSpec(IMAGES, (BATCH_DIM, *manifest.preprocessing.sample_shape), "float32"),
+        TensorSpec(LABELS, (BATCH_DIM,), "int64"),
+        TensorSpec(LOSS, (), "float32"),
+        TensorSpec(LOGITS, (BATCH_DIM, len(manifest.classes)), "float32"),
+        *(TensorSpec(gradient_name(spec.name), spec.shape, "float32") for spec in manifest.parameters),
+    )
+    declared = (*variant.boundary, *variant.saved, *_statistics(variant), *variant.activations)
+    return {spec.name: spec for spec in (*declared, *own)}
+
+
+def _statistics(variant: Variant) -> Iterable[TensorSpec]:
+    """Those of `hosvd` have other ranks at every step; the manifest holds the estimate from calibration."""
+    if variant.method != "hosvd":
+        return variant.statistics
+    return (
+        replace(spec, shape=tuple(f"{spec.name} {axis}" for axis in range(len(spec.shape))))
+        for spec in variant.statistics
+    )
 
 
 def starting_parameters(bundle: Bundle, variant: Variant) -> dict[str, Float]:
@@ -55,9 +86,10 @@ def load_projections(bundle: Bundle, variant: Variant) -> dict[str, Float]:
     stored = bundle.arrays(PROJECTIONS_MEMBER)
     projections = {name: _leading_columns(stored, name, rank, bundle) for name, rank in ranks.items()}
     for name in variant.batch_projections:
-        if len(projections[name]) != bundle.manifest.batch_size:
+        rows = projections[name].shape[:1]
+        if rows != (bundle.manifest.batch_size,):
             raise ArtifactError(
-                f"{bundle.path}: projection {name} has {len(projections[name])} rows, expected one for each"
+                f"{bundle.path}: projection {name} has {rows[0] if rows else 'no'} rows, expected one for each"
                 f" of the {bundle.manifest.batch_size} samples of a batch; rebuild the package"
             )
     return projections

@@ -6,17 +6,16 @@ import errno
 import io
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
+from lance_device.checkpoint import FileMark
 from lance_device.probe import MemoryProbe
 from lance_edge.errors import StorageError
-from lance_edge.files import atomic_writer
-from lance_edge.profiles import STEP_PHASES, cells, columns, read_intact_rows
-
-Row = TypeVar("Row")
+from lance_edge.files import atomic_writer, file_digest, sync_folder
+from lance_edge.profiles import STEP_PHASES, cells, columns
 
 
 @dataclass
@@ -78,17 +77,20 @@ class PhaseMeter:
 class RowLog:
     """A CSV file that grows by whole rows.
 
-    Rows reach the kernel at once but are not synced, to spare an SD card; a power cut may cost the last
-    seconds of rows, which a resumed run takes up again from its checkpoint.
+    Rows reach the kernel at once but are synced only before a checkpoint, to spare an SD card; a power cut
+    may cost the rows since then, whose steps a resumed run does again.
     """
 
     def __init__(self, path: Path, kind: type) -> None:
         """Open for appending; a new file gets its header."""
+        self.name = path.name
         self._path = path
-        self._kind = kind
         try:
             self._file: BinaryIO = path.open("ab", buffering=0)
             self._size = os.fstat(self._file.fileno()).st_size
+            self._digest = file_digest(path)
+            if self._size == 0:
+                sync_folder(path.parent)
         except OSError as error:
             raise _cannot_write(path, error) from None
         if self._size == 0:
@@ -101,6 +103,21 @@ class RowLog:
             StorageError: if they cannot be written.
         """
         self._append(b"".join(_line(cells(row)) for row in rows))
+
+    def sync(self) -> None:
+        """Make all rows so far durable.
+
+        Raises:
+            StorageError: if the storage cannot keep them.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self._path, error) from None
+
+    def mark(self) -> FileMark:
+        """All rows so far."""
+        return FileMark(self._size, self._digest.hexdigest())
 
     def close(self) -> None:
         """Done."""
@@ -115,25 +132,21 @@ class RowLog:
                 os.ftruncate(self._file.fileno(), self._size)  # take a torn row back
             raise _cannot_write(self._path, error) from None
         self._size += len(data)
+        self._digest.update(data)
 
 
-def keep_rows(path: Path, kind: type[Row], belongs: Callable[[Row], bool]) -> None:
-    """Drop the rows that do not belong, and a torn last row; the file changes at once or not at all."""
-    if not path.exists():
-        return
-    with atomic_writer(path) as file:
-        file.write(_line(columns(kind)))
-        for row in read_intact_rows(path, kind):
-            if belongs(row):
-                file.write(_line(cells(row)))
-
-
-def write_rows(path: Path, kind: type, rows: tuple[Any, ...]) -> None:
+def write_rows(path: Path, kind: type, rows: Iterable[Any]) -> None:
     """Write a whole CSV file, atomically."""
     with atomic_writer(path) as file:
-        file.write(_line(columns(kind)))
-        for row in rows:
-            file.write(_line(cells(row)))
+        for line in csv_lines(kind, rows):
+            file.write(line)
+
+
+def csv_lines(kind: type, rows: Iterable[Any]) -> Iterator[bytes]:
+    """The lines of a CSV file, its header first."""
+    yield _line(columns(kind))
+    for row in rows:
+        yield _line(cells(row))
 
 
 def _line(texts: Any) -> bytes:

@@ -11,6 +11,7 @@ import psutil
 
 from lance_device.board import choose_board
 from lance_device.class_weights import is_understood
+from lance_device.numerics import ON_NAN
 from lance_device.schedule import SCHEDULES
 from lance_edge.boards import Advice
 from lance_edge.errors import CheckpointError
@@ -18,7 +19,8 @@ from lance_edge.manifest import ArrayInput, InputSpec, Manifest
 
 AUGMENTS = ("flip", "none")
 CACHES = ("on", "off")
-FREE_TO_CHANGE = ("cache_size", "cache_dir")  # in a resumed run: they change no weights
+# In a resumed run: they change no weights, or only those of steps that could not be made before.
+FREE_TO_CHANGE = ("cache_size", "cache_dir", "on_nan")
 DEFAULT_MICRO_BATCH = 8  # larger ones gain little speed and cost memory in proportion
 
 
@@ -38,6 +40,7 @@ class TrainOptions:
         cache: `on` or `off`; `auto` until a new run has decided.
         cache_size: bytes of features on disk at most.
         cache_dir: folder of features that runs share; `None` keeps them in the run's own.
+        on_nan: what to do about a step whose loss or gradients are no numbers (`numerics.py`).
     """
 
     method: str
@@ -60,6 +63,7 @@ class TrainOptions:
     cache: str
     cache_size: int
     cache_dir: str | None
+    on_nan: str = "stop"
 
 
 def check_options(options: TrainOptions) -> None:
@@ -79,7 +83,7 @@ def check_options(options: TrainOptions) -> None:
     )
     wrong += ["label_smoothing"] * (not 0 <= options.label_smoothing < 1)
     wrong += ["class_weights"] * (not is_understood(options.class_weights))
-    wrong += ["cache"] * (options.cache not in CACHES)
+    wrong += ["cache"] * (options.cache not in CACHES) + ["on_nan"] * (options.on_nan not in ON_NAN)
     if wrong:
         raise ValueError(f"option {wrong[0]} is {getattr(options, wrong[0])!r}")
 
@@ -96,7 +100,7 @@ def resolve(values: Mapping[str, Any], manifest: Manifest) -> TrainOptions:
         PlatformError: if there is no profile of the board.
         ArtifactError: if the package does not hold the method, or not with so many layers.
     """
-    chosen = {field.name: values[field.name] for field in fields(TrainOptions)}
+    chosen = {field.name: values[field.name] for field in fields(TrainOptions) if field.name in values}
     variant = manifest.variant(values["method"], values["layers"])
     chosen["method"], chosen["layers"] = variant.method, len(variant.layers)
     advice = choose_board(values.get("board")).advice

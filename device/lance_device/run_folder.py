@@ -1,13 +1,17 @@
 """The folder of a run: which file is called what, and whether it may be written."""
 
+import contextlib
+import fcntl
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lance_device.measure import write_rows
+from lance_device.measure import csv_lines, write_rows
 from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, StorageError
+from lance_edge.files import sync_folder
 from lance_edge.images import Part
 
 
@@ -30,6 +34,11 @@ class RunFolder:
     def last(self) -> Path:
         """Checkpoint of the last complete step."""
         return self.path / "last.npz"
+
+    @property
+    def previous(self) -> Path:
+        """The checkpoint before that one: kept until the new one is durable, and then until the next."""
+        return self.path / "previous.npz"
 
     @property
     def best(self) -> Path:
@@ -57,29 +66,84 @@ class RunFolder:
         return self.path / "split.csv"
 
     @property
+    def skipped(self) -> Path:
+        """Images that are not used."""
+        return self.path / "skipped.csv"
+
+    @property
     def record(self) -> Path:
         """Machine, versions, arguments, result."""
         return self.path / "run.json"
 
-    def claim(self) -> None:
-        """Make the folder for a new run.
+    @property
+    def row_files(self) -> tuple[Path, Path]:
+        """Files that grow by whole rows."""
+        return (self.steps, self.history)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is something to go on from."""
+        return any(file.exists() for file in (self.last, self.previous, self.best))
+
+    @contextlib.contextmanager
+    def held(self, create: bool) -> Iterator[None]:
+        """Keep the folder to this process; a folder that is still empty at the end is removed.
+
+        Args:
+            create: make the folder where there is none.
 
         Raises:
-            StorageError: if it holds a run already or cannot be made.
+            StorageError: if another process trains into it, or it cannot be made.
         """
-        files = (self.last, self.best, self.steps, self.history, self.summary, self.split, self.record)
-        existing = [file.name for file in files if file.exists()]
+        if create:
+            self._make()
+        if not self.path.is_dir():
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+            with contextlib.suppress(OSError):  # not empty: the rule
+                self.path.rmdir()
+
+    def _make(self) -> None:
+        try:
+            is_new = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            if is_new:
+                sync_folder(self.path.parent)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot make this folder ({error.strerror}); choose another --out"
+            ) from None
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"{self.path}: another process is training into this folder; wait for it, or choose another"
+                " --out"
+            ) from None
+        except OSError:
+            return  # a file system without locks
+
+    def claim(self) -> None:
+        """See that a new run may begin here, and clear away what a killed process left half-written.
+
+        Raises:
+            StorageError: if the folder holds a run already.
+        """
+        existing = [file.name for file in self._files if file.exists()]
         if existing:
             raise StorageError(
                 f"{self.path}: holds a run already ({', '.join(existing)}); continue it with --resume,"
                 " or choose another --out"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"{self.path}: cannot make this folder ({error.strerror}); choose another --out"
-            ) from None
+        self._clear_leftovers()
 
     def expect_run(self) -> None:
         """Check that there is a run to resume, and clear away what a killed process left half-written.
@@ -87,18 +151,31 @@ class RunFolder:
         Raises:
             CheckpointError: if there is none.
         """
-        if not self.last.exists():
+        if not self.has_state:
             raise CheckpointError(
                 f"{self.path}: no {self.last.name} here, so there is no run to resume;"
                 " start one without --resume"
             )
-        for file in (self.last, self.best, self.steps, self.history, self.summary, self.split, self.record):
+        self._clear_leftovers()
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        checkpoints = (self.last, self.previous, self.best)
+        return (*checkpoints, *self.row_files, self.summary, self.split, self.skipped, self.record)
+
+    def _clear_leftovers(self) -> None:
+        for file in self._files:
             for leftover in self.path.glob(f".{file.name}.*"):
                 leftover.unlink(missing_ok=True)
 
-    def write_split(self, dataset: Dataset) -> None:
-        """Write which image is in which part."""
-        write_rows(self.split, SplitRow, tuple(_split_rows(dataset)))
+    def write_split(self, dataset: Dataset) -> bool:
+        """Write which image is in which part; `False` if that was on record already."""
+        lines = b"".join(csv_lines(SplitRow, _split_rows(dataset)))
+        with contextlib.suppress(OSError):
+            if self.split.read_bytes() == lines:
+                return False
+        write_rows(self.split, SplitRow, _split_rows(dataset))
+        return True
 
 
 def _split_rows(dataset: Dataset) -> Iterator[SplitRow]:

@@ -6,16 +6,14 @@ from typing import Any
 
 from lance_device.measure import PhaseCost, RowLog, highest, write_rows
 from lance_device.probe import HealthProbe, MemoryProbe
+from lance_device.run_description import describe_run
 from lance_device.run_record import (
-    describe_machine,
-    describe_software,
-    file_sha256,
     now_utc,
-    read_record,
     write_record,
 )
 from lance_device.run_setup import Run, TrainRequest
 from lance_device.step_graphs import StepOutcome
+from lance_device.throttling import flags_of, troubles
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
 from lance_edge.profiles import (
@@ -32,7 +30,7 @@ from lance_edge.profiles import (
 class TrainResult:
     """How a run ended; accuracies are fractions of 1, of the last and of the best evaluation.
 
-    `median_ms` is per phase, warm-ups left out.
+    `median_ms` is per phase, warm-ups left out.  `throttled` is what the board complained of during the run.
     """
 
     status: str
@@ -51,19 +49,30 @@ class TrainResult:
     peak_rss_kib: int | None
     seconds: float
     median_ms: dict[str, float]
+    max_temperature_c: float | None = None
+    throttled: tuple[str, ...] = ()
+    paused_s: float = 0.0
 
 
 class RunLog:
     """Writes rows as they come, and everything else at the end."""
 
     def __init__(
-        self, request: TrainRequest, run: Run, bundle: Bundle, dataset: Dataset, memory: MemoryProbe
+        self,
+        request: TrainRequest,
+        run: Run,
+        bundle: Bundle,
+        dataset: Dataset,
+        memory: MemoryProbe,
+        health: HealthProbe,
     ) -> None:
         """Open the CSV files and write `run.json` as "running"."""
         self._run, self._dataset = run, dataset
         self._started_at, self._started_step = time.monotonic(), run.progress.step
         self._seconds_before = run.progress.seconds
-        self._health = HealthProbe()
+        self._health = health
+        self._paused_s, self._throttled = 0.0, 0
+        self._max_temperature_c: float | None = None
         self._collector = LatencyCollector()
         self._peak_rss_kib: int | None = None
         self._saved_bytes, self._activation_bytes = 0, run.variant.activation_bytes
@@ -72,7 +81,7 @@ class RunLog:
         self._history = RowLog(run.folder.history, HistoryRow)
         self._take_up_earlier_rows()
         self._common = _common_cells(run, bundle)
-        self._record = _describe_run(request, run, bundle, dataset, memory)
+        self._record = describe_run(request, run, bundle, dataset, memory.peak_source)
         write_record(run.folder.record, {**self._record, "status": "running"})
 
     def seconds(self) -> float:
@@ -100,11 +109,29 @@ class RunLog:
         phases = [(phase, costs[phase]) for phase in PHASES if phase in costs]
         self._write(phases, outcome.loss, samples, is_warmup, cached)
 
+    def keep(self) -> None:
+        """Make all rows so far durable, and put on record what they are.
+
+        Raises:
+            StorageError: if the storage cannot keep them.
+        """
+        self._steps.sync()
+        self._history.sync()
+        self.mark()
+
+    def mark(self) -> None:
+        """Put on record what the rows so far are."""
+        self._run.progress.rows = {log.name: log.mark() for log in (self._steps, self._history)}
+
     def evaluation(self, row: HistoryRow, samples: int, cost: PhaseCost, cached: bool) -> None:
         """An evaluation of so many images."""
         self._last_evaluation = row
         self._history.write(row)
         self._write([("eval", cost)], None, samples, cached=cached)
+
+    def pause(self, cost: PhaseCost) -> None:
+        """The run has paused."""
+        self._write([("pause", cost)], None, 0)
 
     def checkpoint(self, cost: PhaseCost) -> None:
         """A checkpoint was written."""
@@ -117,6 +144,9 @@ class RunLog:
             status: `finished`, `interrupted` or `failed`.
             message: what went wrong.
         """
+        self._steps.sync()
+        self._history.sync()
+        rows = {log.name: asdict(log.mark()) for log in (self._steps, self._history)}
         self._steps.close()
         self._history.close()
         summary = self._collector.rows()
@@ -127,6 +157,7 @@ class RunLog:
             "ended": now_utc(),
             "message": message,
             "result": asdict(result),
+            "rows": rows,
         }
         write_record(self._run.folder.record, {**self._record, **end})
         return result
@@ -170,6 +201,11 @@ class RunLog:
         self._collector.add(row)
         self._peak_rss_kib = highest(self._peak_rss_kib, row.peak_rss_kib)
         self._saved_bytes = max(self._saved_bytes, row.saved_bytes)
+        self._throttled |= flags_of(row.throttled)
+        if row.temperature_c is not None:
+            self._max_temperature_c = max(self._max_temperature_c or row.temperature_c, row.temperature_c)
+        if row.phase == "pause":
+            self._paused_s += row.latency_ms * 1e-3
 
     def _take_up_earlier_rows(self) -> None:
         for row in read_rows(self._run.folder.steps, StepRow):
@@ -197,6 +233,9 @@ class RunLog:
             peak_rss_kib=self._peak_rss_kib,
             seconds=progress.seconds,
             median_ms=median_ms,
+            max_temperature_c=self._max_temperature_c,
+            throttled=troubles(self._throttled),
+            paused_s=self._paused_s,
         )
 
 
@@ -211,39 +250,4 @@ def _common_cells(run: Run, bundle: Bundle) -> dict[str, Any]:
         "batch_size": run.stream.batch_size,
         "micro_batch": run.options.micro_batch,
         "threads": run.options.threads,
-    }
-
-
-def _describe_run(
-    request: TrainRequest, run: Run, bundle: Bundle, dataset: Dataset, memory: MemoryProbe
-) -> dict[str, Any]:
-    earlier = read_record(run.folder.record) if request.resume else {}
-    resumed = (
-        [*earlier.get("resumed", []), {"at": now_utc(), "step": run.progress.step}] if request.resume else []
-    )
-    return {
-        "run_id": run.run_id,
-        "started": earlier.get("started", now_utc()),
-        "resumed": resumed,
-        "artifact": {
-            "path": str(request.artifact),
-            "identity_sha256": bundle.sha256,
-            "file_sha256": file_sha256(request.artifact),
-        },
-        "data": {
-            "path": str(request.data),
-            "train_sha256": run.data_sha256,
-            "train": len(dataset.train),
-            "validation": len(dataset.validation),
-            "test": len(dataset.test),
-        },
-        "arguments": list(request.arguments),
-        "options": asdict(run.options),
-        "given": sorted(request.given),
-        "checkpoint_every": asdict(request.checkpoint_every),
-        "batch_size": run.stream.batch_size,
-        "total_steps": run.total_steps,
-        "peak_rss_source": memory.peak_source,
-        "machine": describe_machine(),
-        **describe_software(),
     }

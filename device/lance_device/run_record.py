@@ -12,14 +12,15 @@ from typing import Any
 import psutil
 
 from lance_device.session import SESSION_CONFIG, SESSION_OPTIONS, runtime_version
-from lance_edge.files import atomic_writer
+from lance_edge.errors import DataError
+from lance_edge.files import atomic_writer, file_digest
 
 SCHEMA_VERSION = 1
 BOARD = Path("/proc/device-tree/model")
 CPU_INFO = Path("/proc/cpuinfo")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 PACKAGES = ("lance-edge", "numpy", "pillow", "psutil", "click")
-CHUNK_BYTES = 1 << 16
+SEAL = "sha256"
 
 
 def describe_machine() -> dict[str, Any]:
@@ -51,11 +52,7 @@ def describe_software() -> dict[str, Any]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a whole file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_digest(path).hexdigest()
 
 
 def now_utc() -> str:
@@ -64,20 +61,35 @@ def now_utc() -> str:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write, atomically."""
+    """Write, atomically, with a digest of itself as its last entry."""
+    text = _text({"schema_version": SCHEMA_VERSION, **record})
+    sealed = {**json.loads(text), SEAL: hashlib.sha256(text.encode()).hexdigest()}
     with atomic_writer(path) as file:
-        file.write(
-            (json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=1, default=str) + "\n").encode()
-        )
+        file.write(f"{_text(sealed)}\n".encode())
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What was written, or nothing where there is no readable record: it is a report, no state."""
+    """What was written.
+
+    Raises:
+        DataError: if there is no record, or it is not what was written.
+    """
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot read ({error}); give the --out folder of a run") from None
+    seal = value.pop(SEAL, None) if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not the record of a run; give the --out folder of a run")
+    if seal is not None and seal != hashlib.sha256(_text(value).encode()).hexdigest():
+        raise DataError(
+            f"{path}: not what was written: its {SEAL} differs; it was edited or damaged: copy it again"
+        )
+    return dict(value)
+
+
+def _text(record: Any) -> str:
+    return json.dumps(record, indent=1, default=str)
 
 
 def _cpu_model() -> str | None:

@@ -4,7 +4,7 @@ import datetime
 import secrets
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_device.cache_plan import CachePlan, choose, plan_cache
-from lance_device.checkpoint import Checkpoint, Meta, Progress, read_checkpoint
+from lance_device.checkpoint import Checkpoint, Meta, Progress
 from lance_device.class_weights import training_targets
 from lance_device.graphs import starting_parameters
-from lance_device.measure import keep_rows
+from lance_device.memory_plan import MemoryPlan, find_limits, plan_memory
 from lance_device.options import TrainOptions, keep_stored, resolve
+from lance_device.pace import PaceOptions
+from lance_device.recover import recover
 from lance_device.run_folder import RunFolder, data_identity
 from lance_device.stream import SampleStream
 from lance_edge.bundle import Bundle
@@ -24,7 +26,6 @@ from lance_edge.checkpoints import SCHEMA_VERSION
 from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, DataError
 from lance_edge.manifest import ArrayInput, InputSpec, Variant
-from lance_edge.profiles import HistoryRow, StepRow
 from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]
@@ -46,6 +47,10 @@ class TrainRequest:
         values: of every field of `TrainOptions`; `None` is "auto".
         given: the fields that were asked for by name: a resumed run must agree with these.
         arguments: the command line as it was, for `run.json`.
+        resume_or_start: take up the run where there is one, else begin one: what a service does.
+        memory_limit: bytes that the process may use.
+        strict: refuse images that cannot be read, instead of leaving them out.
+        pace: pauses against heat, and for other programs.
     """
 
     artifact: Path
@@ -56,6 +61,15 @@ class TrainRequest:
     checkpoint_every: CheckpointEvery
     resume: bool
     arguments: tuple[str, ...] = ()
+    resume_or_start: bool = False
+    memory_limit: int | None = None
+    strict: bool = False
+    pace: PaceOptions = field(default_factory=PaceOptions)
+
+    @property
+    def takes_up(self) -> bool:
+        """Whether a run that is there is gone on with."""
+        return self.resume or (self.resume_or_start and RunFolder(self.out).has_state)
 
     def resume_command(self) -> str:
         """What takes the run up again."""
@@ -65,7 +79,12 @@ class TrainRequest:
 
 @dataclass
 class Run:
-    """A run that is ready to train: what is fixed, and its state (weights, momentum, progress)."""
+    """A run that is ready to train: what is fixed, and its state (weights, momentum, progress).
+
+    Attributes:
+        memory: how the run fits into what it may use, where there is a limit.
+        notes: what was damaged on disk when the run was taken up, and what became of it.
+    """
 
     folder: RunFolder
     run_id: str
@@ -81,6 +100,9 @@ class Run:
     targets: Targets
     cache: CachePlan
     cache_reason: str
+    memory: MemoryPlan | None = None
+    is_resumed: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def open_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
@@ -93,7 +115,24 @@ def open_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
         StorageError: if the folder holds a run already, or cannot be made.
     """
     _expect_full_batch(request.data, len(dataset.train), bundle.manifest.batch_size)
-    return _resume_run(request, bundle, dataset) if request.resume else _new_run(request, bundle, dataset)
+    new_or_not = _resume_run if request.takes_up else _new_run
+    return new_or_not(request, bundle, dataset)
+
+
+def check_request(request: TrainRequest, bundle: Bundle) -> None:
+    """What can be said at once, before all images are looked at.
+
+    Raises:
+        ArtifactError: if the package lacks the method.
+        CheckpointError: if there is nothing to resume.
+        StorageError: if the folder holds a run already.
+    """
+    resolve(request.values, bundle.manifest)
+    folder = RunFolder(request.out)
+    if request.takes_up:
+        folder.expect_run()
+    else:
+        folder.claim()
 
 
 def make_checkpoint(run: Run, bundle: Bundle) -> Checkpoint:
@@ -119,13 +158,14 @@ def make_checkpoint(run: Run, bundle: Bundle) -> Checkpoint:
 
 def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
     options = resolve(request.values, bundle.manifest)
+    folder = RunFolder(request.out)
+    limits = find_limits(request.memory_limit)
+    options, memory = plan_memory(limits, options, request.given, bundle, dataset)
     variant = bundle.manifest.variant(options.method, options.layers)
     _expect_possible_augment(options.augment, bundle.manifest.preprocessing)
     parameters = starting_parameters(bundle, variant)
-    folder = RunFolder(request.out)
     plan = _plan(options, bundle, dataset, folder)
     cache, reason = choose(plan["cache"], options.cache)
-    folder.claim()
     return Run(
         folder=folder,
         run_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
@@ -137,16 +177,19 @@ def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
         codec_state={},
         progress=Progress(),
         cache_reason=reason,
+        memory=memory,
     )
 
 
 def _resume_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
     folder = RunFolder(request.out)
-    folder.expect_run()
-    checkpoint = read_checkpoint(folder.last, bundle)
+    recovered = recover(folder, bundle)
+    checkpoint = recovered.checkpoint
     meta = checkpoint.meta
     wanted = resolve(request.values, bundle.manifest)
     options = keep_stored(meta.options, wanted, request.given, str(folder.path))
+    limits = find_limits(request.memory_limit)
+    options, memory = plan_memory(limits, options, ("micro_batch", "threads"), bundle, dataset)
     run = Run(
         folder=folder,
         run_id=meta.run_id,
@@ -157,14 +200,16 @@ def _resume_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
         velocity=checkpoint.velocity,
         codec_state=checkpoint.codec_state,
         progress=meta.progress,
+        is_resumed=True,
+        notes=list(recovered.notes),
         cache_reason="as the run began",
+        memory=memory,
     )
     if run.data_sha256 != meta.data_sha256:
         raise CheckpointError(
             f"{request.data}: the training images are not those that {folder.last} was trained on;"
             " give the same --data, unchanged, or start a new run with another --out"
         )
-    _drop_later_rows(run)
     return run
 
 
@@ -188,17 +233,6 @@ def _plan(options: TrainOptions, bundle: Bundle, dataset: Dataset, folder: RunFo
         ),
         "cache": plan_cache(options, total_steps, bundle, variant, dataset, folder.path),
     }
-
-
-def _drop_later_rows(run: Run) -> None:
-    """Rows of steps after the checkpoint: those steps are about to be done again."""
-    step, evaluated_step = run.progress.step, run.progress.evaluated_step
-
-    def belongs(row: StepRow) -> bool:
-        return row.step <= (evaluated_step if row.phase == "eval" else step)
-
-    keep_rows(run.folder.steps, StepRow, belongs)
-    keep_rows(run.folder.history, HistoryRow, lambda row: row.step <= evaluated_step)
 
 
 def _expect_possible_augment(augment: str, preprocessing: InputSpec) -> None:

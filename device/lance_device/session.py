@@ -4,18 +4,21 @@ This is the only module that imports onnxruntime, and it does so late: `require_
 one line what is wrong on a machine that has no wheel of it.
 """
 
+import functools
 import importlib.util
 import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from lance_edge.errors import ArtifactError, PlatformError
-from lance_edge.manifest import BATCH_DIM
+from lance_edge.errors import ArtifactError, Interrupted, PlatformError
+from lance_edge.graph_check import check_graph
+from lance_edge.manifest import BATCH_DIM, TensorSpec, batch_multiple
 
 Array = NDArray[Any]
 
@@ -32,6 +35,7 @@ SESSION_CONFIG: dict[str, str] = {
     # Idle threads sleep: a step has several graphs, each with threads of its own, and spinning ones take the
     # cores from those that work (twice the time on 2 cores).
     "session.intra_op.allow_spinning": "0",
+    "session.load_model_format": "ONNX",  # what graph_check has looked at, and not what else the bytes may be
 }
 
 
@@ -72,27 +76,47 @@ def _runtime() -> ModuleType:
     return onnxruntime  # type: ignore[no-any-return]
 
 
+@functools.cache
+def _run_options() -> Any:
+    """Of all runs of all graphs."""
+    return _runtime().RunOptions()
+
+
+def interrupt_graphs(is_wanted: bool) -> None:
+    """Make graphs that run, and those that are to run, end with `Interrupted`; may come from any thread."""
+    _run_options().terminate = is_wanted
+
+
 class Graph:
     """One ONNX graph, ready to run."""
 
-    def __init__(self, model: bytes, where: str, threads: int) -> None:
+    def __init__(
+        self, model: bytes, where: str, threads: int, specs: Mapping[str, TensorSpec] = MappingProxyType({})
+    ) -> None:
         """Load.
 
         Args:
             model: the serialised graph.
             where: how messages call it, `pkg.tar: graphs/prefix.onnx`.
             threads: of one operator.
+            specs: what inputs and outputs are like; an output that is not like that is refused.
 
         Raises:
-            ArtifactError: if ONNX Runtime cannot load it.
+            ArtifactError: if it is no graph that lance-edge runs, or ONNX Runtime cannot load it.
         """
+        check_graph(model, where)
         runtime = _runtime()
-        self._where = where
+        self._where, self._specs = where, dict(specs)
         try:
             self._session = runtime.InferenceSession(
-                model, sess_options=_session_options(runtime, threads), providers=["CPUExecutionProvider"]
+                model,
+                sess_options=_session_options(runtime, threads),
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,  # it would print, and try the same again
             )
         except Exception as error:  # onnxruntime's own exceptions have no common base
+            if is_lack_of_memory(error):
+                raise _out_of_memory(where, error) from None
             raise ArtifactError(
                 f"{where}: onnxruntime {runtime.__version__} cannot load this graph ({_one_line(error)});"
                 " rebuild the file with lance-host, or install a newer onnxruntime"
@@ -101,6 +125,10 @@ class Graph:
         self.outputs = tuple(tensor.name for tensor in self._session.get_outputs())
         tensors = (*self._session.get_inputs(), *self._session.get_outputs())
         self.batch_axes = {tensor.name: _batch_axis(tensor.shape) for tensor in tensors}
+
+    def expect(self, *specs: TensorSpec) -> None:
+        """What some inputs and outputs are like, where that is known only now."""
+        self._specs |= {spec.name: spec for spec in specs}
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -112,6 +140,7 @@ class Graph:
 
         Raises:
             ArtifactError: if an input is missing or does not fit.
+            Interrupted: if `interrupt_graphs` was called.
             PlatformError: if memory does not suffice.
         """
         missing = [name for name in self.inputs if name not in values]
@@ -122,19 +151,59 @@ class Graph:
             )
         feeds = {name: values[name] for name in self.inputs}
         try:
-            return dict(zip(self.outputs, self._fetch(feeds), strict=True))
-        except MemoryError as error:
-            raise _out_of_memory(self._where, error) from None
+            outputs = dict(zip(self.outputs, self._fetch(feeds), strict=True))
         except Exception as error:
-            if "alloc" in str(error).lower():
+            if _run_options().terminate:
+                raise Interrupted("stopped on request") from None
+            if is_lack_of_memory(error):
                 raise _out_of_memory(self._where, error) from None
             raise ArtifactError(
                 f"{self._where}: onnxruntime cannot run this graph ({_one_line(error)});"
                 " rebuild it with lance-host"
             ) from None
+        self._check_outputs(feeds, outputs)
+        return outputs
+
+    def _check_outputs(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """What comes out is what the package declares, so that whoever computes with it can rely on that."""
+        dims: dict[str, int] = {}
+        for values in (feeds, outputs):
+            for name, value in values.items():
+                if name in self._specs and not fits(value, self._specs[name], dims):
+                    raise ArtifactError(
+                        f"{self._where}: {name} is {_kind(value)}, expected {self._specs[name].dtype}"
+                        f" {[dims.get(str(dim), dim) for dim in self._specs[name].shape]};"
+                        " rebuild the package with lance-host"
+                    )
 
     def _fetch(self, feeds: Mapping[str, Array]) -> Sequence[Array]:
-        return self._session.run(list(self.outputs), dict(feeds))  # type: ignore[no-any-return]
+        return self._session.run(list(self.outputs), dict(feeds), _run_options())  # type: ignore[no-any-return]
+
+
+def fits(value: Array, spec: TensorSpec, dims: dict[str, int]) -> bool:
+    """Whether an array is like that.
+
+    Args:
+        dims: sizes of named dimensions (`"N"`); a name is what it is in the first array that has it, and
+            `"4*N"` is four times what `"N"` is.
+    """
+    if not isinstance(value, np.ndarray) or str(value.dtype) != spec.dtype or value.ndim != len(spec.shape):
+        return False
+    return all(_agrees(size, dim, dims) for size, dim in zip(value.shape, spec.shape, strict=True))
+
+
+def _agrees(size: int, dim: int | str, dims: dict[str, int]) -> bool:
+    if isinstance(dim, int):
+        return size == dim
+    multiple = batch_multiple(dim)
+    if multiple is None:
+        return size == dims.setdefault(dim, size)
+    samples, rest = divmod(size, max(multiple, 1))
+    return rest == 0 and samples == dims.setdefault(BATCH_DIM, samples)
+
+
+def _kind(value: Array) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def _batch_axis(shape: Sequence[int | str | None]) -> int | None:
@@ -150,6 +219,13 @@ def _session_options(runtime: ModuleType, threads: int) -> Any:
     for key, text in SESSION_CONFIG.items():
         options.add_session_config_entry(key, text)
     return options
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an exception of onnxruntime says that memory, or room for a thread, was lacking."""
+    text = str(error).lower()
+    signs = ("alloc", "posixthread", "pthread", "new thread")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
 def _out_of_memory(where: str, error: Exception) -> PlatformError:

@@ -21,7 +21,6 @@ from lance_device.step_graphs import (
     StepGraphs,
     StepOutcome,
     count_correct,
-    finite_loss,
     micro_batches,
     total_bytes,
 )
@@ -46,7 +45,7 @@ class TrainingStep(Protocol):
 
         Raises:
             DataError: if an image cannot be read.
-            NumericalError: if the loss is not finite.
+            NumericalError: if the loss or a gradient is not finite, naming the layer.
         """
 
     def state(self) -> dict[str, Float]:
@@ -130,7 +129,7 @@ class StreamedStep:
         with meter.phase("forward"):
             values |= self._forward.run({**constants, **graphs.own_rows(rows), **values, LABELS: labels})
             graphs.accumulate(sums.statistics, values)
-            sums.loss += finite_loss(values)
+            sums.loss += graphs.finite_loss(values)
             sums.correct += count_correct(values[LOGITS], labels)
             kept = Kept.of({name: values[name] for name in graphs.crossing})
         sums.hold(kept)

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from lance_device.features import Batch, ComputedFeatures, Features
 from lance_device.graphs import load_graph, load_projections, missing_names
+from lance_device.numerics import check_gradients, finite_loss
 from lance_device.session import Array, Graph
 from lance_edge.bundle import Bundle
-from lance_edge.errors import ArtifactError, NumericalError
+from lance_edge.errors import ArtifactError
 from lance_edge.manifest import LOGITS, LOSS, SCALE, TARGET_ON, Variant, gradient_name
 from lance_edge.targets import Targets
 
@@ -60,6 +61,7 @@ class StepGraphs:
             return load_graph(bundle, variant, role, threads) if role in variant.graphs else None
 
         self.variant = variant
+        self._where = str(bundle.path)
         self._targets = targets or Targets.plain(len(bundle.manifest.classes))
         self.features = features or ComputedFeatures(load_graph(bundle, variant, "prefix", threads))
         self.forward = [load_graph(bundle, variant, role, threads) for role in variant.forward_roles]
@@ -71,7 +73,7 @@ class StepGraphs:
         made = [name for graph in self.forward for name in graph.outputs]
         produced = {*self.features.names, *made} - set(self._statistics)
         self.crossing = tuple(name for name in self.backward.inputs if name in produced)
-        self._check_wiring(made, str(bundle.path))
+        self._check_wiring(made)
 
     @property
     def projection_bytes(self) -> int:
@@ -94,21 +96,46 @@ class StepGraphs:
         return {name: self._projections[name][rows] for name in self.variant.batch_projections}
 
     def accumulate(self, totals: dict[str, Array], values: dict[str, Array]) -> None:
-        """Move the statistics among `values` into their sums over the batch."""
+        """Move the statistics among `values` into their sums over the batch.
+
+        Raises:
+            ArtifactError: if a graph gives another shape for every micro-batch.
+        """
         for name in self._statistics:
             if name in values and name in totals:
-                totals[name] += values.pop(name)
+                addend = values.pop(name)
+                if addend.shape != totals[name].shape:
+                    raise ArtifactError(
+                        f"{self._where}: statistic {name} is {list(addend.shape)} after"
+                        f" {list(totals[name].shape)} of another micro-batch; rebuild the package with"
+                        " lance-host"
+                    )
+                totals[name] += addend
             elif name in values:
                 totals[name] = values.pop(name)
 
     def gradients(self, totals: dict[str, Array], constants: Mapping[str, Array]) -> dict[str, Float]:
-        """Of every parameter, from the complete statistics."""
+        """Of every parameter, from the complete statistics.
+
+        Raises:
+            NumericalError: if one is not finite, naming the layer.
+        """
         values: dict[str, Array] = dict(totals)
         if self._gradient is not None:
             values |= self._gradient.run({**constants, **totals})
-        return {name: values[gradient_name(name)] for name in self.variant.parameters}
+        gradients = {name: values[gradient_name(name)] for name in self.variant.parameters}
+        check_gradients(gradients)
+        return gradients
 
-    def _check_wiring(self, made: list[str], where: str) -> None:
+    def finite_loss(self, values: Mapping[str, Array]) -> float:
+        """The loss, summed over samples, among what forward read and gave.
+
+        Raises:
+            NumericalError: if it is not finite, naming where that begins.
+        """
+        return finite_loss(values, self.features.names, self._parameters)
+
+    def _check_wiring(self, made: list[str]) -> None:
         """Every statistic and every gradient comes from some graph."""
         gradient_outputs = self._gradient.outputs if self._gradient is not None else ()
         gradients = [gradient_name(name) for name in self.variant.parameters]
@@ -118,12 +145,12 @@ class StepGraphs:
         lacking += missing_names((spec.name for spec in self.variant.activations), made, self.features.names)
         if TARGET_ON not in self.forward[-1].inputs and not self._targets.is_plain:
             raise ArtifactError(
-                f"{where}: its graphs know no class weights or label smoothing; rebuild the package with"
+                f"{self._where}: its graphs know no class weights or label smoothing; rebuild the package with"
                 " lance-host, or train without --class-weights and --label-smoothing"
             )
         if lacking:
             raise ArtifactError(
-                f"{where}: no graph of method {self.variant.method} gives {', '.join(lacking)};"
+                f"{self._where}: no graph of method {self.variant.method} gives {', '.join(lacking)};"
                 " rebuild the package with lance-host"
             )
 
@@ -172,18 +199,6 @@ def micro_batches(samples: int, size: int) -> Iterator[slice]:
     """Rows of a batch, `size` at a time; the last slice may be shorter."""
     for start in range(0, samples, size):
         yield slice(start, min(start + size, samples))
-
-
-def finite_loss(values: Mapping[str, Array]) -> float:
-    """The loss, summed over samples.
-
-    Raises:
-        NumericalError: if it is not a number.
-    """
-    loss = float(values[LOSS])
-    if not np.isfinite(loss):
-        raise NumericalError(f"the loss is {loss}")
-    return loss
 
 
 def count_correct(logits: Array, labels: Array) -> int:

@@ -1,6 +1,11 @@
-"""Stopping on request: Ctrl-C and SIGTERM end a run at the next micro-batch."""
+"""Stopping on request: Ctrl-C and SIGTERM end a run at the next micro-batch, or within a graph that runs long.
+
+Python's own handler waits until the library that is at work returns.  So a thread hears of the signal too (by
+`signal.set_wakeup_fd`) and asks the runtime to leave its graph: the step is not made, and costs no state.
+"""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -33,10 +38,15 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals(notify: Callable[[str], None]) -> Iterator[StopRequest]:
+def stop_on_signals(
+    notify: Callable[[str], None], interrupt: Callable[[bool], None] = lambda wanted: None
+) -> Iterator[StopRequest]:
     """A request that Ctrl-C or SIGTERM sets; a second signal ends the process at once.
 
     Outside the main thread no handler can be set and the request stays as it is.
+
+    Args:
+        interrupt: called with true, from any thread, as soon as a signal has come; with false at the end.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -45,6 +55,7 @@ def stop_on_signals(notify: Callable[[str], None]) -> Iterator[StopRequest]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         request.requested = True
+        interrupt(True)  # the listener may not have come to it yet
         for heard in previous:
             signal.signal(heard, signal.SIG_DFL)
         with contextlib.suppress(RuntimeError):  # the signal may have come amid a write to the same stream
@@ -52,7 +63,31 @@ def stop_on_signals(notify: Callable[[str], None]) -> Iterator[StopRequest]:
 
     previous = {number: signal.signal(number, on_signal) for number in _heard_signals()}
     try:
-        yield request
+        with _heard_by_a_thread(lambda: interrupt(True)):
+            yield request
     finally:
+        interrupt(False)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _heard_by_a_thread(interrupt: Callable[[], None]) -> Iterator[None]:
+    """Calls `interrupt` for every signal with a handler, whatever the main thread is doing."""
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+
+    def listen() -> None:
+        while os.read(readable, 64):
+            interrupt()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writable)  # the listener reads the end, and ends
+        listener.join()
+        os.close(readable)

@@ -23,6 +23,12 @@ def result_table(result: TrainResult) -> str:
         ("saved bytes", f"{size(result.saved_bytes)} (all that crosses, per micro-batch)"),
         ("peak RSS", size(None if result.peak_rss_kib is None else result.peak_rss_kib * 1024)),
     ]
+    if result.max_temperature_c is not None:
+        rows.append(("highest temperature", f"{result.max_temperature_c:.0f} °C"))
+    if result.throttled:
+        rows.append(("board", ", ".join(result.throttled)))
+    if result.paused_s:
+        rows.append(("paused", duration(result.paused_s)))
     rows += [(f"median {phase}", f"{median_ms:.1f} ms") for phase, median_ms in result.median_ms.items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

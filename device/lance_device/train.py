@@ -1,8 +1,6 @@
 """Training: the loop, and what happens around it."""
 
-import copy
-import dataclasses
-import time
+import math
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -12,28 +10,44 @@ from numpy.typing import NDArray
 
 from lance_device.board import advice_note, choose_board
 from lance_device.cache_plan import open_features
-from lance_device.checkpoint import Best, Checkpoint, write_checkpoint
+from lance_device.checkpoint import write_checkpoint
 from lance_device.evaluate import Evaluation, evaluate
 from lance_device.features import Batch, Features, Unmetered
 from lance_device.graphs import load_graph
-from lance_device.live import Reporter, StepView
+from lance_device.keeper import Keeper
+from lance_device.live import Reporter
 from lance_device.measure import PhaseMeter
+from lance_device.numerics import MOST_IN_A_ROW, RATE_FACTORS
 from lance_device.optimizer import SGD
-from lance_device.probe import MemoryProbe
+from lance_device.pace import Pacer
+from lance_device.probe import HealthProbe, MemoryProbe
+from lance_device.progress import history_row, step_view
+from lance_device.run_data import Absentees, open_images
+from lance_device.run_folder import RunFolder
 from lance_device.run_log import RunLog, TrainResult
-from lance_device.run_setup import Run, TrainRequest, make_checkpoint, open_run
+from lance_device.run_setup import Run, TrainRequest, check_request, make_checkpoint, open_run
 from lance_device.schedule import SCHEDULES
+from lance_device.session import interrupt_graphs
 from lance_device.step import TrainingStep, training_step
 from lance_device.step_graphs import StepOutcome
 from lance_device.stop import StopRequest, stop_on_signals
 from lance_edge.bundle import Bundle
-from lance_edge.datasets import Dataset, open_dataset
-from lance_edge.errors import CheckpointError, Interrupted, LanceError, NumericalError, StorageError
+from lance_edge.datasets import Dataset
+from lance_edge.errors import (
+    CheckpointError,
+    Interrupted,
+    LanceError,
+    NumericalError,
+    PlatformError,
+    StorageError,
+)
 from lance_edge.images import Part
 from lance_edge.manifest import LOGITS
-from lance_edge.profiles import HistoryRow
+from lance_edge.screening import steady
 
 Float = NDArray[np.float32]
+
+TOO_LITTLE_MEMORY = "not enough memory; close other programs, use a smaller --micro-batch, or --memory-limit"
 
 
 def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
@@ -42,14 +56,19 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
     Raises:
         LanceError: of the kind that fits; all but `StorageError` leave the last complete step in `last.npz`.
     """
-    with Bundle(request.artifact) as bundle:
-        dataset = open_dataset(request.data, bundle.manifest.split, bundle.manifest.classes)
+    with Bundle(request.artifact) as bundle, RunFolder(request.out).held(create=not request.resume):
+        check_request(request, bundle)
+        dataset, skipped = open_images(request, bundle, reporter.note)
+        absentees = Absentees(reporter.note)
+        dataset = steady(dataset, absentees.report)
         run = open_run(request, bundle, dataset)
         with (
-            stop_on_signals(reporter.note) as stop,
+            stop_on_signals(reporter.note, interrupt_graphs) as stop,
             closing(_features(run, bundle, dataset, reporter)) as features,
         ):
-            result = Training(request, run, bundle, dataset, features, reporter).run(stop)
+            training = Training(request, run, bundle, dataset, features, reporter)
+            absentees.begin(run, skipped, features.stop_keeping)
+            result = training.run(stop)
             features.close(discard=run.cache.is_own)
             return result
 
@@ -78,20 +97,22 @@ class Training:
         self._request, self._run, self._bundle, self._dataset = request, run, bundle, dataset
         self._features, self._reporter = features, reporter
         self._step = training_step(bundle, run.variant, run.parameters, options.threads, features, run.targets)
-        if request.resume:
+        if run.is_resumed:
             _load_state(self._step, run)
         else:
             run.codec_state = self._step.state()
         self._predict = load_graph(bundle, run.variant, "predict", options.threads)
         self._sgd = SGD(options.momentum, options.weight_decay, options.clip)
-        self._unwritten_best: Checkpoint | None = None
-        self._saved_step, self._saved_at = run.progress.step, time.monotonic()
-        if not request.resume:
+        health = HealthProbe()
+        self._pacer = Pacer(request.pace, health, reporter.note)
+        if run.notes or not run.is_resumed:  # a damaged last.npz must never become previous.npz
             write_checkpoint(run.folder.last, make_checkpoint(run, bundle))
-            run.folder.write_split(dataset)
+        if run.folder.write_split(dataset) and run.is_resumed:
+            run.notes.append("split.csv was missing, damaged, or of other test images: it is written anew")
         memory = MemoryProbe()
         self._meter = PhaseMeter(memory)
-        self._log = RunLog(request, run, bundle, dataset, memory)
+        self._log = RunLog(request, run, bundle, dataset, memory, health)
+        self._keeper = Keeper(run, bundle, self._log, self._meter, request.checkpoint_every)
 
     def run(self, stop: StopRequest) -> TrainResult:
         """The loop."""
@@ -101,15 +122,20 @@ class Training:
             while self._run.progress.step < self._run.total_steps:
                 self._train_step(stop)
                 self._evaluate_if_due(stop)
-                self._save_if_due()
-            self._save()
+                self._keeper.save_if_due()
+                self._pause_if_owed(stop)
+            self._keeper.save()
         except LanceError as error:
             raise self._wind_up(error) from None
+        except MemoryError:
+            raise self._wind_up(PlatformError(TOO_LITTLE_MEMORY)) from None
         return self._log.finish("finished")
 
     def _announce(self) -> None:
         dataset = self._dataset
-        if self._request.resume:
+        for note in self._run.notes:
+            self._reporter.note(f"warning: {note}")
+        if self._run.is_resumed:
             self._reporter.note(f"resuming after step {self._run.progress.step} of {self._run.total_steps}")
         else:  # a resumed run keeps its options
             values = self._request.values
@@ -121,6 +147,8 @@ class Training:
             f" {len(dataset.validation)} validation, {len(dataset.test)} test images;"
             f" {self._run.total_steps} steps of {self._run.stream.batch_size}"
         )
+        if self._run.memory is not None:
+            self._reporter.note(str(self._run.memory))
         if not len(dataset.validation):
             self._reporter.note("no validation images: best.npz will be the epoch of the lowest training loss")
 
@@ -135,29 +163,54 @@ class Training:
         computed = self._features.computed
         try:
             outcome = self._step.run(batch, run.options.micro_batch, self._meter, stop.check)
-            with self._meter.phase("update"):
+            with self._meter.phase("update"), self._keeper.changing():
                 rate = self._learning_rate(number)
                 self._sgd.update(run.parameters, run.velocity, outcome.gradients, rate)
+            run.progress.skipped_in_a_row = 0
         except NumericalError as error:
-            raise self._explain(error) from None
+            outcome = self._skip(error)
         self._count(outcome)
         costs = self._meter.take_step()
         self._log.step(outcome, costs, cached=self._features.computed == computed)
-        self._reporter.step(self._view(outcome, costs["step"].latency_ns, costs["step"].rss_kib))
+        self._reporter.step(step_view(run, self._log, outcome, costs["step"]))
+
+    def _skip(self, error: NumericalError) -> StepOutcome:
+        """Leave weights and momentum as they are and go on, if that is what the options say."""
+        run, progress = self._run, self._run.progress
+        if run.options.on_nan == "stop" or progress.skipped_in_a_row == MOST_IN_A_ROW:
+            raise self._explain(error) from None
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        progress.rate_factor *= RATE_FACTORS[run.options.on_nan]
+        self._reporter.note(
+            f"warning: step {progress.step + 1}: {error}; not applied (--on-nan {run.options.on_nan}),"
+            f" going on at {100 * progress.rate_factor:g} % of the learning rate"
+        )
+        self._step.load_state(run.codec_state)  # as the last good step left it
+        return StepOutcome(math.nan, 0, {}, 0)
+
+    def _pause_if_owed(self, stop: StopRequest) -> None:
+        if self._pacer.owes_pause() and self._run.progress.step < self._run.total_steps:
+            with self._meter.phase("pause"):
+                self._pacer.pause(stop.check)
+            self._log.pause(self._meter.take("pause"))
 
     def _learning_rate(self, step: int) -> float:
         options = self._run.options
-        return SCHEDULES[options.schedule](options.lr, step, self._run.total_steps)
+        rate = SCHEDULES[options.schedule](options.lr, step, self._run.total_steps)
+        return rate * self._run.progress.rate_factor
 
     def _count(self, outcome: StepOutcome) -> None:
         """The step is complete: weights, momentum and progress belong together again."""
         progress, stream = self._run.progress, self._run.stream
+        self._keeper.changed()
         progress.step += 1
         progress.epoch = stream.complete_epochs(progress.step)
-        progress.loss_sum += outcome.loss * stream.batch_size
-        progress.correct += outcome.correct
         self._run.codec_state = self._step.state()
-        progress.samples += stream.batch_size
+        if math.isfinite(outcome.loss):
+            progress.loss_sum += outcome.loss * stream.batch_size
+            progress.correct += outcome.correct
+            progress.samples += stream.batch_size
         progress.seconds = self._log.seconds()
 
     def _evaluate_if_due(self, stop: StopRequest) -> None:
@@ -174,14 +227,16 @@ class Training:
         with self._meter.phase("eval"):
             validation = self._evaluate_part(dataset.validation, stop.check)
             test = self._evaluate_part(dataset.test, stop.check)
-        row = self._history_row(validation, test)
-        if row.best:
-            self._remember_best(row)
+        rate = self._learning_rate(progress.step - 1)
+        row = history_row(self._run, self._log, rate, validation, test)
         progress.evaluated_step = progress.step
         progress.loss_sum, progress.correct, progress.samples = 0.0, 0, 0
         progress.seconds = self._log.seconds()
+        self._keeper.changed()
         samples, cached = len(dataset.validation) + len(dataset.test), self._features.computed == computed
         self._log.evaluation(row, samples, self._meter.take("eval"), cached)
+        if row.best:
+            self._keeper.remember_best(row)
         self._reporter.epoch(row)
 
     def _evaluate_part(self, part: Part, before_each: Callable[[], None]) -> Evaluation | None:
@@ -195,54 +250,13 @@ class Training:
         boundary = self._features.boundary(batch, slice(0, len(batch)), Unmetered())
         return self._predict.run({**self._run.parameters, **boundary})[LOGITS]
 
-    def _history_row(self, validation: Evaluation | None, test: Evaluation | None) -> HistoryRow:
-        progress = self._run.progress
-        row = HistoryRow(
-            epoch=self._log.epoch_of(progress.step),
-            step=progress.step,
-            learning_rate=self._learning_rate(progress.step - 1),
-            train_loss=progress.loss_sum / progress.samples,
-            train_accuracy=progress.correct / progress.samples,
-            validation_accuracy=validation.accuracy if validation else None,
-            validation_loss=validation.loss if validation else None,
-            test_accuracy=test.accuracy if test else None,
-            test_loss=test.loss if test else None,
-            best=False,
-            time_s=self._log.seconds(),
-        )
-        return dataclasses.replace(row, best=is_better(row, progress.best))
-
-    def _remember_best(self, row: HistoryRow) -> None:
-        """Keep a copy of the weights; it reaches the disk with the next `last.npz`, to spare an SD card."""
-        run = self._run
-        run.progress.best = Best(
-            row.epoch, row.step, row.train_loss, row.validation_accuracy, row.validation_loss, row.test_accuracy
-        )
-        self._unwritten_best = copy.deepcopy(make_checkpoint(run, self._bundle))
-
-    def _save_if_due(self) -> None:
-        every = self._request.checkpoint_every
-        by_steps = every.steps is not None and self._run.progress.step - self._saved_step >= every.steps
-        by_time = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
-        if by_steps or by_time:
-            self._save()
-
-    def _save(self) -> None:
-        with self._meter.phase("checkpoint"):
-            if self._unwritten_best is not None:
-                write_checkpoint(self._run.folder.best, self._unwritten_best)
-                self._unwritten_best = None
-            write_checkpoint(self._run.folder.last, make_checkpoint(self._run, self._bundle))
-        self._saved_step, self._saved_at = self._run.progress.step, time.monotonic()
-        self._log.checkpoint(self._meter.take("checkpoint"))
-
     def _wind_up(self, error: LanceError) -> LanceError:
         """Save what is good, complete the files, and say how to go on."""
         if isinstance(error, StorageError):
             with suppress(StorageError):  # the disk is full: what was saved before still stands
                 self._log.finish("failed", str(error))
             return error
-        self._save()
+        self._keeper.save()
         if not isinstance(error, Interrupted):
             self._log.finish("failed", str(error))
             return error
@@ -257,22 +271,8 @@ class Training:
         options, step = self._run.options, self._run.progress.step
         return NumericalError(
             f"step {step + 1}: {error}; the step was not applied, the state after step {step} is in"
-            f" {self._run.folder.last}; start again with a lower --lr (this run: {options.lr:g})"
-            + ("" if options.clip else " or with --clip 2")
-        )
-
-    def _view(self, outcome: StepOutcome, latency_ns: int, rss_kib: int | None) -> StepView:
-        run, progress = self._run, self._run.progress
-        return StepView(
-            epoch=self._log.epoch_of(progress.step),
-            epochs=self._log.epoch_of(run.total_steps),
-            step=progress.step,
-            total_steps=run.total_steps,
-            loss=outcome.loss,
-            accuracy=progress.correct / progress.samples,
-            images_per_s=run.stream.batch_size / (latency_ns * 1e-9),
-            rss_kib=rss_kib,
-            seconds_left=self._log.seconds_left(),
+            f" {self._run.folder.last}; go on with --resume --on-nan halve-lr, or start again with a lower --lr"
+            f" (this run: {options.lr:g})" + ("" if options.clip else " or with --clip 2")
         )
 
 
@@ -281,18 +281,3 @@ def _load_state(step: TrainingStep, run: Run) -> None:
         step.load_state(run.codec_state)
     except CheckpointError as error:
         raise CheckpointError(f"{run.folder.last}: {error}") from None
-
-
-def is_better(row: HistoryRow, best: Best | None) -> bool:
-    """Whether an evaluation beats the best so far.
-
-    By validation accuracy, ties by validation loss; without validation images by training loss.  Never by
-    the test images: they would no longer tell how the chosen weights do on images never seen.
-    """
-    if best is None:
-        return True
-    if row.validation_accuracy is None or best.validation_accuracy is None:
-        return row.train_loss < best.train_loss
-    if row.validation_accuracy != best.validation_accuracy:
-        return row.validation_accuracy > best.validation_accuracy
-    return (row.validation_loss or 0.0) < (best.validation_loss or 0.0)

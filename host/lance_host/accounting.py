@@ -70,6 +70,22 @@ def lance_forward_macs(layer: Layer, batch_size: int, ranks: Sequence[int]) -> i
     return bp_forward_macs(layer, batch_size) + batch_size * math.prod(layer.input_shape) * sum(projected)
 
 
+def asi_forward_macs(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
+    """As LANCE, and one step of subspace iteration `A_i (A_i^T U_i)` for each mode: `2 B C H W r_i`.
+
+    Making the columns orthonormal again, `n_i r_i^2`, is small beside it and left out.
+    """
+    projection = lance_forward_macs(layer, batch_size, ranks) - bp_forward_macs(layer, batch_size)
+    return lance_forward_macs(layer, batch_size, ranks) + 2 * projection
+
+
+def hosvd_forward_macs(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
+    """As LANCE, and for each mode of size n its Gram matrix, `n B C H W`, and eigenvectors, some `n^3`."""
+    sizes = (batch_size, *layer.input_shape)
+    gram = sum(sizes) * math.prod(sizes)
+    return lance_forward_macs(layer, batch_size, ranks) + gram + sum(size**3 for size in sizes)
+
+
 def bp_weight_gradient_macs(layer: Layer, batch_size: int) -> int:
     """`B O H' W' (C/groups) k k` multiply-adds, as many as forward."""
     return bp_forward_macs(layer, batch_size)

@@ -24,6 +24,7 @@ from lance_edge.manifest import (
     TensorSpec,
     projection_name,
 )
+from lance_edge.screening import steady
 from lance_host.autodiff.emit import Emit
 from lance_host.budget import check_budget
 from lance_host.calibrate import calibration_batches, choose_batch_size, layer_spectra
@@ -43,7 +44,7 @@ from lance_host.verify import Samples, verify_on_any
 
 VERIFY_IMAGES = 8  # a set; U0 has no rows for more than a batch
 VERIFY_SETS = 3
-PERPLEXITY_BATCHES = 4  # of the calibration batches; each takes a pass through the network in PyTorch
+JUDGING_BATCHES = 4  # that a budget's gradients are measured on; each takes a pass through PyTorch
 Spectra = Mapping[str, Sequence[Spectrum]]
 
 
@@ -54,7 +55,7 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
         LanceError: with nothing written, for anything that the request, images or network do not allow.
     """
     check(request)
-    dataset = open_dataset(request.data, request.split)
+    dataset = steady(open_dataset(request.data, request.split), feedback.say_bad_image)
     network = load_network(
         request.network, len(dataset.classes), feedback.say, feedback.download, dataset.array_shape
     )
@@ -64,8 +65,9 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
     check_trainable(captured[-1], request.layers)
     for method, budget in request.budgets.items():
         check_budget(method, budget, [one.layers for one in captured], batch_size)
-    spectra, batches = measure_spectra(request, network, captured[-1], dataset, batch_size, feedback)
-    ranks = select_ranks(request, network, captured, spectra, dataset, batch_size, feedback)
+    order, judging = choose_images(request, dataset, batch_size, feedback)
+    spectra, batches = measure_spectra(request, network, captured[-1], dataset, order, feedback)
+    ranks = select_ranks(request, network, captured, spectra, dataset, judging, feedback)
     variants = share(compile_variants(request, captured, ranks, spectra, batch_size, feedback))
     verify_variants(network, captured, variants, spectra, dataset, batch_size, feedback)
 
@@ -93,18 +95,34 @@ def capture_selections(network: Network) -> tuple[Captured, ...]:
 # --- phase I ------------------------------------------------------------------------------------------
 
 
+def choose_images(
+    request: Request, dataset: Dataset, batch_size: int, feedback: Feedback
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The images of calibration and those that ranks within a budget are judged on, `[batches, B]` each.
+
+    Subspaces fit the images that they come from too well, so the second are others, as far as there are any.
+    """
+    wanted = request.batches + (JUDGING_BATCHES if request.budgets else 0)
+    order = calibration_batches(len(dataset.train), batch_size, wanted, request.seed)
+    judging = min(JUDGING_BATCHES, len(order) - 1) if request.budgets else 0
+    if request.budgets and not judging:
+        feedback.say("there is one batch of images: it judges the gradients of subspaces that come from it")
+        return order, order
+    return order[: len(order) - judging], order[len(order) - judging :]
+
+
 def measure_spectra(
     request: Request,
     network: Network,
     captured: Captured,
     dataset: Dataset,
-    batch_size: int,
+    order: NDArray[np.int64],
     feedback: Feedback,
 ) -> tuple[Spectra, int]:
     """The spectra of every trainable layer's input, and the number of batches that they come from."""
     if not captured.layers or request.methods == ("bp",):
         return {}, 0
-    order = calibration_batches(len(dataset.train), batch_size, request.batches, request.seed)
+    batch_size = order.shape[1]
     feedback.say(f"calibration: {len(order)} batches of {batch_size} training images")
     model, taps = tap_inputs(captured, network_weights(network))
     spectra = layer_spectra(
@@ -150,14 +168,13 @@ def select_ranks(
     captured: Sequence[Captured],
     spectra: Spectra,
     dataset: Dataset,
-    batch_size: int,
+    order: NDArray[np.int64],
     feedback: Feedback,
 ) -> RankChoice:
     """The ranks of every variant, by energy or within a budget, where a few batches measure the gradients."""
-    order = calibration_batches(len(dataset.train), batch_size, PERPLEXITY_BATCHES, request.seed)
     batches = GradientBatches(network.module, captured[-1].layers, dataset.train, network.preprocessing, order)
     selections = tuple(one.layers for one in captured)
-    return choose_ranks(request, selections, spectra, batch_size, batches, feedback)
+    return choose_ranks(request, selections, spectra, batches, feedback)
 
 
 # --- graphs -------------------------------------------------------------------------------------------

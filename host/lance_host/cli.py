@@ -274,6 +274,33 @@ def merge(artifact: Path, checkpoint: Path, output: Path) -> None:
     click.echo(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
 
 
+@cli.command()
+@click.argument("key", type=FILE)
+def keygen(key: Path) -> None:
+    """Make a key pair for signing packages: KEY stays secret, KEY.pub goes to the boards.
+
+    \b
+    lance-host keygen ~/.config/lance-edge/key
+    """
+    from lance_host.signing import make_keys
+
+    click.echo(f"wrote {key} (keep it secret) and {make_keys(key)} (for lance-device --require-signature)")
+
+
+@cli.command()
+@click.option("--key", type=FILE, required=True, help="The private key of lance-host keygen.")
+@click.argument("artifact", type=FILE)
+def sign(key: Path, artifact: Path) -> None:
+    """Sign a package; copy pkg.tar.sig along with pkg.tar.
+
+    \b
+    lance-host sign --key ~/.config/lance-edge/key pkg.tar
+    """
+    from lance_host.signing import sign as write
+
+    click.echo(f"wrote {write(artifact, key)}")
+
+
 @cli.command("sample-data")
 @click.argument("folder", type=FILE)
 @click.option("--per-class", type=int, help="Images of each class at most. Default: all.")

@@ -71,6 +71,10 @@ class Feedback:
         """Progress of a download, in bytes."""
         self.progress("download", done, size)
 
+    def say_bad_image(self, part: str, name: str, reason: str) -> None:
+        """An image cannot be read, and another of its class stands in."""
+        self.say(f"warning: {name} cannot be read ({reason}); another of its class stands in")
+
 
 def check(request: Request) -> None:
     """Refuse what cannot work before minutes are spent on it.

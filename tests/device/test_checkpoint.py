@@ -13,6 +13,7 @@ from lance_device.checkpoint import read_checkpoint, write_checkpoint
 from lance_edge.bundle import Bundle
 from lance_edge.errors import CheckpointError
 from lance_edge.records import to_json
+from lance_edge.sealed import write_sealed
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,11 @@ def bundle(package):
 
 
 def _changed(last, path, **changes):
-    """A copy of the checkpoint with these arrays replaced, or removed where the value is None."""
+    """A sealed copy of the checkpoint with these arrays replaced, or removed where the value is None."""
     with np.load(last) as archive:
-        arrays = {name: archive[name] for name in archive.files} | changes
-    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+        arrays = {name: archive[name] for name in archive.files if name != "sha256"} | changes
+    with path.open("wb") as file:
+        write_sealed(file, {name: value for name, value in arrays.items() if value is not None})
     return path
 
 
@@ -77,8 +79,8 @@ def test_wrong_content_is_named(last, bundle, tmp_path, changes, words):
 
 
 def test_a_newer_schema_says_so(last, bundle, tmp_path):
-    with pytest.raises(CheckpointError, match="checkpoint schema 2, this runtime reads 1; install a newer"):
-        read_checkpoint(_changed_meta(last, tmp_path / "new.npz", schema_version=2), bundle)
+    with pytest.raises(CheckpointError, match="checkpoint schema 3, this runtime reads 2; install a newer"):
+        read_checkpoint(_changed_meta(last, tmp_path / "new.npz", schema_version=3), bundle)
 
 
 def test_damaged_meta_is_named(last, bundle, tmp_path):

@@ -169,7 +169,7 @@ def test_models_that_cannot_be_used(merged, images, tmp_path):
         lance_device("predict", "--model", tmp_path / "no.onnx", images), 6
     )
     (tmp_path / "junk.onnx").write_bytes(b"junk")
-    assert "cannot load this graph" in refused(
+    assert "not a graph that lance-edge runs" in refused(
         lance_device("predict", "--model", tmp_path / "junk.onnx", images), 3
     )
     helper.set_model_props(model, {"classes": '["a"]', "preprocessing": json.dumps(to_json(PREPROCESSING))})

@@ -28,10 +28,12 @@ from lance_device.measure import PhaseMeter
 from lance_device.probe import MemoryProbe
 from lance_device.session import Graph
 from lance_device.step import training_step
+from lance_device.step_graphs import StepGraphs
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import ArtifactError, Interrupted, NumericalError
 from lance_edge.images import load_batch
+from lance_edge.sealed import SEAL, write_sealed
 
 METHODS = ("asi", "hosvd")
 LAYERS = ("one", "two")
@@ -348,8 +350,9 @@ def copied_run(run_folder, to, **changes):
     for file in run_folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
     with np.load(run_folder / "last.npz") as archive:
-        stored = {name: archive[name] for name in archive.files} | changes
-    np.savez(to / "last.npz", **{name: value for name, value in stored.items() if value is not None})
+        stored = {name: archive[name] for name in archive.files if name != SEAL} | changes
+    with (to / "last.npz").open("wb") as file:
+        write_sealed(file, {name: value for name, value in stored.items() if value is not None})
     return to
 
 
@@ -421,6 +424,18 @@ def test_asi_with_ranks_that_do_not_fit(tmp_path, ranks):
         "method asi: the package's ranks do not fit (ASI: expected for each mode of (16, 6, 6, 6) a rank from"
         f" 1 to its size, found {ranks}); rebuild it with lance-host"
     )
+
+
+def test_a_statistic_that_is_of_another_shape_each_time(layered):
+    """Numpy would broadcast one row over all: ranks of `hosvd` are of no fixed size, but of one in a batch."""
+    with Bundle(layered.path) as bundle:
+        variant = bundle.manifest.variant("hosvd")
+        graphs = StepGraphs(bundle, variant, starting_parameters(bundle, variant), 1, None, None)
+    totals, name = {}, variant.statistics[0].name
+    graphs.accumulate(totals, {name: np.ones((5, 2), np.float32)})
+    with pytest.raises(ArtifactError) as caught:
+        graphs.accumulate(totals, {name: np.ones((1, 2), np.float32)})
+    assert f"statistic {name} is [1, 2] after [5, 2] of another micro-batch; rebuild" in str(caught.value)
 
 
 def test_an_activation_that_no_graph_gives(tmp_path):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from lance_device.graphs import load_graph, load_projections, starting_parameters
-from lance_device.session import Graph
+from lance_device.session import Graph, fits
 from lance_device.step import training_step
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ArtifactError, PlatformError
+from lance_edge.manifest import TensorSpec
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_an_input_that_does_not_fit_ends_in_one_line(bundle, variant):
 
 
 def test_what_is_no_graph_is_named():
-    with pytest.raises(ArtifactError, match=r"^pkg.tar: x.onnx: onnxruntime .* cannot load") as caught:
+    with pytest.raises(ArtifactError, match=r"^pkg.tar: x.onnx: not a graph that lance-edge runs \(") as caught:
         Graph(b"junk", "pkg.tar: x.onnx", 1)
     assert "\n" not in str(caught.value)
 
@@ -100,3 +101,31 @@ except PlatformError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert "onnxruntime is installed but does not load here (libc.so.6: version `GLIBC_2.28'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "expected"),
+    [
+        (("N", 3), (5, 3), True),
+        (("N", 3), (5, 4), False),
+        (("N", 3), (5, 3, 1), False),
+        (("N", "N"), (5, 5), True),
+        (("N", "N"), (5, 4), False),
+        (("4*N", 3, "N"), (20, 3, 5), True),
+        (("4*N", 3), (18, 3), False),
+        (("N", "4*N"), (5, 16), False),
+        (("r", "r"), (2, 2), True),
+        (("r", "N", "r"), (2, 5, 3), False),
+    ],
+)
+def test_shapes_of_names_and_multiples(shape, sizes, expected):
+    spec = TensorSpec("x", shape, "float32")
+    assert fits(np.zeros(sizes, np.float32), spec, {}) == expected
+    assert not fits(np.zeros(sizes, np.float64), spec, {})
+
+
+def test_a_name_means_the_same_in_all_arrays():
+    dims = {}
+    assert fits(np.zeros((5, 2), np.float32), TensorSpec("x", ("N", 2), "float32"), dims)
+    assert not fits(np.zeros(4, np.float32), TensorSpec("y", ("N",), "float32"), dims)
+    assert fits(np.zeros(10, np.float32), TensorSpec("z", ("2*N",), "float32"), dims)

@@ -43,7 +43,7 @@ def test_arrays_are_divided_like_images_and_never_changed(file):
     dataset = open_dataset(file, SPLIT)
     assert dataset.array_shape == SHAPE
     assert dataset.classes == ("still", "moving")
-    assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [12, 2, 6]
+    assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [12, 4, 4]
     whole = arrays()
     for part in (dataset.train, dataset.validation, dataset.test):
         batch = load_batch(part, range(len(part)), ArrayInput(SHAPE))

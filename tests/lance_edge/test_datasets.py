@@ -366,6 +366,9 @@ def test_npz_pixels_are_held_once(npz):
     assert dataset.train.pixels is dataset.validation.pixels
 
 
+EITHER_KIND = "x must be uint8 [N, H, W, 3] (images) or float32 [N, ...] (arrays for the network as they are)"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -375,12 +378,12 @@ def test_npz_pixels_are_held_once(npz):
         ({"y_test": np.zeros(2, int)}, "expected an array x_test, found x, y, y_test; add it"),
         (
             {"x": np.zeros((24, 5, 4, 3))},
-            "x must be uint8 [N, H, W, 3], found float64 [24, 5, 4, 3]; convert it",
+            f"{EITHER_KIND}, found float64 [24, 5, 4, 3]; convert it",
         ),
-        ({"x": np.zeros((24, 3, 5, 4), np.uint8)}, "x must be uint8 [N, H, W, 3], found uint8 [24, 3, 5, 4]"),
-        ({"x": np.zeros((24, 5, 4), np.uint8)}, "x must be uint8 [N, H, W, 3], found uint8 [24, 5, 4]"),
-        ({"x": np.zeros((0, 5, 4, 3), np.uint8)}, "x must be uint8 [N, H, W, 3], found uint8 [0, 5, 4, 3]"),
-        ({"x": np.zeros((24, 0, 4, 3), np.uint8)}, "x must be uint8 [N, H, W, 3], found uint8 [24, 0, 4, 3]"),
+        ({"x": np.zeros((24, 3, 5, 4), np.uint8)}, f"{EITHER_KIND}, found uint8 [24, 3, 5, 4]"),
+        ({"x": np.zeros((24, 5, 4), np.uint8)}, f"{EITHER_KIND}, found uint8 [24, 5, 4]"),
+        ({"x": np.zeros((0, 5, 4, 3), np.uint8)}, f"{EITHER_KIND}, found uint8 [0, 5, 4, 3]"),
+        ({"x": np.zeros((24, 0, 4, 3), np.uint8)}, f"{EITHER_KIND}, found uint8 [24, 0, 4, 3]"),
         ({"y": np.zeros(24)}, "y must be int64 [24], one label for each of x, found float64 [24]; convert it"),
         ({"y": np.zeros(23, int)}, "y must be int64 [24], one label for each of x, found int64 [23]"),
         ({"y": np.zeros((24, 1), int)}, "y must be int64 [24], one label for each of x, found int64 [24, 1]"),

@@ -3,13 +3,16 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lance_edge.errors import DataError
 from lance_edge.profiles import (
+    MOST_KEPT,
     HistoryRow,
+    LatencyCollector,
     StepRow,
     SummaryRow,
     cells,
@@ -166,6 +169,23 @@ def test_summaries_equal_the_standard_library(latencies_ms):
     expected_std = statistics.stdev(latencies_ms) if len(latencies_ms) > 1 else 0.0
     assert found.std_ms == pytest.approx(expected_std, rel=1e-6, abs=1e-6)
     assert found.p50_ms <= found.p90_ms <= found.p99_ms
+
+
+@pytest.mark.parametrize("count", [MOST_KEPT, MOST_KEPT + 1, 3 * MOST_KEPT, 10 * MOST_KEPT + 7])
+def test_a_long_run_is_summarised_in_a_bounded_memory(count):
+    """Percentiles from an even sample of at least half of `MOST_KEPT`."""
+    latencies_ms = np.random.default_rng(count).permutation(np.linspace(0, 100, count))
+    collector = LatencyCollector()
+    for latency_ms in latencies_ms:
+        collector.add(dataclasses.replace(ROW, latency_ms=float(latency_ms)))
+    assert MOST_KEPT // 2 < len(collector._phases[ROW.phase]._kept) <= MOST_KEPT
+    [found] = collector.rows()
+    assert (found.n, found.min_ms, found.max_ms) == (count, 0.0, 100.0)
+    assert found.mean_ms == pytest.approx(np.mean(latencies_ms), rel=1e-9)
+    assert found.std_ms == pytest.approx(np.std(latencies_ms, ddof=1), rel=1e-9)
+    # Standard error of a quantile q of n of them: 100 sqrt(q (1 - q) / n), at most 1.1 for n = 2048; 3 of it.
+    for share, percentile_ms in ((0.5, found.p50_ms), (0.9, found.p90_ms), (0.99, found.p99_ms)):
+        assert abs(percentile_ms - 100 * share) < 300 * math.sqrt(share * (1 - share) / (MOST_KEPT // 2))
 
 
 def test_summaries_stand_in_the_order_of_the_phases():

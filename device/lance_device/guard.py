@@ -1,0 +1,115 @@
+"""What memory there is, and a bound on it, so that a lack is an error within this process and not its end.
+
+Linux hands out more memory than there is and kills who touches it.  Below the bound an allocation fails at
+once, and the run ends in one line with its last complete step saved.
+"""
+
+import contextlib
+import ctypes
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from lance_edge.errors import PlatformError
+
+STATUS = Path("/proc/self/status")
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+# Control groups, version 2 and 1: folder below GROUPS, what a group may use, what it uses, and in memory.stat
+# what of that is files in memory, which the kernel takes back when it needs to.
+GROUP_FILES = {
+    "": ("", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    "memory": (
+        *("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("total_inactive_file", "total_active_file"),
+    ),
+}
+M_ARENA_MAX = -8  # malloc.h
+# Address space that Python with numpy, pillow and onnxruntime 1.31 takes on x86-64 before any network: 155 MiB.
+LEAST_ADDRESS_SPACE = 176 << 20
+
+
+@contextlib.contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Within the block, data of this process (as `RLIMIT_DATA` counts them) grow by what is free at most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    data = status_bytes("VmData", "VmStk")
+    if data is None:
+        yield
+        return
+    bound = data + free_bytes()
+    if soft != resource.RLIM_INFINITY:
+        bound = min(bound, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def expect_address_space() -> None:
+    """See that a limit on address space (`ulimit -v`) leaves room to load the libraries at all, and save some.
+
+    glibc reserves 64 MiB of address space for every thread that allocates; one heap for all is enough here.
+
+    Raises:
+        PlatformError: if not; they would fail to load in many ways, some of them without a word.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return
+    if limit < LEAST_ADDRESS_SPACE:
+        raise PlatformError(
+            f"ulimit -v is {limit >> 20} MiB, but Python with numpy and onnxruntime needs"
+            f" {LEAST_ADDRESS_SPACE >> 20} MiB of address space before any network; allow it more"
+        )
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
+def status_bytes(*names: str) -> int | None:
+    """Entries of /proc/self/status (`VmData`, `VmPeak`), added up; `None` where there is no such file."""
+    prefixes = tuple(f"{name}:" for name in names)
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(prefixes))
+
+
+def free_bytes() -> int:
+    """Memory that this process can still get: of the machine, and of its control groups."""
+    free = [int(psutil.virtual_memory().available)]
+    free += [limit - used for limit, used in _group_memory()]
+    return max(0, min(free))
+
+
+def group_limit_bytes() -> int | None:
+    """The tightest limit of the control groups that this process is in; `None` if there is none."""
+    limits = [limit for limit, _ in _group_memory() if limit < psutil.virtual_memory().total]
+    return min(limits, default=None)
+
+
+def _group_memory() -> Iterator[tuple[int, int]]:
+    """`(limit, use)` of every group from this process's own up to the root, where there is a limit."""
+    with contextlib.suppress(OSError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            kind = next((kind for kind in controllers.split(",") if kind in GROUP_FILES), None)
+            if kind is None:
+                continue
+            folder, limit_name, used_name, files = GROUP_FILES[kind]
+            group = Path(path.lstrip("/"))
+            for parent in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                    base = GROUPS / folder / parent
+                    used = int((base / used_name).read_text()) - _entries(base / "memory.stat", files)
+                    yield int((base / limit_name).read_text()), used
+
+
+def _entries(path: Path, names: tuple[str, ...]) -> int:
+    """The sum of some lines `name value` of a file."""
+    pairs = (line.split() for line in path.read_text().splitlines())
+    return sum(int(value) for name, value in pairs if name in names)

@@ -1,0 +1,92 @@
+"""Keeping a run's state on disk: when, and in which order, so that a power cut leaves a state that is whole."""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Iterator
+
+from lance_device.checkpoint import Best, Checkpoint, write_checkpoint
+from lance_device.measure import PhaseMeter
+from lance_device.run_log import RunLog
+from lance_device.run_setup import CheckpointEvery, Run, make_checkpoint
+from lance_edge.bundle import Bundle
+from lance_edge.errors import NumericalError
+from lance_edge.profiles import HistoryRow
+
+
+class Keeper:
+    """Writes `last.npz`, `previous.npz` and `best.npz` of one run."""
+
+    def __init__(
+        self, run: Run, bundle: Bundle, log: RunLog, meter: PhaseMeter, every: CheckpointEvery
+    ) -> None:
+        self._run, self._bundle, self._log, self._meter, self._every = run, bundle, log, meter, every
+        self._unwritten_best: Checkpoint | None = None
+        self._is_saved, self._is_torn = True, False
+        self._saved_step, self._saved_at = run.progress.step, time.monotonic()
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Weights and momentum are being updated: if that breaks off, they are no state and never saved."""
+        self._is_torn = True
+        try:
+            yield
+        except NumericalError:  # nothing was changed
+            self._is_torn = False
+            raise
+        self._is_torn = False
+
+    def changed(self) -> None:
+        """The state is no longer what is on disk."""
+        self._is_saved = False
+
+    def remember_best(self, row: HistoryRow) -> None:
+        """Keep a copy of the state; it reaches the disk with the next `last.npz`, to spare an SD card."""
+        self._run.progress.best = Best(
+            row.epoch, row.step, row.train_loss, row.validation_accuracy, row.validation_loss, row.test_accuracy
+        )
+        self._log.mark()
+        self._unwritten_best = copy.deepcopy(make_checkpoint(self._run, self._bundle))
+
+    def save_if_due(self) -> None:
+        """Save if the last time is so many steps, or so long, ago."""
+        every = self._every
+        by_steps = every.steps is not None and self._run.progress.step - self._saved_step >= every.steps
+        by_time = every.seconds is not None and time.monotonic() - self._saved_at >= every.seconds
+        if by_steps or by_time:
+            self.save()
+
+    def save(self) -> None:
+        """Make the state durable; `recover.py` relies on the order.
+
+        Raises:
+            StorageError: if it cannot be written; what was saved before still stands.
+        """
+        if self._is_saved or self._is_torn:
+            return
+        folder = self._run.folder
+        with self._meter.phase("checkpoint"):
+            self._log.keep()
+            if self._unwritten_best is not None:
+                write_checkpoint(folder.best, self._unwritten_best)
+                self._unwritten_best = None
+            write_checkpoint(folder.last, make_checkpoint(self._run, self._bundle), folder.previous)
+        self._is_saved = True
+        self._saved_step, self._saved_at = self._run.progress.step, time.monotonic()
+        self._log.checkpoint(self._meter.take("checkpoint"))
+
+
+def is_better(row: HistoryRow, best: Best | None) -> bool:
+    """Whether an evaluation beats the best so far.
+
+    By validation accuracy, ties by validation loss; without validation images by training loss.  Never by
+    the test images: they would no longer tell how the chosen weights do on images never seen.
+    """
+    if best is None:
+        return True
+    if row.validation_accuracy is None or best.validation_accuracy is None:
+        return row.train_loss < best.train_loss or math.isnan(best.train_loss)
+    if row.validation_accuracy != best.validation_accuracy:
+        return row.validation_accuracy > best.validation_accuracy
+    return (row.validation_loss or 0.0) < (best.validation_loss or 0.0)

@@ -1,0 +1,69 @@
+"""Whether a package is signed by whom the user trusts: asked before anything in it is read."""
+
+from pathlib import Path
+from typing import Any
+
+from lance_edge.errors import ArtifactError
+from lance_edge.files import file_digest
+from lance_edge.signature import fingerprint, message, no_cryptography, read_signature, signature_path
+
+
+def require_signature(package: Path, public_key: Path) -> None:
+    """Check `package.sig` against the package's bytes and a public key in PEM.
+
+    Raises:
+        ArtifactError: if package, signature and key do not belong together, or one is missing.
+        PlatformError: if the extra is not installed.
+    """
+    key = _read_key(public_key)
+    path = signature_path(package)
+    signature = read_signature(path)
+    own = fingerprint(key.public_bytes_raw())
+    if not _is_signed(key, signature.signature, message(signature.package_sha256)):
+        by = "" if signature.key == own else f": it says {signature.key}, this key is {own}"
+        raise ArtifactError(f"{path}: not signed with {public_key}{by}; do not use this package")
+    if _digest(package) != signature.package_sha256:
+        raise ArtifactError(
+            f"{package}: not the package that was signed (expected sha256 {signature.package_sha256[:12]}...);"
+            " it was changed or damaged: copy it again, with its signature"
+        )
+
+
+def _is_signed(key: Any, signature: bytes, data: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        key.verify(signature, data)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _digest(package: Path) -> str:
+    try:
+        return file_digest(package).hexdigest()
+    except OSError as error:
+        raise ArtifactError(
+            f"{package}: cannot open the package ({error.strerror}); make one with lance-host calibrate"
+        ) from None
+
+
+def _read_key(path: Path) -> Any:
+    try:
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    except ImportError:
+        raise no_cryptography() from None
+    try:
+        key = load_pem_public_key(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: cannot open the key ({error.strerror}); give the .pub file of lance-host keygen"
+        ) from None
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path}: not a public key in PEM ({error}); give the .pub file of lance-host keygen"
+        ) from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise ArtifactError(f"{path}: expected an Ed25519 key; give the .pub file of lance-host keygen")
+    return key

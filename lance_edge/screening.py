@@ -1,0 +1,172 @@
+"""Images that cannot be used: found before anything is learned from them, left out, and named.
+
+A part is divided by names alone (`datasets.py`), so leaving an image out moves no other one.  Images that go
+missing later, while a run reads them, are stood in for by others of their class.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lance_edge.datasets import Dataset, FilePart
+from lance_edge.errors import DataError
+from lance_edge.images import Part, load_image
+
+PARTS = ("train", "validation", "test")
+Report = Callable[[str, str], None]  # name of the image, reason
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """An image that is not used (`skipped.csv`).
+
+    Attributes:
+        step: 0 if it was never used, else the step in which it could no longer be read.
+    """
+
+    name: str
+    part: str
+    step: int
+    reason: str
+
+
+def find_bad(dataset: Dataset, threads: int, parts: Sequence[str] = PARTS) -> tuple[SkippedRow, ...]:
+    """Decode every image file once; an `.npz` holds none.
+
+    Args:
+        threads: images that are decoded at a time, where the system has room for so many threads.
+    """
+    found: list[SkippedRow] = []
+    for part_name in parts:
+        part = getattr(dataset, part_name)
+        if isinstance(part, FilePart):
+            rows = zip(part.names, _reasons(part.paths, threads), strict=True)
+            found += [SkippedRow(name, part_name, 0, reason) for name, reason in rows if reason]
+    return tuple(found)
+
+
+def _reasons(paths: Sequence[Path], threads: int) -> list[str]:
+    """For each file what is wrong with it, or nothing."""
+    if threads > 1:
+        with suppress(RuntimeError), ThreadPoolExecutor(threads) as pool:  # no room for a thread (`ulimit -v`)
+            return list(pool.map(_reason, paths))
+    return [_reason(path) for path in paths]
+
+
+def without(dataset: Dataset, names: Collection[str]) -> Dataset:
+    """The data set without these images.
+
+    Raises:
+        DataError: if a class has no image left to train on.
+    """
+    leave_out = set(names)
+    if not leave_out:
+        return dataset
+    train, validation, test = (_select(getattr(dataset, name), leave_out) for name in PARTS)
+    counts = np.bincount(train.labels, minlength=len(dataset.classes))
+    for class_name, before, count in zip(
+        dataset.classes, np.bincount(dataset.train.labels), counts, strict=True
+    ):
+        if count == 0:
+            raise DataError(
+                f"{dataset.root}: class {class_name!r}: none of its {before} training images can be read;"
+                " replace them, or remove the class from data and package"
+            )
+    return replace(dataset, train=train, validation=validation, test=test)
+
+
+def refuse(root: Path, skipped: Collection[SkippedRow]) -> None:
+    """What `--strict` does about bad images.
+
+    Raises:
+        DataError: if there is one, naming the first.
+    """
+    if skipped:
+        first = next(iter(skipped))
+        more = f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        raise DataError(
+            f"{root}: cannot read {first.name} ({first.reason}){more}; replace or remove such images, or leave"
+            " --strict out to skip them"
+        )
+
+
+def steady(dataset: Dataset, report: Callable[[str, str, str], None]) -> Dataset:
+    """The same data set, of which files may be bad, change or vanish: others of their class stand in.
+
+    Args:
+        report: told once of every image that cannot be read: its part, its name, the reason.
+    """
+
+    def kept(name: str) -> Part:
+        return SteadyPart.of(getattr(dataset, name), partial(report, name))
+
+    return replace(dataset, train=kept("train"), validation=kept("validation"), test=kept("test"))
+
+
+class SteadyPart(FilePart):
+    """A part whose files may vanish or break while it is in use: another image of the class stands in."""
+
+    report: Report
+
+    @classmethod
+    def of(cls, part: Part, report: Report) -> Part:
+        """The same images; `report` is told once of every one that cannot be read.  Arrays stay as they are."""
+        if not isinstance(part, FilePart):
+            return part
+        steady = cls(part.paths, part.names, part.labels)
+        object.__setattr__(steady, "report", report)  # the dataclass is frozen
+        object.__setattr__(steady, "reported", set())
+        return steady
+
+    def image(self, index: int) -> Image.Image:
+        """The image, or the next one of its class that can be read.
+
+        Raises:
+            DataError: if there is none.
+        """
+        for candidate in self._candidates(index):
+            try:
+                return load_image(self.paths[candidate])
+            except DataError as error:
+                self._report(candidate, reason_of(error))
+                last = error
+        raise DataError(f"{last}; no other image of its class can be read either")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        yield index
+        same = np.flatnonzero(self.labels == self.labels[index])  # ascending
+        place = int(np.searchsorted(same, index))
+        yield from map(int, np.roll(same, -place)[1:])
+
+    def _report(self, index: int, reason: str) -> None:
+        reported: set[int] = self.__dict__["reported"]
+        if index not in reported:
+            reported.add(index)
+            self.report(self.names[index], reason)
+
+
+def reason_of(error: DataError) -> str:
+    """What stands within the outer parentheses of the message of `load_image`."""
+    text = str(error)
+    return text[text.find("(") + 1 : text.rfind(")")] if "(" in text else text
+
+
+def _reason(path: Path) -> str:
+    """Why an image cannot be used; empty if it can."""
+    try:
+        load_image(path)
+    except DataError as error:
+        return reason_of(error)
+    return ""
+
+
+def _select(part: Part, leave_out: set[str]) -> Part:
+    if not isinstance(part, FilePart):
+        return part
+    return part.select(np.flatnonzero([name not in leave_out for name in part.names]))

@@ -1,0 +1,210 @@
+"""Runs on data with bad images, and on folders that change while they are read."""
+
+import json
+import re
+import shutil
+
+import pytest
+from device_harness import (
+    assert_same_arrays,
+    lance_device,
+    refused,
+    spawn,
+    started,
+    table,
+    train,
+    train_words,
+)
+
+LENGTH = ("--epochs", 4, "--lr", 0.2)
+
+
+@pytest.fixture
+def spoiled(images, tmp_path):
+    """A copy of the images of which three, of two classes, are bad."""
+    root = tmp_path / "spoiled"
+    shutil.copytree(images, root)
+    (root / "red/000.png").write_bytes(b"")
+    (root / "red/007.png").write_bytes((root / "red/007.png").read_bytes()[:90])
+    (root / "blue/011.png").write_bytes(b"no image")
+    return root
+
+
+BAD = {"red/000.png", "red/007.png", "blue/011.png"}
+
+
+def test_bad_images_are_left_out_counted_and_listed(package, spoiled, tmp_path):
+    out = tmp_path / "run"
+    result = started(train(package, spoiled, out, *LENGTH))
+    assert (
+        f"warning: 3 images cannot be used and are left out; they are listed in {out / 'skipped.csv'}"
+        in result.stderr
+    )
+    rows = {row["name"]: row for row in table(out / "skipped.csv")}
+    assert rows.keys() == BAD
+    assert rows["red/000.png"]["reason"] == "found 0 bytes"
+    assert {row["step"] for row in rows.values()} == {"0"}
+    split = {row["name"]: row["part"] for row in table(out / "split.csv")}
+    assert not BAD & split.keys()
+    assert len(split) == 57
+
+
+def test_a_run_without_bad_images_lists_none(package, images, tmp_path):
+    result = started(train(package, images, tmp_path / "run", *LENGTH))
+    assert "warning" not in result.stderr
+    assert table(tmp_path / "run/skipped.csv") == []
+
+
+def test_strict_refuses_before_anything_is_written(package, spoiled, tmp_path):
+    line = refused(train(package, spoiled, tmp_path / "run", *LENGTH, "--strict"), 5)
+    assert "cannot read" in line
+    assert "and 2 more; replace or remove such images, or leave --strict out to skip them" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_of_bad_images_is_an_error(package, spoiled, tmp_path):
+    for file in (spoiled / "green").iterdir():
+        file.write_bytes(b"")
+    line = refused(train(package, spoiled, tmp_path / "run", *LENGTH), 5)
+    assert "class 'green': none of its 12 training images can be read" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_taken_up_leaves_out_the_same(package, spoiled, tmp_path):
+    started(train(package, spoiled, tmp_path / "whole", *LENGTH))
+    out = tmp_path / "run"
+    prelude = """
+import os
+from lance_device.run_log import RunLog
+write = RunLog.step
+def step(self, *arguments, **named):
+    write(self, *arguments, **named)
+    if self._run.progress.step == 4:
+        os.kill(os.getpid(), 15)
+RunLog.step = step
+"""
+    process = spawn(*train_words(package, spoiled, out), *LENGTH, prelude=prelude)
+    assert process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    listed = (out / "skipped.csv").read_bytes()
+    result = started(train(package, spoiled, out, "--resume"))
+    assert "warning: 3 images cannot be used" in result.stderr
+    assert_same_arrays(out / "last.npz", tmp_path / "whole" / "last.npz")
+    assert (out / "skipped.csv").read_bytes() == listed
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None])
+def test_a_list_that_is_lost_is_made_again(package, spoiled, tmp_path, damage):
+    out = tmp_path / "run"
+    started(train(package, spoiled, out, *LENGTH))
+    (out / "skipped.csv").unlink()
+    if damage is not None:
+        (out / "skipped.csv").write_bytes(damage)
+    started(train(package, spoiled, out, "--resume"))
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_files_that_vanish_during_a_run(package, spoiled, tmp_path, cache):
+    """Others of their class stand in; the run says so, lists them and goes on to its end."""
+    prelude = f"""
+import os
+from pathlib import Path
+from lance_device.run_log import RunLog
+write, root = RunLog.step, Path({str(spoiled)!r})
+def step(self, *arguments, **named):
+    write(self, *arguments, **named)
+    if self._run.progress.step == 2:
+        for name in self._dataset.train.names[:20:4]:
+            (root / name).unlink()
+        (root / self._dataset.test.names[0]).write_bytes(b"")
+        (root / "red/new.png").write_bytes(b"new and no image")
+RunLog.step = step
+"""
+    out = tmp_path / "run"
+    process = spawn(*train_words(package, spoiled, out), *LENGTH, "--cache", cache, prelude=prelude)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    gone = [row for row in table(out / "skipped.csv") if row["step"] != "0"]
+    assert len(gone) == errors.count("can no longer be read") >= (1 if cache == "on" else 6)
+    assert {row["reason"] for row in gone} <= {"No such file or directory", "found 0 bytes"}
+    assert len(table(out / "history.csv")) == 4
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_cache_holds_no_stand_ins(package, images, tmp_path):
+    """A disk that is away for a while: a shared cache outlives the run that did without its images."""
+    root, away = tmp_path / "images", tmp_path / "away"
+    shutil.copytree(images, root)
+    away.mkdir()
+    prelude = f"""
+import os
+from pathlib import Path
+from lance_device.run_log import RunLog
+write, root = RunLog.step, Path({str(root)!r})
+def step(self, *arguments, **named):
+    write(self, *arguments, **named)
+    if self._run.progress.step == 1:
+        for name in self._dataset.train.names[::2]:
+            (root / name).rename(Path({str(away)!r}) / name.replace("/", "+"))
+    if self._run.progress.step == 6:
+        os.kill(os.getpid(), 15)
+RunLog.step = step
+"""
+    shared = (*LENGTH, "--cache", "on", "--cache-dir", tmp_path / "cache")
+    process = spawn(*train_words(package, root, tmp_path / "first"), *shared, prelude=prelude)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.count("another of its class stands in") > 5
+    for file in away.iterdir():
+        file.rename(root / file.name.replace("+", "/"))
+    result = started(train(package, root, tmp_path / "second", *shared))
+    assert int(re.search(r"holds (\d+) of", result.stderr)[1]) > 0
+    started(train(package, root, tmp_path / "own", *LENGTH, "--cache", "on"))
+    assert_same_arrays(tmp_path / "second" / "last.npz", tmp_path / "own" / "last.npz")
+
+
+def test_a_class_that_vanishes_during_a_run_ends_it_with_its_state(package, spoiled, tmp_path):
+    prelude = f"""
+import shutil
+from lance_device.run_log import RunLog
+write = RunLog.step
+def step(self, *arguments, **named):
+    write(self, *arguments, **named)
+    if self._run.progress.step == 3:
+        shutil.rmtree({str(spoiled / "green")!r})
+RunLog.step = step
+"""
+    out = tmp_path / "run"
+    process = spawn(*train_words(package, spoiled, out), *LENGTH, "--cache", "off", prelude=prelude)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 5
+    assert "no other image of its class can be read either" in errors.splitlines()[-1]
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    assert (out / "last.npz").exists()
+
+
+def test_eval_leaves_bad_images_out_too(package, spoiled, images, tmp_path):
+    out = tmp_path / "run"
+    started(train(package, images, out, *LENGTH))
+    common = ("eval", "--artifact", package.path, "--checkpoint", out / "last.npz", "--data", spoiled)
+    result = started(lance_device(*common, "--part", "train"))
+    left_out = [line for line in result.stderr.splitlines() if "is left out (" in line]
+    in_train = {row["name"] for row in table(out / "split.csv") if row["part"] == "train"} & BAD
+    assert len(left_out) == len(in_train) > 0
+    assert f"of {36 - len(in_train)} images" in result.stdout
+    assert "leave --strict out" in refused(lance_device(*common, "--part", "train", "--strict"), 5)
+
+
+def test_data_are_not_read_before_what_can_be_said_at_once(package, spoiled, tmp_path):
+    """A method that is not there, or a run that is: nobody shall wait for a thousand images to be decoded."""
+    prelude = """
+from lance_edge import screening
+def find_bad(*arguments):
+    raise AssertionError("images were read")
+screening.find_bad = find_bad
+import lance_device.run_data
+lance_device.run_data.find_bad = find_bad
+"""
+    process = spawn(*train_words(package, spoiled, tmp_path / "run"), "--method", "none", prelude=prelude)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors

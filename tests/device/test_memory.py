@@ -1,0 +1,293 @@
+"""`--memory-limit` and real limits: a run fits, or stops before it trains with the number that it needs."""
+
+import json
+import os
+import re
+import resource
+from pathlib import Path
+
+import pytest
+from device_harness import spawn, started, train, train_words
+from tiny_package import write_images, write_tiny_package
+
+from lance_device import guard
+from lance_device.guard import bounded_memory, free_bytes, group_limit_bytes, status_bytes
+from lance_device.memory_plan import Limit, find_limits, in_a_fork
+from lance_edge.errors import ArtifactError
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Batches of 32 images of 480 x 480: a micro-batch of eight takes 22 MiB as float32."""
+    folder = tmp_path_factory.mktemp("large")
+    return write_tiny_package(folder / "pkg.tar", 32, pool=40), write_images(folder / "im", 40, side=24)
+
+
+# The kernel's high-water mark over the life of a process: it is reset for every phase, so the highest of all.
+PEAK = """
+import atexit
+from lance_device import probe
+from lance_device.guard import status_bytes
+reset, peaks = probe.MemoryProbe._try_reset, []
+def remember(self):
+    peaks.append(status_bytes("VmHWM"))
+    return reset(self)
+probe.MemoryProbe._try_reset = remember
+atexit.register(lambda: print("peak", max([*peaks, status_bytes("VmHWM")])))
+"""
+
+
+def _run(large, out, *flags, prelude=""):
+    """A run of its own process: exit code, what it said, and its peak resident memory."""
+    process = spawn(*train_words(*large, out), "--steps", 3, *flags, prelude=prelude or PEAK)
+    output, errors = process.communicate(timeout=300)
+    peak = re.search(r"^peak (\d+)$", output, re.MULTILINE)
+    return process.returncode, errors, int(peak[1]) if peak else None
+
+
+def _size(text):
+    number, unit = re.search(r"needs ([0-9.]+) (MiB|KiB)", text).groups()
+    return float(number) * {"MiB": MIB, "KiB": 1024}[unit]
+
+
+@pytest.fixture(scope="module")
+def needed(large, tmp_path_factory):
+    """What the refusal of an impossible limit says that micro-batches of one need."""
+    out = tmp_path_factory.mktemp("needed") / "run"
+    code, errors, _ = _run(large, out, "--memory-limit", "20MiB")
+    assert code == 9, errors
+    line = errors.splitlines()[-1]
+    assert re.match(
+        r"error: this run needs [0-9.]+ MiB with --micro-batch 1 --threads 1, but --memory-limit is 20.00 MiB;"
+        r" allow it more, or calibrate a smaller package \(fewer --layers, a smaller"
+        r" --resolution or --model\)$",
+        line,
+    )
+    assert not out.exists()
+    return _size(line)
+
+
+@pytest.mark.parametrize("more", [1.02, 1.06, 1.12, 2.0])
+def test_a_run_stays_below_its_limit_and_says_what_it_chose(large, needed, tmp_path, more):
+    limit = int(needed * more)
+    code, errors, peak = _run(large, tmp_path / "run", "--memory-limit", limit)
+    assert code == 0, errors
+    assert peak <= limit
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    memory = record["memory"]
+    assert memory["limit"] == "--memory-limit"
+    assert memory["limit_bytes"] == limit
+    assert memory["needed_bytes"] <= limit
+    assert memory["micro_batch"] == record["options"]["micro_batch"]
+    assert f"with --micro-batch {memory['micro_batch']} --threads 1" in errors
+    assert peak > 0.85 * memory["needed_bytes"], "a plan that is far too careful refuses what would fit"
+    if more < 1.1:
+        assert 1 <= memory["micro_batch"] < 8
+    if more == 2.0:
+        assert memory["micro_batch"] == 8
+
+
+def test_a_micro_batch_that_was_asked_for_is_kept_or_refused(large, needed, tmp_path):
+    flags = ("--memory-limit", int(needed * 1.02), "--micro-batch", 8)
+    code, errors, _ = _run(large, tmp_path / "run", *flags)
+    assert code == 9
+    assert "with --micro-batch 8 --threads 1, but --memory-limit is" in errors
+    assert "; with --micro-batch 1 it would need" in errors
+    assert _size(errors) > needed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_taken_up_again_must_fit_too(large, needed, tmp_path):
+    started(train(*large, tmp_path / "run", "--steps", 3))
+    before = (tmp_path / "run/last.npz").read_bytes()
+    code, errors, _ = _run(large, tmp_path / "run", "--resume", "--memory-limit", int(needed * 1.02))
+    assert code == 9
+    assert "with --micro-batch 8" in errors
+    assert (tmp_path / "run/last.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("mib", [100, 150, 180, 190, 200, 215, 230, 260, 400])
+def test_under_a_real_limit_on_address_space(large, tmp_path, mib):
+    """`ulimit -v`: every allocation beyond it fails at once."""
+    prelude = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({mib * MIB}, {mib * MIB}))"
+    code, errors, _ = _run(large, tmp_path / "run", prelude=prelude)
+    if code == 0:
+        assert mib > 180
+        assert re.search(r"memory: ulimit -v [0-9.]+ MiB, needs [0-9.]+ MiB with --micro-batch \d", errors)
+        assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+        return
+    assert mib < 300, errors
+    assert code == 9, errors
+    line = errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert re.search(
+        r"ulimit -v is \d+ MiB, but Python|needs ([0-9.]+ MiB with|more memory than ulimit -v \([0-9.]+ MiB\))",
+        line,
+    )
+    assert not (tmp_path / "run").exists()
+
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@pytest.fixture
+def group():
+    """A control group of version 1 with its own limit, where this system permits to make one."""
+    folder = GROUPS / f"lance-edge-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here ({error.strerror})")
+    yield folder
+    folder.rmdir()
+
+
+@pytest.mark.parametrize("mib", [70, 120, 160, 400])
+def test_under_a_real_control_group(large, tmp_path, group, mib):
+    """Whoever takes more than a control group permits is killed; the run never is."""
+    (group / "memory.limit_in_bytes").write_text(str(mib * MIB))
+    prelude = f"open('{group / 'cgroup.procs'}', 'w').write('0')"
+    code, errors, _ = _run(large, tmp_path / "run", prelude=prelude)
+    assert code in (0, 9), (code, errors)
+    if code == 0:
+        assert "memory: the control group's limit" in errors
+        assert mib > 100
+    else:
+        assert "the control group's limit" in errors.splitlines()[-1] or "not enough memory" in errors
+        assert mib < 200
+
+
+def test_threads_are_given_up_before_a_run_is_refused(large, tmp_path):
+    """A thread is address space: with many of them the run does not fit, with one it does."""
+    limit = 230 * MIB
+    prelude = f"""
+import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))
+import lance_device.options
+lance_device.options.available_cores = lambda: 16
+"""
+    words = [word for word in train_words(*large, tmp_path / "run") if word not in ("--threads", 1)]
+    process = spawn(*words, "--steps", 2, prelude=prelude)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "--threads 1" in errors
+    assert json.loads((tmp_path / "run/run.json").read_text())["options"]["threads"] == 1
+
+
+# --- what limits there are ---
+
+
+def _groups(monkeypatch, tmp_path, own, files):
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text)
+    monkeypatch.setattr(guard, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(guard, "GROUPS", tmp_path / "fs")
+
+
+def test_limits_of_control_groups_of_version_2(monkeypatch, tmp_path):
+    files = {
+        "memory.max": "max\n",
+        "system.slice/memory.max": f"{300 * MIB}\n",
+        "system.slice/memory.current": f"{100 * MIB}\n",
+        "system.slice/memory.stat": f"anon 5\ninactive_file {30 * MIB}\nactive_file {20 * MIB}\n",
+        "system.slice/lance.service/memory.max": f"{200 * MIB}\n",
+        "system.slice/lance.service/memory.current": f"{20 * MIB}\n",
+        "system.slice/lance.service/memory.stat": "anon 5\n",
+    }
+    _groups(monkeypatch, tmp_path, "0::/system.slice/lance.service\n", files)
+    assert group_limit_bytes() == 200 * MIB
+    assert free_bytes() == 180 * MIB
+    assert find_limits(None)[0] == Limit(200 * MIB, "the control group's limit", "VmHWM")
+
+
+def test_limits_of_control_groups_of_version_1(monkeypatch, tmp_path):
+    files = {
+        "memory/memory.limit_in_bytes": "9223372036854771712\n",
+        "memory/memory.usage_in_bytes": "5\n",
+        "memory/memory.stat": "total_inactive_file 0\n",
+        "memory/docker/memory.limit_in_bytes": f"{90 * MIB}\n",
+        "memory/docker/memory.usage_in_bytes": f"{80 * MIB}\n",
+        "memory/docker/memory.stat": f"total_active_file {10 * MIB}\ntotal_inactive_file {5 * MIB}\n",
+    }
+    _groups(monkeypatch, tmp_path, "9:name=systemd:/x\n4:cpu,memory:/docker\n0::/\n", files)
+    assert group_limit_bytes() == 90 * MIB
+    assert free_bytes() == 25 * MIB
+
+
+def test_without_limits_nothing_is_measured(monkeypatch, tmp_path):
+    _groups(monkeypatch, tmp_path, "0::/\n", {"memory.max": "max\n"})
+    assert group_limit_bytes() is None
+    assert find_limits(None) == ()
+    monkeypatch.setattr(guard, "OWN_GROUPS", tmp_path / "none")
+    assert find_limits(5) == (Limit(5, "--memory-limit", "VmHWM"),)
+
+
+def test_memory_is_bounded_within_a_command_and_not_after(monkeypatch):
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    monkeypatch.setattr(guard, "free_bytes", lambda: 64 * MIB)
+    with bounded_memory():
+        bytearray(16 * MIB)
+        with pytest.raises(MemoryError):
+            bytearray(256 * MIB)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    bytearray(256 * MIB)
+
+
+def test_a_bound_of_the_user_is_kept():
+    hard = resource.getrlimit(resource.RLIMIT_DATA)
+    own = status_bytes("VmData", "VmStk") + 512 * MIB
+    resource.setrlimit(resource.RLIMIT_DATA, (own, hard[1]))
+    try:
+        with bounded_memory():
+            assert resource.getrlimit(resource.RLIMIT_DATA)[0] <= own
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, hard)
+
+
+def test_a_fork_answers_fails_or_dies():
+    assert in_a_fork(lambda: {"VmHWM": 5}) == {"VmHWM": 5}
+    assert in_a_fork(lambda: os.kill(os.getpid(), 9)).keys() == {"failed"}
+
+    def lack():
+        raise MemoryError
+
+    assert in_a_fork(lack)["failed"] > MIB
+
+    def wrong():
+        raise ArtifactError("pkg.tar: of another kind")
+
+    with pytest.raises(ArtifactError, match="of another kind"):
+        in_a_fork(wrong)
+
+
+def test_a_mistake_in_a_fork_is_no_lack_of_memory():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: integer"):
+        in_a_fork(lambda: {"VmHWM": 1 // 0})
+
+
+def test_a_size_that_is_none(package, images, tmp_path):
+    result = train(package, images, tmp_path / "run", "--memory-limit", "much")
+    assert result.exit_code == 2
+    assert "expected bytes such as 512MiB or 2GB, found 'much'" in result.stderr
+
+
+def test_memory_that_runs_out_in_the_middle_keeps_the_last_step(package, images, tmp_path):
+    """What a plan cannot foresee: the run ends in one line, with its state saved."""
+    prelude = """
+from lance_device.run_log import RunLog
+write = RunLog.step
+def step(self, *arguments, **named):
+    write(self, *arguments, **named)
+    if self._run.progress.step == 3:
+        raise MemoryError
+RunLog.step = step
+"""
+    process = spawn(*train_words(package, images, tmp_path / "run"), "--steps", 9, prelude=prelude)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 9, errors
+    assert "not enough memory" in errors.splitlines()[-1]
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "failed"
+    started(train(package, images, tmp_path / "run", "--resume"))

@@ -1,0 +1,139 @@
+"""Steps whose values are no numbers: named by step and layer, never applied, and then as `--on-nan` says."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from device_harness import arrays, assert_same_arrays, refused, started, table, train
+from tiny_package import PREPROCESSING, SPLIT
+from tiny_training import loss_of, trainable
+
+from lance_device import features
+from lance_device.numerics import MOST_IN_A_ROW, check_gradients, finite_loss
+from lance_edge.datasets import open_dataset
+from lance_edge.errors import NumericalError
+from lance_edge.images import load_batch
+
+STEPS, LR = 6, 0.2
+PLAIN = ("--no-shuffle", "--augment", "none", "--eval-every", 0, "--cache", "off", "--micro-batch", 16)
+FLAGS = (*PLAIN, "--steps", STEPS, "--lr", LR, "--method", "bp", "--clip", 0, "--schedule", "constant")
+
+
+@pytest.fixture
+def bad_batches(monkeypatch):
+    """Makes the images of some steps (from 1) infinite, as a broken sensor would."""
+
+    def spoil(*steps):
+        calls = iter(range(1, 10_000))
+
+        def load(*arguments):
+            images = load_batch(*arguments)
+            return images + np.inf if next(calls) in steps else images
+
+        monkeypatch.setattr(features, "load_batch", load)
+
+    return spoil
+
+
+def _in_torch(package, images, bad, factor):
+    """The same training in PyTorch, leaving the bad batches out."""
+    part = open_dataset(images, SPLIT).train
+    weights = trainable(package)
+    sgd = torch.optim.SGD(weights.values(), lr=LR, momentum=0.9)
+    for step in range(STEPS):
+        if step + 1 in bad:
+            sgd.param_groups[0]["lr"] *= factor
+            continue
+        indices = [(step * 16 + i) % len(part) for i in range(16)]
+        loss = loss_of(package, weights, "bp", load_batch(part, indices, PREPROCESSING), part.labels[indices])
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    return {name: value.detach().numpy() for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(("choice", "factor"), [("skip", 1.0), ("halve-lr", 0.5)])
+def test_a_bad_step_is_left_out(package, images, tmp_path, bad_batches, choice, factor):
+    bad_batches(3, 5)
+    out = tmp_path / "run"
+    result = started(train(package, images, out, *FLAGS, "--on-nan", choice))
+    expected = _in_torch(package, images, {3, 5}, factor)
+    found = arrays(out / "last.npz")
+    for name, value in expected.items():  # float32 sums in another order over 6 steps: 1e-6 each at most
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-6)
+    share = {"skip": "100 %", "halve-lr": "50 %"}[choice]
+    assert (
+        "warning: step 3: the loss is nan: features, of the frozen layers, is not finite; not applied"
+        f" (--on-nan {choice}), going on at {share} of the learning rate" in result.stderr
+    )
+    losses = [float(row["loss"]) for row in table(out / "steps.csv") if row["phase"] == "step"]
+    assert [math.isfinite(loss) for loss in losses] == [True, True, False, True, False, True]
+    with np.load(out / "last.npz") as archive:
+        progress = json.loads(str(archive["meta"]))["progress"]
+    assert (progress["step"], progress["skipped"], progress["skipped_in_a_row"]) == (STEPS, 2, 0)
+    assert progress["rate_factor"] == factor**2
+    assert math.isfinite(float(table(out / "history.csv")[0]["train_loss"]))
+
+
+def test_by_default_the_run_stops_and_the_state_before_is_saved(package, images, tmp_path, bad_batches):
+    bad_batches(4)
+    out = tmp_path / "run"
+    line = refused(train(package, images, out, *FLAGS), 7)
+    assert line == (
+        "error: step 4: the loss is nan: features, of the frozen layers, is not finite; the step was not"
+        f" applied, the state after step 3 is in {out / 'last.npz'}; go on with --resume --on-nan halve-lr, or"
+        " start again with a lower --lr (this run: 0.2) or with --clip 2"
+    )
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    bad_batches()
+    started(train(package, images, tmp_path / "good", *FLAGS))
+    started(train(package, images, out, "--resume"))
+    assert_same_arrays(out / "last.npz", tmp_path / "good" / "last.npz")
+
+
+def test_a_stopped_run_may_go_on_another_way(package, images, tmp_path, bad_batches):
+    bad_batches(4)
+    out = tmp_path / "run"
+    refused(train(package, images, out, *FLAGS), 7)
+    bad_batches(1)  # step 4 again, of a new process
+    started(train(package, images, out, "--resume", "--on-nan", "skip"))
+    expected = _in_torch(package, images, {4}, 1.0)
+    for name, value in expected.items():
+        np.testing.assert_allclose(arrays(out / "last.npz")[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_when_every_step_is_bad_it_stops_all_the_same(package, images, tmp_path, bad_batches):
+    bad_batches(*range(3, 100))
+    words = (*PLAIN, "--steps", 40, "--on-nan", "skip")
+    line = refused(train(package, images, tmp_path / "run", *words), 7)
+    assert f"error: step {3 + MOST_IN_A_ROW}: the loss is nan" in line
+    assert len(table(tmp_path / "run" / "history.csv")) == 0
+
+
+def test_a_run_that_diverges_names_the_layer(package, images, tmp_path):
+    line = refused(
+        train(package, images, tmp_path / "run", *PLAIN, "--lr", 1e30, "--clip", 0, "--steps", 40), 7
+    )
+    assert "of layer" in line or "the update of" in line
+    assert "the step was not applied" in line
+
+
+WEIGHTS = {"a.weight": np.array([1.0, -3e30], np.float32), "b.weight": np.ones(2, np.float32)}
+
+
+def test_the_message_says_where_it_begins():
+    values = {"loss": np.float32(np.inf), "low": np.ones(2), "high": np.array([1.0, np.nan])}
+    with pytest.raises(NumericalError, match="the loss is inf: high, of the frozen layers, is not finite"):
+        finite_loss(values, ("low", "high"), WEIGHTS)
+    with pytest.raises(NumericalError, match=r"the largest weight is 3e\+30, of layer a"):
+        finite_loss(values, ("low",), WEIGHTS)
+    assert finite_loss({"loss": np.float32(0.5)}, (), WEIGHTS) == 0.5
+
+
+def test_gradients_name_their_layers():
+    bad = {"a.weight": np.array([np.nan]), "a.bias": np.array([np.inf]), "b.weight": np.ones(2)}
+    with pytest.raises(NumericalError, match=r"^the gradient of layer a is not finite$"):
+        check_gradients(bad)
+    check_gradients({"b.weight": np.ones(2)})

@@ -1,0 +1,122 @@
+"""The systemd unit: what it says, that systemd takes it, and that its command line is what was asked for."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from device_harness import lance_device, refused, spawn, started
+
+from lance_device.service import FINAL_EXIT_CODES, ServiceRequest, unit_text
+from lance_edge import errors
+
+
+def _setting(text, name):
+    return re.findall(rf"^{name}=(.*)$", text, re.MULTILINE)
+
+
+def _words(line):
+    """A command line of a unit as systemd reads it, for words without control characters."""
+    words = re.findall(r'"((?:[^"\\]|\\.)*)"|(\S+)', line)
+    plain = [re.sub(r"\\(.)", r"\1", quoted) if quoted else bare for quoted, bare in words]
+    return [word.replace("%%", "%").replace("$$", "$") for word in plain]
+
+
+def _print(tmp_path, *flags, out="run"):
+    words = ("--artifact", tmp_path / "pkg.tar", "--data", tmp_path / "my photos", "--out", tmp_path / out)
+    return started(lance_device("install-service", *words, "--print", *flags)).stdout
+
+
+def test_the_unit_takes_a_run_up_and_keeps_from_useless_repetition(tmp_path):
+    text = _print(tmp_path, "--epochs", 3, "--max-temp", 75)
+    assert _words(_setting(text, "ExecStart")[0]) == [
+        *(sys.executable, "-m", "lance_device.cli", "train"),
+        *("--artifact", str(tmp_path / "pkg.tar"), "--data", str(tmp_path / "my photos")),
+        *("--out", str(tmp_path / "run"), "--resume-or-start", "--epochs", "3", "--max-temp", "75"),
+    ]
+    assert _setting(text, "Restart") == ["on-failure"]
+    assert _setting(text, "KillSignal") == ["SIGTERM"]
+    assert _setting(text, "SuccessExitStatus") == [str(errors.Interrupted.exit_code)]
+    assert _setting(text, "StandardError") == ["journal"]
+    assert _setting(text, "PrivateNetwork") == ["yes"]
+    assert _setting(text, "ReadWritePaths") == [str(tmp_path)]
+    assert _setting(text, "WantedBy") == ["multi-user.target"]
+
+
+def test_codes_that_repeat_themselves_are_those_of_the_errors():
+    """All kinds but a full disk, which may have room later, and a stop."""
+    codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)}
+    assert set(FINAL_EXIT_CODES) == (codes - {1, 8, 130}) | {2}
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "with space", "100 %", "a$b", 'quo"te', "back\\slash", "semi;colon", "it's"]
+)
+def test_any_name_of_a_folder_survives(tmp_path, name):
+    request = ServiceRequest(tmp_path / name, tmp_path, tmp_path / name, "x", False, 10, ("--seed", "1"))
+    words = _words(_setting(unit_text(request), "ExecStart")[0])
+    assert words[words.index("--out") + 1] == str(tmp_path / name)
+    assert words[-2:] == ["--seed", "1"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@pytest.mark.parametrize("flags", [(), ("--user",), ("--cache-dir", "/var/cache/lance features")])
+def test_systemd_takes_the_unit(tmp_path, flags):
+    (tmp_path / "lance-train.service").write_text(_print(tmp_path, *flags, out="a run"))
+    command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / "lance-train.service")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    complaints = [line for line in done.stderr.splitlines() if "lance-train.service" in line]
+    assert complaints == []
+
+
+def test_installing_says_what_to_do_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    words = ("--artifact", "pkg.tar", "--data", "photos", "--out", tmp_path / "run", "--user", "--name", "mine")
+    output = started(lance_device("install-service", *words)).stdout
+    path = tmp_path / "config/systemd/user/mine.service"
+    assert output.splitlines() == [
+        f"wrote {path}; now run:",
+        "  systemctl --user daemon-reload",
+        "  systemctl --user enable --now mine",
+        "  journalctl --user -u mine -f",
+    ]
+    text = path.read_text()
+    assert _setting(text, "WantedBy") == ["default.target"]
+    assert not _setting(text, "User")
+    assert all(_words(_setting(text, "ExecStart")[0])[i].startswith("/") for i in (5, 7, 9))
+
+
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "config").write_text("")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    words = ("--artifact", "pkg.tar", "--data", "photos", "--out", tmp_path / "run", "--user")
+    line = refused(lance_device("install-service", *words), 8)
+    assert (
+        "lance-train.service: cannot write; run the same with sudo, with --user for a service of your" in line
+    )
+
+
+def test_the_command_of_the_unit_begins_a_run_and_then_takes_it_up(package, images, tmp_path):
+    """As systemd would: without a terminal, started again after a kill, and once more when all is done."""
+    words = ("--artifact", package.path, "--data", images, "--out", tmp_path / "run", "--print", "--steps", 9)
+    text = started(lance_device("install-service", *words, "--threads", 1)).stdout
+    command = _words(_setting(text, "ExecStart")[0])[3:]
+    prelude = """
+import os
+from lance_device.run_log import RunLog
+write = RunLog.step
+def step(self, *arguments, **named):
+    write(self, *arguments, **named)
+    if self._run.progress.step == 4:
+        os.kill(os.getpid(), 9)
+RunLog.step = step
+"""
+    process = spawn(*command, prelude=prelude)
+    process.communicate(timeout=60)
+    assert process.returncode == -9
+    for expected in ("resuming after step 0 of 9", "resuming after step 9 of 9"):
+        process = spawn(*command)
+        _, errors_text = process.communicate(timeout=60)
+        assert process.returncode == 0, errors_text
+        assert expected in errors_text
