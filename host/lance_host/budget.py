@@ -104,7 +104,7 @@ def check_budget(method: str, budget: int, selections: Iterable[Sequence[Layer]]
         LanceError: if it is below rank 1 in every mode, naming the least one, or holds the plain inputs.
     """
     for layers in selections:
-        least = sum(factored_activation_bytes(layer, batch_size, (1, 1, 1, 1)) for layer in layers)
+        least = sum(factored_activation_bytes(layer, batch_size, (1,) * len(layer.modes)) for layer in layers)
         whole = sum(bp_activation_bytes(layer, batch_size) for layer in layers)
         if budget < least:
             raise LanceError(

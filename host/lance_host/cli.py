@@ -78,7 +78,8 @@ HEAD = click.option(
     default="linear",
     show_default=True,
     metavar="linear|none|MODULE",
-    help="What becomes new for the classes of --data: the layer that gives the logits; nothing; or that layer.",
+    help="What becomes new for the classes of --data, and trains: the layer that gives the logits; nothing (the"
+    " network's own stays, frozen unless --layers names it); or that layer.",
 )
 
 
@@ -101,11 +102,17 @@ HEAD = click.option(
     "--layers",
     default="4",
     show_default=True,
-    help="Train the last K convolutions and the head; 0: head only; pointwise:K: not depthwise ones; names"
-    " and globs such as 'layer4.*,layer3.1.conv2'; all. With several counts (1-10, or 2,4) the device chooses"
-    " one.",
+    help="Train the last K layers (convolutions and linear ones) and the head; 0: head only; conv:K, linear:K,"
+    " pointwise:K: of this kind (pointwise: not depthwise); names and globs such as 'layer4.*,layer3.1.conv2';"
+    " all. With several counts (1-10, or 2,4) the device chooses one.",
 )
 @HEAD
+@click.option("--train-bias", is_flag=True, help="Train the biases of these layers as well.")
+@click.option(
+    "--train-norm",
+    is_flag=True,
+    help="Train scale and shift of the norm layers from the first trained layer on; statistics stay frozen.",
+)
 @click.option(
     "--methods",
     default="lance,bp",
@@ -226,8 +233,8 @@ def layers(model: str, resolution: int | None, head: str, data: Path | None, bat
     check_input(inputs)
     shape = None if data is None else open_dataset(data, DEFAULT_SPLIT).array_shape
     network = open_network(NetworkRequest(model, head=head, input=inputs), None, click.echo, shape)
-    candidates = list_layers(network.module, network.preprocessing.sample_shape, network.head)
-    click.echo(candidate_table(candidates, batch_size, network.head))
+    candidates = list_layers(network.module, network.preprocessing.sample_shape, network.head or network.kept)
+    click.echo(candidate_table(candidates, batch_size, network.head, network.kept))
 
 
 @cli.command()

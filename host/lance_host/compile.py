@@ -155,7 +155,7 @@ def inference_tails(captured: Captured) -> dict[str, ir.Model]:
         boundary = split_prefix(graph, copy.images, copy.parameters)
         graph.outputs[:] = [copy.logits]
         if role == "predict":
-            lower_forward(graph, copy.convs)
+            lower_forward(graph, copy.nodes)
             tidy(copy.model)
         tails[role] = extract(copy.model, [*boundary, *copy.parameters], [copy.logits], infer_specs(copy.model))
     return tails

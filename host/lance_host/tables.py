@@ -31,7 +31,7 @@ def layer_table(manifest: Manifest) -> str:
     Long layer names are shortened in the middle where the table would be wider than 120 characters.
     """
     if not manifest.layers:
-        return "No trainable convolutions: the classifier alone trains (the baseline)."
+        return "No trainable layers: the classifier alone trains (the baseline)."
     method, plans = _compressed(manifest)
     stored = [bp_activation_bytes(layer, manifest.batch_size) for layer in manifest.layers]
     columns = [
@@ -86,13 +86,15 @@ def _compressed(manifest: Manifest) -> tuple[str, list[LayerPlan]]:
 
 
 def _layer_heading(manifest: Manifest, method: str) -> str:
-    heading = f"{count(len(manifest.layers), 'trainable convolution')}, batch size {manifest.batch_size}"
+    heading = f"{count(len(manifest.layers), 'trainable layer')}, batch size {manifest.batch_size}"
+    modes = dict.fromkeys(layer.modes for layer in manifest.layers)
+    inputs = " or ".join(" x ".join(names[1:]) for names in modes)
     if not method:
-        return f"{heading}. Input is channels x height x width."
+        return f"{heading}. Input is {inputs}."
     batches = count(manifest.calibration_batches, "calibration batch")
     return (
         f"{heading}, {_rank_rule(manifest, method)}, {batches}.\n"
-        "Input is channels x height x width. Ranks and energy kept: batch, channels, height, width."
+        f"Input is {inputs}. Ranks and energy kept: {' or '.join(', '.join(names) for names in modes)}."
     )
 
 
@@ -187,10 +189,13 @@ def _preprocessing(steps: InputSpec) -> str:
 
 def _trainable(manifest: Manifest) -> str:
     values = sum(math.prod(int(dim) for dim in tensor.shape) for tensor in manifest.parameters)
-    convolutions = count(len(manifest.layers), "convolution")
+    layers = count(len(manifest.layers), "layer")
     if len(manifest.layer_counts) > 1:
-        convolutions = f"{_counts_text(manifest.layer_counts)} convolutions"
-    return f"{convolutions} and the classifier: {count(len(manifest.parameters), 'tensor')}, {values:,} values"
+        layers = f"{_counts_text(manifest.layer_counts)} layers"
+    weights = {layer.weight for layer in manifest.layers}
+    others = [tensor.name for tensor in manifest.parameters if tensor.name not in weights]
+    also = f" and {', '.join(others)}" if others else ""
+    return f"{layers}{also}: {count(len(manifest.parameters), 'tensor')}, {values:,} values"
 
 
 def _budgets(manifest: Manifest) -> str:
