@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.report import LARGE_SPREAD, LOSS_TOLERANCE, markdown
+from benchmarks.report import LOSS_TOLERANCE, markdown
+from lance_device.bench_report import LARGE_SPREAD
 from lance_device.units import size
 
 
