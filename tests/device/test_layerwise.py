@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 import torch
 from device_harness import arrays, assert_same_arrays, refused, spawn, started, table, train, train_words
 from layered_package import (
@@ -460,3 +461,10 @@ def test_fewer_activations_than_layers(tmp_path, images):
     )
     line = refused(train(package, images, tmp_path / "run", "--method", "asi"), 3)
     assert "expected an activation for each layer of a variant that goes by layer; rebuild" in line
+
+
+def test_numpy_uses_as_many_threads_as_were_asked_for(opened):
+    open_step, _ = opened
+    with threadpool_limits(2, user_api="blas"):
+        open_step("asi")  # with one thread
+        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
