@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info, threadpool_limits
 import torch
 from device_harness import arrays, assert_same_arrays, refused, spawn, started, table, train, train_words
 from layered_package import (
@@ -18,6 +17,7 @@ from layered_package import (
     write_layered_package,
 )
 from literal_codecs import literal_asi, literal_hosvd, project, rebuild
+from threadpoolctl import threadpool_info, threadpool_limits
 from tiny_package import CLASSES, PREPROCESSING, SIDE, SPLIT
 from torch.nn import functional
 
