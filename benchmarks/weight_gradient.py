@@ -22,9 +22,11 @@ import onnx_ir as ir
 from lance_edge.manifest import BATCH_DIM, Layer, Manifest, Variant, gradient_name
 from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit
+from lance_host.autodiff.linear import LinearGeometry
 from lance_host.capture import OPSET
 from lance_host.compile import serialise
-from lance_host.methods import METHODS, LayerContext, projection_inputs
+from lance_host.forms import Geometry, LayerContext
+from lance_host.methods import METHODS, projection_inputs
 from lance_host.shapes import infer_specs
 from lance_host.stages import IR_VERSION, extract, prepared_values
 from lance_host.step import tidy
@@ -47,7 +49,12 @@ def fed_shape(layer: Layer, sizes: Sequence[int], samples: int) -> tuple[int, ..
     A step has no exchange of axes between such neighbours (`lance_host/layout.py`), so none is measured here.
     """
     channels, *rest = sizes
-    return (channels, samples, *rest) if geometry_of(layer).by_channel else (samples, channels, *rest)
+    return (channels, samples, *rest) if _is_swapped(geometry_of(layer)) else (samples, channels, *rest)
+
+
+def _is_swapped(geo: Geometry) -> bool:
+    """Whether the products of a layer stand with its channels outside."""
+    return isinstance(geo, ConvGeometry) and geo.by_channel
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,11 @@ def weight_graphs(manifest: Manifest, variant: Variant) -> WeightGraphs:
     )
 
 
-def geometry_of(layer: Layer) -> ConvGeometry:
+def geometry_of(layer: Layer) -> Geometry:
     """The geometry of a layer of a manifest."""
+    if layer.is_linear:
+        out_features, in_features = layer.weight_shape
+        return LinearGeometry(in_features, out_features, layer.input_shape[0] if len(layer.modes) > 2 else None)
     (channels, height, width), (out_channels, out_height, out_width) = layer.input_shape, layer.output_shape
     top, left, bottom, right = layer.padding
     return ConvGeometry(
@@ -137,7 +147,7 @@ def _joint_graph(manifest: Manifest, variant: Variant) -> _Joint:
         graph.inputs.extend(projections.values())
         context = LayerContext(layer.name, plan.ranks, projections, variant.schedule)
         geo = geometry_of(layer)
-        x, dy = (emit.swap(value) if geo.by_channel else value for value in (xs[-1], dys[-1]))
+        x, dy = (emit.swap(value) if _is_swapped(geo) else value for value in (xs[-1], dys[-1]))
         value = METHODS[variant.method].gradient(emit, context, geo, x, dy)
         value.name = gradient_name(layer.weight)
         contexts.append(context)

@@ -27,7 +27,7 @@ class BenchSummaryRow:
 
     Attributes:
         peak_rss_kib: the highest of the phase.
-        spread: standard deviation of the step's latencies over their mean.
+        spread: standard deviation of the phase's latencies over their mean.
         ratio_to_lance: of the medians; `None` where LANCE was not measured in this setting.
     """
 
@@ -102,6 +102,6 @@ def _summary(
         spread=own.std_ms / own.mean_ms if own.mean_ms else 0.0,
         ratio_to_lance=own.p50_ms / baseline.p50_ms if baseline is not None and baseline.p50_ms else None,
         peak_rss_kib=max(peaks, default=None),
-        activation_bytes=rows[0].activation_bytes,
-        saved_bytes=max(row.saved_bytes for row in rows),
+        activation_bytes=max(row.activation_bytes for row in measured),
+        saved_bytes=max(row.saved_bytes for row in measured),
     )

@@ -53,12 +53,12 @@ def projection_name(layer: str, mode: int) -> str:
 
 
 def core_name(layer: str) -> str:
-    """The core that a codec makes of a layer's input, as backward is fed it: `[r1, r0, r2, r3]`."""
+    """The core that a codec makes of a layer's input, as backward is fed it: `[r1, r0, ...]`."""
     return f"{layer}/G"
 
 
 def activation_name(layer: str) -> str:
-    """A layer's input where a codec compresses it: `[N, C, H, W]`."""
+    """A layer's input where a codec compresses it: `[N, C, H, W]`, `[N, T, F]` or `[N, F]`."""
     return f"{layer}/A"
 
 
@@ -117,7 +117,7 @@ class Split:
 def batch_multiple(dim: str) -> int | None:
     """4 for `4*N`, 1 for `N`; `None` for what is no multiple of the micro-batch."""
     factor, star, name = dim.rpartition("*")
-    if name != BATCH_DIM or (star and not factor.isdecimal()):
+    if name != BATCH_DIM or (star and not (factor.isdecimal() and len(factor) < 10)):
         return None
     return int(factor) if star else 1
 
@@ -145,9 +145,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Layer:
-    """A trainable convolution: geometry without the batch dimension.
+    """A trainable layer: geometry without the batch dimension.
 
-    `input_shape` is `[C, H, W]`, `output_shape` `[O, H', W']`, `padding` `[top, left, bottom, right]`.
+    Of a convolution `input_shape` is `[C, H, W]`, `output_shape` `[O, H', W']`, `padding` `[top, left, bottom,
+    right]`.  Of a linear layer they are `[T, F]` and `[T, O]` (T tokens or positions), or `[F]` and `[O]`;
+    `weight_shape` is `[O, F]`, and what describes a kernel is empty.
     """
 
     name: str
@@ -160,14 +162,26 @@ class Layer:
     dilation: tuple[int, ...]
     groups: int
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether its weight is a matrix."""
+        return len(self.weight_shape) == 2
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes of its input, in the order of ranks and projections."""
+        if not self.is_linear:
+            return ("batch", "channels", "height", "width")
+        return ("batch", "tokens", "features") if len(self.input_shape) == 2 else ("batch", "features")
+
 
 @dataclass(frozen=True)
 class LayerPlan:
     """How one layer trains in one variant, and what that costs at the package's batch size.
 
-    `ranks` and `energy_kept` have one entry per mode (batch, channels, height, width) and are empty
-    for plain backpropagation.  `activation_bytes` is the paper's figure: the input, or core and
-    factors.  `forward_macs` and `weight_gradient_macs` are the paper's multiply-adds.
+    `ranks` and `energy_kept` have one entry per mode of `Layer.modes` and are empty for plain
+    backpropagation.  `activation_bytes` is the paper's figure: the input, or core and factors.
+    `forward_macs` and `weight_gradient_macs` are the paper's multiply-adds.
     """
 
     layer: str
@@ -216,7 +230,7 @@ class Variant:
 
     @property
     def activation_bytes(self) -> int:
-        """The paper's activation memory at the package's batch size, all trainable convs."""
+        """The paper's activation memory at the package's batch size, all trainable layers."""
         return sum(plan.activation_bytes for plan in self.layers)
 
     @property
@@ -389,6 +403,9 @@ def _check_meaning(manifest: Manifest) -> None:
         "two or more classes": len(manifest.classes) >= 2,
         "a batch size of 1 or more": manifest.batch_size >= 1,
         **_input_rules(manifest.preprocessing),
+        "fractions of the split from 0 to below 1": all(
+            0 <= fraction < 1 for fraction in (manifest.split.test_fraction, manifest.split.validation_fraction)
+        ),
         "one variant or more": bool(manifest.variants),
         "fixed shapes of parameters": all(
             isinstance(d, int) for spec in manifest.parameters for d in spec.shape

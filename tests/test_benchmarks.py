@@ -18,6 +18,8 @@ from benchmarks.compare import compare
 from benchmarks.contenders import CONTENDERS
 from benchmarks.job import Job, Tuning
 from benchmarks.material import Material, inference_model, write_photos
+from benchmarks.ort_report import StepRow
+from benchmarks.ort_report import report as ort_report
 from benchmarks.plan import Options, plan_round
 from benchmarks.process import BenchmarkError, Watched, measure, reason, watch
 from benchmarks.report import LOSS_TOLERANCE, report, warnings_of
@@ -621,3 +623,30 @@ def test_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "### 2 layers, features of the frozen part kept" in text
     assert "does not compute the same" not in text
     assert "not measured:" not in text
+
+
+# --- beside ONNX Runtime's training API (the measurements themselves: tests/ort_training) ---
+
+
+def ort_row(contender: str, step: int, latency_ms: float, loss: float = 2.0) -> StepRow:
+    return StepRow(contender, 1, step, step == 1, latency_ms, loss, 100 << 10, 40 << 10)
+
+
+def test_the_table_beside_the_training_api_has_medians_without_warm_ups() -> None:
+    text = ort_report([ort_row("LANCE", step, ms) for step, ms in enumerate((900, 101, 102, 99), 1)], "Here.")
+    assert text.startswith("Here.\n\n| ")
+    assert "| LANCE | 101 | 99 | 2% | 100.00 MiB | 40.00 MiB |" in text
+    assert ">" not in text
+
+
+def test_the_table_beside_the_training_api_warns_of_spread_and_of_other_losses() -> None:
+    rows = [ort_row("steady", step, 100) for step in (1, 2, 3)]
+    rows += [ort_row("jumpy", step, ms) for step, ms in ((1, 100), (2, 100), (3, 200))]
+    rows += [ort_row("other", step, 100, loss=2.1) for step in (1, 2, 3)]
+    text = ort_report(rows, "Here.")
+    assert "> times vary by more than 10%: jumpy\n" in text
+    assert (
+        "> other: the loss of the first step is 2.10000, that of the others 2.00000: its times mean nothing"
+        in text
+    )
+    assert text.count("mean nothing") == 1

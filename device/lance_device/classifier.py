@@ -72,7 +72,7 @@ def from_onnx(path: Path, threads: int) -> Classifier:
         )
     classes, preprocessing = _read_metadata(path, graph.metadata)
     images = TensorSpec(IMAGES, (BATCH_DIM, *preprocessing.sample_shape), "float32")
-    graph.expect(images, TensorSpec(LOGITS, (BATCH_DIM, len(classes)), "float32"))
+    graph.expect(images, TensorSpec(LOGITS, (BATCH_DIM, "classes"), "float32"))
     return Classifier(lambda images: graph.run({IMAGES: images})[LOGITS], classes, preprocessing)
 
 

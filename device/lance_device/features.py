@@ -90,6 +90,9 @@ class Features(Protocol):
             DataError: if an image cannot be read.
         """
 
+    def stop_keeping(self) -> None:
+        """From now on an image may be another than its name says: what is kept is good, but add nothing."""
+
     def close(self, discard: bool = False) -> None:
         """Done; `discard`: nobody will ask for these features again."""
 
@@ -109,6 +112,9 @@ class ComputedFeatures:
         with meter.phase("prefix"):
             self.computed += len(images)
             return run_prefix(self._prefix, images)
+
+    def stop_keeping(self) -> None:
+        """Nothing is kept."""
 
     def close(self, discard: bool = False) -> None:
         """Nothing was kept."""
@@ -214,6 +220,10 @@ class CachedFeatures:
             with meter.phase("prefix"):
                 pass
         return values
+
+    def stop_keeping(self) -> None:
+        """See `Features`."""
+        self._is_filling = False
 
     def close(self, discard: bool = False) -> None:
         """Release the file."""

@@ -74,8 +74,7 @@ class LayerwiseStep:
         for rows in way.parts:
             way.before_each()
             for name, array in self._graphs.features.boundary(batch, rows, meter).items():
-                target = whole.setdefault(name, np.empty((len(batch), *array.shape[1:]), array.dtype))
-                target[rows] = array
+                _store(whole, name, array, 0, rows, len(batch))
         return whole
 
     def _forward(self, live: dict[str, Array], way: "_Way") -> None:
@@ -91,19 +90,19 @@ class LayerwiseStep:
     def _compress_complete(self, live: Mapping[str, Array], way: "_Way") -> None:
         """Compress the activations that are there and were not before."""
         for layer, name in self._input_of.items():
-            if name in live and layer not in way.compressed.layers:
+            if name in live and layer not in way.compressed.batches:
                 way.compressed.add(layer, self._codec.compress(layer, live[name]))
 
     def _release(self, live: dict[str, Array], later: Sequence[Graph], way: "_Way") -> None:
         """Drop what nobody reads any more, or keep it for backward; masks are packed then."""
         needed = {name for graph in later for name in graph.inputs} | {LOSS, LOGITS}
-        needed |= {name for layer, name in self._input_of.items() if layer not in way.compressed.layers}
+        needed |= {name for layer, name in self._input_of.items() if layer not in way.compressed.batches}
         released = {name: live.pop(name) for name in live.keys() - needed}
         crossing = {name: released[name] for name in self._graphs.crossing if name in released}
         way.keep(self._graphs.backward, crossing)
 
     def _backward(self, way: "_Way") -> dict[str, Array]:
-        """The statistics of the whole batch; what a micro-batch kept is gone when it has passed."""
+        """The statistics of the whole batch, the last micro-batch first."""
         graphs, statistics = self._graphs, dict[str, Array]()
         while way.kept:
             way.before_each()
@@ -116,25 +115,36 @@ class LayerwiseStep:
 
 @dataclass
 class _Compressed:
-    """Cores and factors of the layers so far, by the names of backward's inputs."""
+    """Cores and factors of the layers so far, by the names of backward's inputs.
 
-    layers: list[str] = field(default_factory=list)
+    `batches` has the size of the batch for each layer that has come; of those in `whole` the batch mode is not
+    compressed: backward reads an identity for their U0, and it is there only while a micro-batch passes.
+    """
+
+    batches: dict[str, int] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
     tensors: dict[str, Array] = field(default_factory=dict)
     nbytes: int = 0
 
     def add(self, layer: str, activation: Compressed) -> None:
-        """Backward reads cores `[r1, r0, r2, r3]`, and a U0 even where the batch mode is whole."""
-        core = activation.core  # [r0, r1, r2, r3]
-        factors = {0: np.eye(len(core), dtype=np.float32), **activation.factors}
+        """Backward reads cores `[r1, r0, r2, r3]`."""
+        core, factors = activation.core, activation.factors  # [r0, r1, r2, r3]
         self.tensors |= {projection_name(layer, mode): factor for mode, factor in factors.items()}
         self.tensors[core_name(layer)] = np.ascontiguousarray(core.swapaxes(0, 1))
-        self.layers.append(layer)
+        if 0 not in factors:
+            self.whole.add(layer)
+        self.batches[layer] = len(factors.get(0, core))
         self.nbytes += activation.nbytes
 
     def rows(self, rows: slice) -> dict[str, Array]:
         """All of them, of each U0 the rows of some samples."""
-        names = [projection_name(layer, 0) for layer in self.layers]
-        return {**self.tensors, **{name: self.tensors[name][rows] for name in names}}
+        samples = np.arange(rows.start, rows.stop)
+        tensors = dict(self.tensors)
+        for layer, batch in self.batches.items():
+            name = projection_name(layer, 0)
+            own = samples[:, None] == np.arange(batch) if layer in self.whole else tensors[name][rows]
+            tensors[name] = own.astype(np.float32, copy=False)
+        return tensors
 
 
 @dataclass
@@ -177,13 +187,17 @@ def _run_in_parts(graph: Graph, values: Mapping[str, Array], way: _Way) -> dict[
             axis = graph.batch_axes[name]
             if axis is None:
                 whole[name] = whole.get(name, 0) + array
-                continue
-            if name not in whole:
-                shape = list(array.shape)
-                shape[axis] = way.parts[-1].stop
-                whole[name] = np.empty(shape, array.dtype)
-            whole[name][_index(axis, rows)] = array
+            else:
+                _store(whole, name, array, axis, rows, way.parts[-1].stop)
     return whole
+
+
+def _store(whole: dict[str, Array], name: str, part: Array, axis: int, rows: slice, samples: int) -> None:
+    """Put what a micro-batch made where it belongs in the tensor of the whole batch."""
+    if name not in whole:
+        shape = (*part.shape[:axis], samples, *part.shape[axis + 1 :])
+        whole[name] = np.empty(shape, part.dtype)
+    whole[name][_index(axis, rows)] = part
 
 
 def _index(axis: int | None, rows: slice) -> tuple[slice, ...]:

@@ -102,6 +102,7 @@ class HealthProbe:
 
     def __init__(self, interval_s: float = HEALTH_INTERVAL_S) -> None:
         self._vcgencmd = shutil.which("vcgencmd")
+        self._unanswered: set[tuple[str, ...]] = set()
         self._interval_s = interval_s
         self._read_at = float("-inf")
         self._health = Health()
@@ -130,7 +131,7 @@ class HealthProbe:
 
     def _ask(self, *question: str) -> str | None:
         """The right side of vcgencmd's `name=value`."""
-        if self._vcgencmd is None:
+        if self._vcgencmd is None or question in self._unanswered:
             return None
         try:
             done = subprocess.run(
@@ -140,8 +141,10 @@ class HealthProbe:
                 timeout=VCGENCMD_TIMEOUT_S,
                 check=True,
             )
-        except (OSError, subprocess.SubprocessError):
-            self._vcgencmd = None  # no permission, or no such firmware: do not try again
+        except subprocess.TimeoutExpired:
+            return None  # a board that swaps; it may answer the next time
+        except (OSError, subprocess.CalledProcessError):
+            self._unanswered.add(question)  # no permission, or the firmware does not know it: never ask again
             return None
         _, equals, value = done.stdout.strip().partition("=")
         return value if equals else None

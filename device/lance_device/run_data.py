@@ -50,17 +50,21 @@ class Absentees:
     def __init__(self, note: Note) -> None:
         self._note = note
         self._run: Run | None = None
-        self.count = 0  # of images that have gone
+        self._on_first: Callable[[], None] = lambda: None
 
-    def begin(self, run: Run, skipped: tuple[SkippedRow, ...]) -> None:
-        """Write what is left out from the start; `last.npz` is there by now."""
-        self._run = run
+    def begin(self, run: Run, skipped: tuple[SkippedRow, ...], on_first: Callable[[], None]) -> None:
+        """Write what is left out from the start; `last.npz` is there by now.
+
+        Args:
+            on_first: called as soon as an image is missing, before another is used in its place.
+        """
+        self._run, self._on_first = run, on_first
         if not run.is_resumed or not run.folder.skipped.exists():
             write_rows(run.folder.skipped, SkippedRow, skipped)
 
     def report(self, part: str, name: str, reason: str) -> None:
         """An image can no longer be read; for `screening.steady`."""
-        self.count += 1
+        self._on_first()
         self._note(f"warning: {name} can no longer be read ({reason}); another of its class stands in")
         if self._run is not None:
             log = RowLog(self._run.folder.skipped, SkippedRow)

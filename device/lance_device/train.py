@@ -1,6 +1,5 @@
 """Training: the loop, and what happens around it."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -15,13 +14,14 @@ from lance_device.checkpoint import write_checkpoint
 from lance_device.evaluate import Evaluation, evaluate
 from lance_device.features import Batch, Features, Unmetered
 from lance_device.graphs import load_graph
-from lance_device.keeper import Keeper, is_better
-from lance_device.live import Reporter, StepView
+from lance_device.keeper import Keeper
+from lance_device.live import Reporter
 from lance_device.measure import PhaseMeter
 from lance_device.numerics import MOST_IN_A_ROW, RATE_FACTORS
 from lance_device.optimizer import SGD
 from lance_device.pace import Pacer
 from lance_device.probe import HealthProbe, MemoryProbe
+from lance_device.progress import history_row, step_view
 from lance_device.run_data import Absentees, open_images
 from lance_device.run_folder import RunFolder
 from lance_device.run_log import RunLog, TrainResult
@@ -43,7 +43,6 @@ from lance_edge.errors import (
 )
 from lance_edge.images import Part
 from lance_edge.manifest import LOGITS
-from lance_edge.profiles import HistoryRow
 from lance_edge.screening import steady
 
 Float = NDArray[np.float32]
@@ -68,9 +67,9 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
             closing(_features(run, bundle, dataset, reporter)) as features,
         ):
             training = Training(request, run, bundle, dataset, features, reporter)
-            absentees.begin(run, skipped)
+            absentees.begin(run, skipped, features.stop_keeping)
             result = training.run(stop)
-            features.close(discard=run.cache.is_own or absentees.count > 0)
+            features.close(discard=run.cache.is_own)
             return result
 
 
@@ -173,7 +172,7 @@ class Training:
         self._count(outcome)
         costs = self._meter.take_step()
         self._log.step(outcome, costs, cached=self._features.computed == computed)
-        self._reporter.step(self._view(outcome, costs["step"].latency_ns, costs["step"].rss_kib))
+        self._reporter.step(step_view(run, self._log, outcome, costs["step"]))
 
     def _skip(self, error: NumericalError) -> StepOutcome:
         """Leave weights and momentum as they are and go on, if that is what the options say."""
@@ -228,7 +227,8 @@ class Training:
         with self._meter.phase("eval"):
             validation = self._evaluate_part(dataset.validation, stop.check)
             test = self._evaluate_part(dataset.test, stop.check)
-        row = self._history_row(validation, test)
+        rate = self._learning_rate(progress.step - 1)
+        row = history_row(self._run, self._log, rate, validation, test)
         progress.evaluated_step = progress.step
         progress.loss_sum, progress.correct, progress.samples = 0.0, 0, 0
         progress.seconds = self._log.seconds()
@@ -249,23 +249,6 @@ class Training:
         batch = Batch(part, indices, unflipped, self._bundle.manifest.preprocessing)
         boundary = self._features.boundary(batch, slice(0, len(batch)), Unmetered())
         return self._predict.run({**self._run.parameters, **boundary})[LOGITS]
-
-    def _history_row(self, validation: Evaluation | None, test: Evaluation | None) -> HistoryRow:
-        progress = self._run.progress
-        row = HistoryRow(
-            epoch=self._log.epoch_of(progress.step),
-            step=progress.step,
-            learning_rate=self._learning_rate(progress.step - 1),
-            train_loss=progress.loss_sum / progress.samples if progress.samples else math.nan,
-            train_accuracy=progress.correct / max(progress.samples, 1),
-            validation_accuracy=validation.accuracy if validation else None,
-            validation_loss=validation.loss if validation else None,
-            test_accuracy=test.accuracy if test else None,
-            test_loss=test.loss if test else None,
-            best=False,
-            time_s=self._log.seconds(),
-        )
-        return dataclasses.replace(row, best=is_better(row, progress.best))
 
     def _wind_up(self, error: LanceError) -> LanceError:
         """Save what is good, complete the files, and say how to go on."""
@@ -290,20 +273,6 @@ class Training:
             f"step {step + 1}: {error}; the step was not applied, the state after step {step} is in"
             f" {self._run.folder.last}; go on with --resume --on-nan halve-lr, or start again with a lower --lr"
             f" (this run: {options.lr:g})" + ("" if options.clip else " or with --clip 2")
-        )
-
-    def _view(self, outcome: StepOutcome, latency_ns: int, rss_kib: int | None) -> StepView:
-        run, progress = self._run, self._run.progress
-        return StepView(
-            epoch=self._log.epoch_of(progress.step),
-            epochs=self._log.epoch_of(run.total_steps),
-            step=progress.step,
-            total_steps=run.total_steps,
-            loss=outcome.loss,
-            accuracy=progress.correct / max(progress.samples, 1),
-            images_per_s=run.stream.batch_size / (latency_ns * 1e-9),
-            rss_kib=rss_kib,
-            seconds_left=self._log.seconds_left(),
         )
 
 

@@ -25,11 +25,13 @@ from lance_edge.manifest import (
     projection_name,
 )
 from lance_edge.screening import steady
+from lance_host.autodiff.emit import Emit
 from lance_host.budget import check_budget
 from lance_host.calibrate import calibration_batches, choose_batch_size, layer_spectra
 from lance_host.capture import Captured, capture_layers, clone, export
 from lance_host.compile import Compiled, compile_variant, serialise
 from lance_host.hosvd import Spectrum
+from lance_host.layer_nodes import geometry, input_of
 from lance_host.methods import METHODS
 from lance_host.network import Network, load_network
 from lance_host.rank_choice import GradientBatches, RankChoice, choose_ranks, energy_of
@@ -42,7 +44,7 @@ from lance_host.verify import Samples, verify_on_any
 
 VERIFY_IMAGES = 8  # a set; U0 has no rows for more than a batch
 VERIFY_SETS = 3
-PERPLEXITY_BATCHES = 4  # of the calibration batches; each takes a pass through the network in PyTorch
+JUDGING_BATCHES = 4  # that a budget's gradients are measured on; each takes a pass through PyTorch
 Spectra = Mapping[str, Sequence[Spectrum]]
 
 
@@ -63,8 +65,9 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
     check_trainable(captured[-1], request.layers)
     for method, budget in request.budgets.items():
         check_budget(method, budget, [one.layers for one in captured], batch_size)
-    spectra, batches = measure_spectra(request, network, captured[-1], dataset, batch_size, feedback)
-    ranks = select_ranks(request, network, captured, spectra, dataset, batch_size, feedback)
+    order, judging = choose_images(request, dataset, batch_size, feedback)
+    spectra, batches = measure_spectra(request, network, captured[-1], dataset, order, feedback)
+    ranks = select_ranks(request, network, captured, spectra, dataset, judging, feedback)
     variants = share(compile_variants(request, captured, ranks, spectra, batch_size, feedback))
     verify_variants(network, captured, variants, spectra, dataset, batch_size, feedback)
 
@@ -84,10 +87,28 @@ def choose_batch(request: Request, dataset: Dataset, feedback: Feedback) -> int:
 def capture_selections(network: Network) -> tuple[Captured, ...]:
     """The captured network for each count of trainable layers, ascending, from one export."""
     exported = export(network.module, network.preprocessing.sample_shape)
-    return tuple(capture_layers(exported, layers, network.head) for layers in network.selections)
+    return tuple(
+        capture_layers(exported, layers, network.head, network.extras) for layers in network.selections
+    )
 
 
 # --- phase I ------------------------------------------------------------------------------------------
+
+
+def choose_images(
+    request: Request, dataset: Dataset, batch_size: int, feedback: Feedback
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The images of calibration and those that ranks within a budget are judged on, `[batches, B]` each.
+
+    Subspaces fit the images that they come from too well, so the second are others, as far as there are any.
+    """
+    wanted = request.batches + (JUDGING_BATCHES if request.budgets else 0)
+    order = calibration_batches(len(dataset.train), batch_size, wanted, request.seed)
+    judging = min(JUDGING_BATCHES, len(order) - 1) if request.budgets else 0
+    if request.budgets and not judging:
+        feedback.say("there is one batch of images: it judges the gradients of subspaces that come from it")
+        return order, order
+    return order[: len(order) - judging], order[len(order) - judging :]
 
 
 def measure_spectra(
@@ -95,13 +116,13 @@ def measure_spectra(
     network: Network,
     captured: Captured,
     dataset: Dataset,
-    batch_size: int,
+    order: NDArray[np.int64],
     feedback: Feedback,
 ) -> tuple[Spectra, int]:
     """The spectra of every trainable layer's input, and the number of batches that they come from."""
     if not captured.layers or request.methods == ("bp",):
         return {}, 0
-    order = calibration_batches(len(dataset.train), batch_size, request.batches, request.seed)
+    batch_size = order.shape[1]
     feedback.say(f"calibration: {len(order)} batches of {batch_size} training images")
     model, taps = tap_inputs(captured, network_weights(network))
     spectra = layer_spectra(
@@ -127,10 +148,13 @@ def tap_inputs(
     """The network from images to the inputs of its trainable layers, weights constant."""
     copy = clone(captured)
     bind(copy.model, weights)
-    inputs = {layer.name: node.inputs[0] for layer, node in zip(copy.layers, copy.convs, strict=True)}
-    outputs = list(dict.fromkeys(value for value in inputs.values() if value is not None))
-    model = extract(copy.model, [copy.images], outputs, infer_specs(copy.model))
-    return model, {name: str(value.name) for name, value in inputs.items() if value is not None}
+    emit = Emit(copy.model.graph, "taps/")
+    inputs = {
+        layer.name: input_of(emit, node, geometry(node))
+        for layer, node in zip(copy.layers, copy.nodes, strict=True)
+    }
+    model = extract(copy.model, [copy.images], list(dict.fromkeys(inputs.values())), infer_specs(copy.model))
+    return model, {name: str(value.name) for name, value in inputs.items()}
 
 
 def network_weights(network: Network) -> dict[str, NDArray[np.generic]]:
@@ -144,14 +168,13 @@ def select_ranks(
     captured: Sequence[Captured],
     spectra: Spectra,
     dataset: Dataset,
-    batch_size: int,
+    order: NDArray[np.int64],
     feedback: Feedback,
 ) -> RankChoice:
     """The ranks of every variant, by energy or within a budget, where a few batches measure the gradients."""
-    order = calibration_batches(len(dataset.train), batch_size, PERPLEXITY_BATCHES, request.seed)
     batches = GradientBatches(network.module, captured[-1].layers, dataset.train, network.preprocessing, order)
     selections = tuple(one.layers for one in captured)
-    return choose_ranks(request, selections, spectra, batch_size, batches, feedback)
+    return choose_ranks(request, selections, spectra, batches, feedback)
 
 
 # --- graphs -------------------------------------------------------------------------------------------
@@ -167,10 +190,10 @@ def compile_variants(
 ) -> tuple[Compiled, ...]:
     """A variant for each method and count of layers, method by method.
 
-    Without trainable convolutions all methods are the same, and plain backpropagation stands for them.
+    Without trainable layers all methods are the same, and plain backpropagation stands for them.
     """
     if not captured[0].layers and request.methods != ("bp",):
-        feedback.say("no convolution is trained: plain backpropagation of the head is the only method")
+        feedback.say("no layer is trained: plain backpropagation of the head is the only method")
     wanted = [
         (method, one)
         for method in dict.fromkeys((*request.methods, "bp"))
@@ -199,13 +222,13 @@ def verify_variants(
     """Refuse to ship graphs that do not train as PyTorch does."""
     samples = verification_samples(dataset, network.preprocessing, min(VERIFY_IMAGES, batch_size))
     weights, largest = network_weights(network), cut_projections(variants, spectra)
-    layers = {len(one.layers): one.layers for one in captured}
+    selections = {len(one.layers): one for one in captured}
     worst: dict[str, float] = {}
     for done, compiled in enumerate(variants, start=1):
         variant = compiled.variant
         own = {name: largest[name][:, :rank] for name, rank in variant.projection_ranks.items()}
-        chosen = layers[len(variant.layers)]
-        error = verify_on_any(samples, network.module, chosen, compiled, weights, own)
+        chosen = selections[len(variant.layers)]
+        error = verify_on_any(samples, network.module, chosen.layers, compiled, weights, own, chosen.norms)
         worst[variant.method] = max(error, worst.get(variant.method, 0.0))
         if len(variants) > len(METHODS):
             feedback.progress("verify", done, len(variants))

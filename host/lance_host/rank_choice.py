@@ -59,7 +59,6 @@ def choose_ranks(
     request: Request,
     selections: Sequence[Sequence[Layer]],
     spectra: Spectra,
-    batch_size: int,
     batches: GradientBatches,
     feedback: Feedback,
 ) -> RankChoice:
@@ -76,7 +75,7 @@ def choose_ranks(
     for method in request.methods if selections else ():
         energy = energy_of(request, method)
         if method in request.budgets:
-            task = Task(tuple(map(tuple, selections)), batch_size, request.budgets[method])
+            task = Task(tuple(map(tuple, selections)), batches.order.shape[1], request.budgets[method])
             results = SEARCHES[method](task, spectra, batches.counted(f"gradients of {method}", feedback))
             plans = [plan_budget(method, task.budget, result) for result in results]
             feedback.say(budget_table(plans))

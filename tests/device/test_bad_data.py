@@ -1,6 +1,7 @@
 """Runs on data with bad images, and on folders that change while they are read."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -128,6 +129,38 @@ RunLog.step = step
     assert {row["reason"] for row in gone} <= {"No such file or directory", "found 0 bytes"}
     assert len(table(out / "history.csv")) == 4
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_cache_holds_no_stand_ins(package, images, tmp_path):
+    """A disk that is away for a while: a shared cache outlives the run that did without its images."""
+    root, away = tmp_path / "images", tmp_path / "away"
+    shutil.copytree(images, root)
+    away.mkdir()
+    prelude = f"""
+import os
+from pathlib import Path
+from lance_device.run_log import RunLog
+write, root = RunLog.step, Path({str(root)!r})
+def step(self, *arguments, **named):
+    write(self, *arguments, **named)
+    if self._run.progress.step == 1:
+        for name in self._dataset.train.names[::2]:
+            (root / name).rename(Path({str(away)!r}) / name.replace("/", "+"))
+    if self._run.progress.step == 6:
+        os.kill(os.getpid(), 15)
+RunLog.step = step
+"""
+    shared = (*LENGTH, "--cache", "on", "--cache-dir", tmp_path / "cache")
+    process = spawn(*train_words(package, root, tmp_path / "first"), *shared, prelude=prelude)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.count("another of its class stands in") > 5
+    for file in away.iterdir():
+        file.rename(root / file.name.replace("+", "/"))
+    result = started(train(package, root, tmp_path / "second", *shared))
+    assert int(re.search(r"holds (\d+) of", result.stderr)[1]) > 0
+    started(train(package, root, tmp_path / "own", *LENGTH, "--cache", "on"))
+    assert_same_arrays(tmp_path / "second" / "last.npz", tmp_path / "own" / "last.npz")
 
 
 def test_a_class_that_vanishes_during_a_run_ends_it_with_its_state(package, spoiled, tmp_path):

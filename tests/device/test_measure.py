@@ -75,6 +75,28 @@ def test_health_from_sysfs_where_vcgencmd_fails(tmp_path, monkeypatch):
     assert HealthProbe().read() == Health(temperature_c=pytest.approx(51.2), arm_mhz=600.0, throttled=None)
 
 
+def test_a_question_that_took_too_long_is_asked_again_one_that_fails_is_not(tmp_path, monkeypatch):
+    """The clock does not answer in time once; nobody may ask for throttling; the temperature is there."""
+    _fake_vcgencmd(
+        tmp_path,
+        f"echo $1 >> {tmp_path}/asked\n"
+        "case $1 in\n"
+        "  measure_temp) echo temp=48.3\\'C ;;\n"
+        f"  measure_clock) test -e {tmp_path}/slow || {{ touch {tmp_path}/slow; exec sleep 5; }}\n"
+        "    echo 'frequency(48)=1400000000' ;;\n"
+        "  *) exit 1 ;;\n"
+        "esac\n",
+    )
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(probe, "VCGENCMD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(probe, "CLOCK", tmp_path / "absent")
+    health = HealthProbe(interval_s=0)
+    assert health.read() == Health(48.3, None, None)
+    assert health.read() == Health(48.3, 1400.0, None)
+    asked = (tmp_path / "asked").read_text().split()
+    assert [asked.count(name) for name in ("measure_temp", "measure_clock", "get_throttled")] == [2, 2, 1]
+
+
 def test_health_is_empty_where_there_is_none_and_is_not_read_too_often(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(probe, "TEMPERATURE", tmp_path / "temp")

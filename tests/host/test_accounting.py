@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lance_edge.manifest import Layer
 from lance_host import accounting
@@ -92,17 +93,48 @@ def test_lance_forward_adds_the_projection_of_the_whole_input() -> None:
         assert added == 16 * (4 * 6 * 6) * (5 + 3 + 2 + 2)
 
 
-def test_lance_weight_gradient_is_the_sum_of_its_contractions() -> None:
-    layer, (r0, r1, r2, r3) = small_layer(), (5, 3, 2, 4)
-    contractions = [
-        ("or,bo->br", {"o": 8 * 3 * 3, "b": 16, "r": r0}),  # output gradient on the batch mode
-        ("core over height", {"h": 6, "r0": r0, "r1": r1, "r2": r2, "r3": r3}),
-        ("then over width", {"h": 6, "w": 6, "r0": r0, "r1": r1, "r3": r3}),
-        ("weight gradient", {"o": 8, "r0": r0, "r1": r1, "k": 9, "p": 9}),
-        ("channels expanded", {"o": 8, "c": 4, "k": 9, "r1": r1}),
-    ]
-    expected = sum(math.prod(sizes.values()) for _, sizes in contractions)
-    assert accounting.lance_weight_gradient_macs(layer, 16, (r0, r1, r2, r3)) == expected
+@pytest.mark.parametrize("r0", [5, 16], ids=["r0 < B", "batch mode whole"])
+def test_lance_weight_gradient_counts_as_torch_counts_its_contractions(r0: int) -> None:
+    """Torch counts two for each multiply-add."""
+    layer, batch, r1, r2, r3 = small_layer(), 16, 3, 2, 4
+    dy, core = torch.ones(batch, *layer.output_shape), torch.ones(r0, r1, r2, r3)
+    with FlopCounterMode(display=False) as counter:
+        if r0 < batch:
+            dy = torch.einsum("bohw,br->rohw", dy, torch.ones(batch, r0))
+        tall = torch.einsum("abcd,hc->abhd", core, torch.ones(6, r2))
+        whole = torch.einsum("abhd,wd->abhw", tall, torch.ones(6, r3))
+        patches = nn.functional.unfold(whole, 3, stride=2, padding=1)  # [r0, r1 k k, P]
+        narrow = torch.einsum("rop,rqp->oq", dy.flatten(2), patches)
+        torch.einsum("oik,ci->ock", narrow.reshape(8, r1, 9), torch.ones(4, r1))
+    assert (
+        2 * accounting.lance_weight_gradient_macs(layer, batch, (r0, r1, r2, r3)) == counter.get_total_flops()
+    )
+
+
+@pytest.mark.parametrize("r0", [5, 16], ids=["r0 < B", "batch mode whole"])
+def test_what_each_method_adds_to_forward_is_counted_as_torch_counts_it(r0: int) -> None:
+    """The paper's convention, all modes of the unprojected input, for the projection; n^3 for eigenvectors."""
+    layer, batch, ranks = small_layer(), 16, (r0, 3, 2, 4)
+    x = torch.ones(batch, *layer.input_shape)
+    modes = [mode for mode in range(4) if mode > 0 or r0 < batch]
+    unfolded = {mode: x.movedim(mode, 0).flatten(1) for mode in range(4)}
+    bases = {mode: torch.ones(x.shape[mode], ranks[mode]) for mode in modes}
+    with FlopCounterMode(display=False) as projection:
+        halves = {mode: bases[mode].T @ unfolded[mode] for mode in modes}
+    with FlopCounterMode(display=False) as power:
+        for mode in modes:
+            _ = unfolded[mode] @ (unfolded[mode].T @ bases[mode])
+    with FlopCounterMode(display=False) as gram:
+        for matrix in unfolded.values():
+            _ = matrix @ matrix.T
+    assert halves
+    plain = accounting.bp_forward_macs(layer, batch)
+    lance = plain + projection.get_total_flops() // 2
+    assert accounting.lance_forward_macs(layer, batch, ranks) == lance
+    assert accounting.asi_forward_macs(layer, batch, ranks) == lance + power.get_total_flops() // 2
+    eigenvectors = sum(size**3 for size in x.shape)
+    expected = lance + gram.get_total_flops() // 2 + eigenvectors
+    assert accounting.hosvd_forward_macs(layer, batch, ranks) == expected
 
 
 def test_lance_weight_gradient_takes_channels_per_group() -> None:
@@ -118,6 +150,6 @@ def test_kernels_need_not_be_square() -> None:
 
 
 @pytest.mark.parametrize("ranks", [(1, 2, 3), (1, 2, 3, 4, 5)])
-def test_refuses_ranks_of_other_than_four_modes(ranks: tuple[int, ...]) -> None:
+def test_refuses_ranks_of_other_than_the_layers_modes(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected 4 \(batch, channels, height, width\), found \(1, 2, 3"):
-        accounting.core_bytes(ranks)
+        accounting.factor_bytes(small_layer(), 16, ranks)
