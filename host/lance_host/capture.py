@@ -34,8 +34,9 @@ class Captured:
     `model` has the inputs `images`, `labels` and the trainable parameters, and the outputs `loss` (summed
     over the micro-batch) and `logits`; `seed` is the gradient of the batch's mean loss with respect to the
     logits.  `nodes` are those of the trainable layers, `parameters` the trainable inputs in the order weights
-    (module order), head weight, head bias, and the `extras`: biases, affine of norms.  `norms` has for each layer whose trained
-    norm is folded into it the norm's name.  `targets` are the inputs that say what the target of each class is.
+    (module order), head weight, head bias, and the `extras`: biases, affine of norms.  `norms` has
+    for each layer whose trained norm is folded into it the norm's name.  `targets` are the inputs that say what
+    the target of each class is.
     """
 
     model: ir.Model
