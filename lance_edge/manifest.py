@@ -117,7 +117,7 @@ class Split:
 def batch_multiple(dim: str) -> int | None:
     """4 for `4*N`, 1 for `N`; `None` for what is no multiple of the micro-batch."""
     factor, star, name = dim.rpartition("*")
-    if name != BATCH_DIM or (star and not factor.isdecimal()):
+    if name != BATCH_DIM or (star and not (factor.isdecimal() and len(factor) < 10)):
         return None
     return int(factor) if star else 1
 
@@ -403,6 +403,9 @@ def _check_meaning(manifest: Manifest) -> None:
         "two or more classes": len(manifest.classes) >= 2,
         "a batch size of 1 or more": manifest.batch_size >= 1,
         **_input_rules(manifest.preprocessing),
+        "fractions of the split from 0 to below 1": all(
+            0 <= fraction < 1 for fraction in (manifest.split.test_fraction, manifest.split.validation_fraction)
+        ),
         "one variant or more": bool(manifest.variants),
         "fixed shapes of parameters": all(
             isinstance(d, int) for spec in manifest.parameters for d in spec.shape

@@ -77,6 +77,8 @@ def parse_budget(text: str, methods: Sequence[str]) -> dict[str, int]:
                 f"--memory-budget: expected a budget for {' or '.join(able)}, found {part.strip()!r};"
                 " write it as 256KiB, or for each method as lance=256KiB"
             )
+        if method in budgets:
+            raise LanceError(f"--memory-budget: {method} is there twice; give it one budget")
         budgets[method] = parse_bytes(amount)
     return budgets
 

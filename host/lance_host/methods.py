@@ -23,7 +23,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lance_edge.manifest import Schedule, activation_name, core_name, projection_name
+from lance_edge.manifest import Layer, Schedule, activation_name, core_name, projection_name
+from lance_host.accounting import asi_forward_macs, hosvd_forward_macs, lance_forward_macs
 from lance_host.autodiff import conv, linear
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.linear import LinearGeometry
@@ -133,12 +134,15 @@ class Method:
         schedules: how a batch may go through its graphs.
         fixes_ranks: before training, on the host; otherwise they differ from step to step.
         energy: the default energy threshold ε; `None` where nothing is compressed.
+        forward_macs: multiply-adds of a layer's forward with its compression, of batch size and ranks; `None`
+            where nothing is compressed.
     """
 
     gradient: WeightGradient
     schedules: tuple[Schedule, ...]
     fixes_ranks: bool = False
     energy: float | None = None
+    forward_macs: Callable[[Layer, int, Sequence[int]], int] | None = None
 
     @property
     def compresses(self) -> bool:
@@ -148,9 +152,9 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "bp": Method(backpropagation, ("one pass",)),
-    "lance": Method(lance, ("one pass", "two passes"), fixes_ranks=True, energy=0.7),
-    "asi": Method(from_codec, ("by layer",), fixes_ranks=True, energy=0.7),
-    "hosvd": Method(from_codec, ("by layer",), energy=0.8),
+    "lance": Method(lance, ("one pass", "two passes"), True, 0.7, lance_forward_macs),
+    "asi": Method(from_codec, ("by layer",), True, 0.7, asi_forward_macs),
+    "hosvd": Method(from_codec, ("by layer",), False, 0.8, hosvd_forward_macs),
 }
 
 

@@ -25,26 +25,11 @@ Spectra = Mapping[str, Sequence[Spectrum]]
 BatchTensors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 # ASI's grid of energies; the paper looks at 0.4 to 0.9.
+# fmt: off
 ENERGIES = (
-    0.2,
-    0.3,
-    0.4,
-    0.45,
-    0.5,
-    0.55,
-    0.6,
-    0.65,
-    0.7,
-    0.75,
-    0.8,
-    0.825,
-    0.85,
-    0.875,
-    0.9,
-    0.925,
-    0.95,
-    0.98,
+    0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 0.98,
 )
+# fmt: on
 STEPS = 14  # ranks to look at in a long mode, in geometric steps: each is about 1.5 times the one before
 SPATIAL_STEPS = 5  # in height and width
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from lance_edge.manifest import ArrayInput, InputSpec, LayerPlan, Manifest, Member, Variant
-from lance_host.accounting import bp_activation_bytes
+from lance_host.accounting import bp_activation_bytes, bp_forward_macs
 from lance_host.text import (
     GAP,
     WIDTH,
@@ -122,7 +122,8 @@ def _cost_columns(manifest: Manifest) -> list[list[str]]:
         ),
         ("of which statistics", lambda v: human_bytes(sum(s.nbytes(micro_batch) for s in v.statistics))),
         *((f"multiply-adds, {role} graph", _graph_macs(role)) for role in roles),
-        ("multiply-adds, all graphs of a step", lambda v: human_macs(_step_macs(v))),
+        ("multiply-adds, codec", lambda v: human_macs(_codec_macs(manifest, v)) if _is_by_layer(v) else "-"),
+        ("multiply-adds, all of a step", lambda v: human_macs(_step_macs(manifest, v))),
         ("paper's multiply-adds, forward", lambda v: human_macs(sum(p.forward_macs for p in v.layers))),
         (
             "paper's multiply-adds, weight gradient",
@@ -142,7 +143,7 @@ def _count_tables(manifest: Manifest) -> list[str]:
             f"saved bytes, micro-batch {micro_batch}",
             lambda v: human_bytes(v.saved_bytes(micro_batch, manifest.batch_size)),
         ),
-        ("multiply-adds of a step", lambda v: human_macs(_step_macs(v))),
+        ("multiply-adds of a step", lambda v: human_macs(_step_macs(manifest, v))),
     ]
     counts, lines = manifest.layer_counts, list[str]()
     variants = {(variant.method, len(variant.layers)): variant for variant in manifest.variants}
@@ -174,9 +175,22 @@ def _graph_macs(role: str) -> Callable[[Variant], str]:
     return lambda variant: human_macs(variant.graph_macs[role]) if role in variant.graph_macs else "-"
 
 
-def _step_macs(variant: Variant) -> int:
-    """Multiply-adds of a training step: every graph but the one that only predicts."""
-    return sum(macs for role, macs in variant.graph_macs.items() if role != "predict")
+def _step_macs(manifest: Manifest, variant: Variant) -> int:
+    """Multiply-adds of a training step: every graph but the one that only predicts, and the codec."""
+    graphs = sum(macs for role, macs in variant.graph_macs.items() if role != "predict")
+    return graphs + _codec_macs(manifest, variant)
+
+
+def _is_by_layer(variant: Variant) -> bool:
+    """Whether the device compresses activations outside of all graphs."""
+    return variant.schedule == "by layer"
+
+
+def _codec_macs(manifest: Manifest, variant: Variant) -> int:
+    """What compressing adds to the layers' own forward, where no graph does it."""
+    layers = {layer.name: layer for layer in manifest.layers}
+    own = (p.forward_macs - bp_forward_macs(layers[p.layer], manifest.batch_size) for p in variant.layers)
+    return sum(own) if _is_by_layer(variant) else 0
 
 
 def _preprocessing(steps: InputSpec) -> str:

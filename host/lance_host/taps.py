@@ -66,8 +66,8 @@ def as_described(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch
 @contextmanager
 def only_trainable(network: torch.nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Only these parameters ask for a gradient, so that autograd keeps nothing for the others."""
-    flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     parameters = dict(network.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in names)

@@ -499,6 +499,11 @@ def test_packed_again_by_another_program(tmp_path, change):
             " channels, an interpolation of bilinear, bicubic, lanczos, nearest; rebuild the package",
         ),
         (
+            {"split": {"seed": 0, "test_fraction": 1e308, "validation_fraction": 0.1}},
+            f"manifest.json does not fit schema {SCHEMA_VERSION}: expected fractions of the split from 0 to"
+            " below 1; rebuild the package",
+        ),
+        (
             {"surprise": 1},
             f"manifest.json does not fit schema {SCHEMA_VERSION}: $: missing fields [],"
             " unknown fields ['surprise']; rebuild the package",
