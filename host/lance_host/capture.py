@@ -34,8 +34,9 @@ class Captured:
     `model` has the inputs `images`, `labels` and the trainable parameters, and the outputs `loss` (summed
     over the micro-batch) and `logits`; `seed` is the gradient of the batch's mean loss with respect to the
     logits.  `nodes` are those of the trainable layers, `parameters` the trainable inputs in the order weights
-    (module order), head weight, head bias, biases, affine of norms.  `norms` has for each layer whose trained
-    norm is folded into it the norm's name.  `targets` are the inputs that say what the target of each class is.
+    (module order), head weight, head bias, and the `extras`: biases, affine of norms.  `norms` has
+    for each layer whose trained norm is folded into it the norm's name.  `targets` are the inputs that say what
+    the target of each class is.
     """
 
     model: ir.Model
@@ -43,6 +44,7 @@ class Captured:
     layers: tuple[Layer, ...]
     nodes: tuple[ir.Node, ...]
     norms: dict[str, str]
+    extras: frozenset[str]
     parameters: tuple[ir.Value, ...]
     labels: ir.Value
     targets: tuple[ir.Value, ...]
@@ -117,7 +119,8 @@ def capture_layers(
     names = [f"{name}.weight" for name in layers]
     if head is not None:
         names += [name for name in (f"{head}.weight", f"{head}.bias") if name in graph.initializers]
-    names += extra_parameters(graph, layers, names, extras)
+    more = extra_parameters(graph, layers, names, extras)
+    names += more
     norms = fold_batch_norm(model, frozenset(names))
     described = tuple(describe(name, node) for name, node in zip(layers, nodes, strict=True))
     parameters = tuple(_as_input(graph, name) for name in names)
@@ -129,6 +132,7 @@ def capture_layers(
         layers=described,
         nodes=tuple(nodes),
         norms=norms,
+        extras=frozenset(more),
         parameters=parameters,
         labels=labels,
         targets=targets,
