@@ -462,7 +462,7 @@ def test_graphs_that_do_not_train_as_pytorch_does_are_not_shipped(
     """`calibrate` really asks `verify`, with the user's images."""
     asked = []
 
-    def refuse(network, layers, compiled, weights, projections, images, labels):
+    def refuse(network, layers, compiled, weights, projections, images, labels, norms):
         asked.append((compiled.variant.method, images.shape, labels.tolist()))
         raise ModelError("method bp: differs")
 
@@ -483,7 +483,7 @@ def test_graphs_that_agree_on_one_set_of_images_are_shipped(
     """A unit on the kink of a ReLU makes a difference on the first set."""
     asked, said = [], []
 
-    def refuse_once(network, layers, compiled, weights, projections, images, labels):
+    def refuse_once(network, layers, compiled, weights, projections, images, labels, norms):
         asked.append(images)
         if len(asked) == 1:
             raise ModelError("method bp: differs")
