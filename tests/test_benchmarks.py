@@ -33,6 +33,7 @@ from benchmarks.tuning import candidates, search
 from benchmarks.weight_gradient import input_name, output_gradient_name, weight_graphs
 from benchmarks.weight_work import WeightWork, invented_parts
 from benchmarks.worker import work
+from lance_device.bench_report import about_load
 from lance_device.features import Batch, Unmetered
 from lance_device.graphs import load_projections
 from lance_edge.bundle import Bundle
@@ -561,6 +562,13 @@ def test_losses_that_do_not_move_are_warned_of() -> None:
         "hosvd, 4 layers: the loss of step 2 is still that of the first: it does not show whether gradients"
         " are right",
     )
+
+
+def test_a_busy_machine_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (1.26, 0.0, 0.0))
+    assert about_load() == "other programs keep 1.3 cores busy; times will be too long and vary"
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 9.0, 9.0))
+    assert about_load() is None
 
 
 # --- material and command line -------------------------------------------------------------------------
