@@ -394,7 +394,7 @@ def test_weights_that_the_counts_have_in_common_are_stored_once(choice):
 
 def test_its_tables_have_a_row_for_each_count(choice):
     table = package_table(choice.manifest)
-    assert "0, 2 or 4 layers and classifier.weight, classifier.bias: 6 tensors" in table
+    assert "0, 2 or 4 layers and classifier.linear.weight, classifier.linear.bias: 6 tensors" in table
     rows = [line.split() for line in table.splitlines() if re.match(r"[024]  ", line)]
     assert len(rows) == 3 * 3, "three costs for three counts"
     narrow = package_table(choice.manifest.with_layers(2))
