@@ -8,12 +8,18 @@ BENCH_FLAGS ?=
 PIP_FLAGS ?=
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# onnxruntime-training is imported as onnxruntime: an environment of its own, of CPython 3.11 on x86-64 Linux.
+ORT_PYTHON ?= python3.11
+ORT_VENV   ?= .venv-ort
+ORT_INSTALLED := $(ORT_VENV)/.installed
+SOURCES := $(CURDIR):$(CURDIR)/host:$(CURDIR)/device
 
-.PHONY: help install demo test test-slow lint format bench pi-check clean
+.PHONY: help install demo test test-slow test-ort-training lint format bench pi-check clean
 
 help:
 	@echo "make demo      train MCUNet with LANCE and with backpropagation, side by side (about five minutes)"
 	@echo "make test      run the tests"
+	@echo "make test-ort-training   export and device against onnxruntime-training 1.19.2 (CPython 3.11, x86-64)"
 	@echo "make lint      formatting, lint, types, import contracts"
 	@echo "make bench     step time and memory beside PyTorch's, on this machine (about ten minutes)"
 	@echo "make pi-check  run the device runtime on an emulated Raspberry Pi (as root; downloads Debian and wheels)"
@@ -36,6 +42,19 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+$(ORT_INSTALLED): constraints-ort-training.txt
+	$(ORT_PYTHON) -m venv $(ORT_VENV)
+	$(ORT_VENV)/bin/python -m pip install $(PIP_FLAGS) --quiet --disable-pip-version-check \
+	    -c constraints-ort-training.txt onnxruntime-training onnx torch numpy click pillow psutil pytest
+	touch $@
+
+# Exports here and trains there; then the device's own tests there, where lance-edge is a folder, not installed.
+test-ort-training: $(INSTALLED) $(ORT_INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(SOURCES) LANCE_ORT_PYTHON=$(abspath $(ORT_VENV))/bin/python \
+	    $(BIN)/python -m pytest tests/ort_training
+	OMP_NUM_THREADS=1 PYTHONPATH=$(SOURCES) \
+	    $(ORT_VENV)/bin/python -m pytest tests/device/test_session.py tests/device/test_step.py tests/device/test_train.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -53,4 +72,4 @@ pi-check: $(INSTALLED)
 	PYTHON="$(abspath $(BIN)/python)" scripts/pi_check.sh
 
 clean:
-	rm -rf $(VENV) demo-data demo-run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ORT_VENV) demo-data demo-run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from benchmarks.material import Recipe, make_material
 from benchmarks.plan import Options
 from benchmarks.report import heading_of, report, warnings_of
 from benchmarks.rows import PeerSummary, summarise
+from lance_device.bench_report import about_load
 from lance_device.measure import write_rows
 from lance_device.options import available_cores
 from lance_device.run_record import describe_machine, describe_software, file_sha256, write_record
@@ -22,8 +22,6 @@ from lance_edge.counts import parse_counts
 from lance_edge.errors import LanceError
 from lance_edge.files import atomic_writer
 from lance_edge.manifest import Manifest
-
-BUSY_LOAD = 0.5  # of one core, by others, before anything is measured
 
 
 def main(words: list[str] | None = None) -> int:
@@ -42,9 +40,9 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, folder: Path) -> None:
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > BUSY_LOAD:
-        _say(f"warning: other programs keep {load:.1f} cores busy; times will be too long and vary")
+    busy = about_load()
+    if busy is not None:
+        _say(f"warning: {busy}")
     out: Path = arguments.out
     _make_folder(out)
     material = make_material(_recipe(arguments), folder, _say)
@@ -54,7 +52,8 @@ def _run(arguments: argparse.Namespace, folder: Path) -> None:
     result = compare(options, manifest, material, out / "steps.csv", _say)
     summaries = summarise(result.rows)
     warnings = (*warnings_of(result.rows, summaries), *(f"not measured: {text}" for text in result.failures))
-    text = report(summaries, result.trials, warnings, _heading(options, manifest))
+    budgeted = {len(v.layers) for v in manifest.variants if v.method == "lance" and v.budget_bytes is not None}
+    text = report(summaries, result.trials, warnings, _heading(options, manifest), budgeted=budgeted)
     _write(out, result, summaries, text, arguments, material.package)
     print(text)
     _say(f"wrote {out}/report.md, steps.csv, summary.csv, run.json")

@@ -14,6 +14,9 @@ from lance_device.probe import MemoryProbe
 from lance_edge.bundle import Bundle
 from lance_edge.manifest import WEIGHTS_MEMBER, Manifest
 
+# So large that one step moves the loss by more than rounding: a contender with a wrong gradient shows.
+LEARNING_RATE = 0.05
+
 
 def device_job(job: Job) -> DeviceJob:
     """The same measurement as `lance-device bench` describes it."""
@@ -29,6 +32,7 @@ def device_job(job: Job) -> DeviceJob:
         warmups=job.warmups,
         steps=job.steps,
         cached=job.cached,
+        learning_rate=LEARNING_RATE,
     )
 
 

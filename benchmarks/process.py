@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.contenders import CONTENDERS
 from benchmarks.job import Job
 from benchmarks.rows import PeerRow
+from lance_device.bench_report import KILLED
 from lance_edge.errors import LanceError
 from lance_edge.profiles import read_rows
 from lance_edge.records import to_json
@@ -92,7 +93,7 @@ def measure(job: Job) -> tuple[PeerRow, ...]:
 def reason(end: Watched) -> str:
     """Why a process failed, on one line."""
     if end.code == -9:
-        return "the kernel ended the process, for want of memory most likely"
+        return KILLED
     lines = [line for line in end.errors.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
     return said.removeprefix("error: ")[:TAIL] or f"ended with code {end.code}"

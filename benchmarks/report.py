@@ -1,15 +1,16 @@
 """The comparison as Markdown: tables for the README, and what makes their figures doubtful."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from math import isnan, nan
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS
 from benchmarks.rows import PeerRow, PeerSummary, Setting
 from benchmarks.targets import TARGETS, Figures, Target, number_text
 from benchmarks.tuning import Trial
+from lance_device.bench_report import LARGE_SPREAD
 from lance_device.units import size
 
-LARGE_SPREAD = 0.10  # pyperf's measure of an unstable benchmark: standard deviation over mean
 # The same network, weights and images: rounding tells losses apart, in kept features that of float16.
 LOSS_TOLERANCE = 2e-3
 BASELINE = "lance"
@@ -24,14 +25,23 @@ def report(
     warnings: Sequence[str],
     heading: str,
     targets: Sequence[Target] = TARGETS,
+    budgeted: Collection[int] = (),
 ) -> str:
-    """The whole document; `heading` says what was measured where."""
+    """The whole document; `heading` says what was measured where.
+
+    Args:
+        budgeted: numbers of layers whose LANCE ranks were chosen for a memory budget.
+    """
     lines: Lines = {}
     for row in summaries:
         setting = Setting(row.contender, row.layers, row.micro_batch, row.cached)
         lines.setdefault(setting, {})[row.phase] = row
     parts = [heading, *(f"> {warning}" for warning in warnings), *_step_tables(lines), _weights_table(lines)]
-    parts += [_commands_table(lines), _targets_table(Figures(summaries), targets), _trials_table(trials)]
+    parts += [
+        _commands_table(lines),
+        _targets_table(Figures(summaries, frozenset(budgeted)), targets),
+        _trials_table(trials),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -120,10 +130,15 @@ def _targets_table(figures: Figures, targets: Sequence[Target]) -> str:
     cells = []
     for target in targets:
         value = target.measured(figures)
-        measured = "not measured" if value is None else number_text(value, target.unit)
-        met = "" if value is None else "met" if target.is_met(value) else "**missed**"
-        cells.append([target.figure, target.bound_text, measured, met])
+        measured = target.missing if value is None else number_text(value, target.unit)
+        cells.append([target.figure, target.bound_text, measured, _verdict(target, value)])
     return f"### Targets\n\n{markdown(['figure', 'target', 'measured', ''], cells)}"
+
+
+def _verdict(target: Target, value: float | None) -> str:
+    if value is None or target.bound is None:
+        return ""
+    return "met" if target.is_met(value) else "**missed**"
 
 
 def _trials_table(trials: Sequence[Trial]) -> str:
@@ -173,19 +188,61 @@ def _about_spread(summaries: Sequence[PeerSummary]) -> str:
 
 
 def _about_losses(rows: Sequence[PeerRow]) -> list[str]:
-    """Whoever has another loss at the first step does not compute the same."""
-    first = {
-        (row.contender, row.layers, row.cached): row.loss
-        for row in rows
-        if row.step == 1 and row.loss is not None and row.contender != "train"  # which shuffles its images
-    }
-    losses = sorted(first.values())
-    if not losses:
-        return []
-    middle = losses[len(losses) // 2]
+    """Whoever has another loss does not compute the same.
+
+    At the first step all must agree, whose forward is the same; at the last step that all of a method have
+    taken, those of this method: the loss then shows gradients and updates.
+    """
+    known = [row for row in rows if row.loss is not None and row.contender != "train"]  # which shuffles images
+    found = _other_losses([row for row in known if row.step == 1], "the first step")
+    groups: dict[tuple[str, int], list[PeerRow]] = {}
+    for row in known:
+        if row.layers:
+            groups.setdefault((CONTENDERS[row.contender].method, row.layers), []).append(row)
+    for (method, layers), group in groups.items():
+        last = _last_common_step(group)
+        after = [row for row in group if row.step == last]
+        if last > 1:
+            found += _other_losses(after, f"step {last}")
+        if last > 1 and not _moves([row for row in group if row.step == 1], after):
+            found.append(
+                f"{method}, {layers} layers: the loss of step {last} is still that of the first:"
+                " it does not show whether gradients are right"
+            )
+    return found
+
+
+def _last_common_step(rows: Sequence[PeerRow]) -> int:
+    last: dict[Setting, int] = {}
+    for row in rows:
+        last[row.setting] = max(row.step, last.get(row.setting, 0))
+    return min(last.values())
+
+
+def _other_losses(rows: Sequence[PeerRow], step: str) -> list[str]:
+    """A line for each contender that has, in any round, another loss than the middle one of `rows`."""
+    middle = _middle(rows)
+    others: dict[tuple[str, int], float] = {}
+    for row in rows:
+        if row.loss is not None and not _agree(row.loss, middle):
+            others.setdefault((row.contender, row.layers), row.loss)
     return [
-        f"{CONTENDERS[contender].label}, {layers} layers: the loss of the first step is {loss:.5f}, that of the"
+        f"{CONTENDERS[contender].label}, {layers} layers: the loss of {step} is {loss:.5f}, that of the"
         f" others {middle:.5f}: it does not compute the same, its times mean nothing"
-        for (contender, layers, _), loss in first.items()
-        if abs(loss - middle) > LOSS_TOLERANCE * max(abs(middle), 1e-9)
+        for (contender, layers), loss in others.items()
     ]
+
+
+def _moves(before: Sequence[PeerRow], after: Sequence[PeerRow]) -> bool:
+    return not _agree(_middle(after), _middle(before))
+
+
+def _middle(rows: Sequence[PeerRow]) -> float:
+    """The median over settings and rounds, however many phases each of them has."""
+    losses = {(row.setting, row.round): row.loss for row in rows if row.loss is not None}
+    ordered = sorted(losses.values(), key=lambda loss: (isnan(loss), loss))
+    return ordered[len(ordered) // 2] if ordered else nan
+
+
+def _agree(loss: float, other: float) -> bool:
+    return abs(loss - other) <= LOSS_TOLERANCE * max(abs(other), 1e-9)  # never true of what is no number

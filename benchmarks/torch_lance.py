@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from lance_edge.errors import ModelError
+
 Projections = tuple[torch.Tensor | None, ...]  # by mode, `[n_mode, r_mode]`; `None`: the mode is kept whole
 Geometry = tuple[Any, Any, Any, int]  # stride, padding, dilation, groups
 
@@ -81,9 +83,18 @@ class LanceConv(nn.Module):
 
 
 def use_lance(network: nn.Module, projections: Mapping[str, Projections]) -> None:
-    """Replace the convolutions that `projections` names, in place."""
+    """Replace the convolutions that `projections` names, in place.
+
+    Raises:
+        ModelError: if one pads its input in a way of its own.
+    """
     for name, matrices in projections.items():
         conv = network.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
+        if type(conv) is not nn.Conv2d:
+            raise ModelError(
+                f"{name}: expected an nn.Conv2d, found a {type(conv).__name__}, whose own padding the PyTorch"
+                " LANCE of the benchmark does not know; compare another --model"
+            )
         parent, _, last = name.rpartition(".")
         setattr(network.get_submodule(parent), last, LanceConv(conv, matrices))

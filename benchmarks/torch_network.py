@@ -1,7 +1,7 @@
 """The package's network in PyTorch, plain and rewritten for speed."""
 
+from collections import Counter
 from collections.abc import Mapping
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lance_edge.errors import ModelError
 from lance_edge.manifest import Manifest
 from lance_host.zoo import ZOO
+from lance_host.zoo.efficientnet_lite import SameConv2d
 
 
 def load_network(
@@ -52,6 +53,7 @@ class ScaledConv(nn.Module):
         assert norm.running_var is not None
         assert norm.running_mean is not None
         self.weight = conv.weight
+        self.pad = conv.pad if isinstance(conv, SameConv2d) else None
         self.geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
         bias = 0.0 if conv.bias is None else conv.bias
@@ -61,7 +63,7 @@ class ScaledConv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         stride, padding, dilation, groups = self.geometry
         return nn.functional.conv2d(
-            x,
+            x if self.pad is None else self.pad(x),
             self.weight * self.scale,
             self.shift,
             stride,
@@ -72,15 +74,37 @@ class ScaledConv(nn.Module):
 
 
 def fuse_batch_norm(network: nn.Module) -> None:
-    """Fold every batch-norm that follows a convolution in a Sequential, in place."""
-    for sequence in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
-        children = list(sequence.named_children())
-        for (name, conv), (norm_name, norm) in pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                is_trained = conv.weight.requires_grad
-                fused = ScaledConv(conv, norm) if is_trained else fuse_conv_bn_eval(conv, norm)
-                setattr(sequence, name, fused)
-                setattr(sequence, norm_name, nn.Identity())
+    """Fold every batch-norm that reads nothing but a convolution, in place, wherever modules keep the two.
+
+    A pair is one that the forward pass makes, not one of neighbours in a Sequential: residual blocks keep
+    theirs as attributes.
+    """
+    for conv_name, norm_name in _pairs(network):
+        conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        is_trained = conv.weight.requires_grad
+        network.set_submodule(
+            conv_name, ScaledConv(conv, norm) if is_trained else fuse_conv_bn_eval(conv, norm)
+        )
+        network.set_submodule(norm_name, nn.Identity())
+
+
+def _pairs(network: nn.Module) -> list[tuple[str, str]]:
+    """Names of convolutions and of the batch-norms that alone read them, each called once."""
+    nodes = [node for node in _Tracer().trace(network).nodes if node.op == "call_module"]
+    calls = Counter(str(node.target) for node in nodes)
+    found = []
+    for node in nodes:
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+            continue
+        names = str(source.target), str(node.target)
+        kinds = [network.get_submodule(name) for name in names]
+        is_pair = isinstance(kinds[0], nn.Conv2d) and isinstance(kinds[1], nn.BatchNorm2d)
+        if is_pair and all(calls[name] == 1 for name in names):
+            found.append(names)
+    return found
 
 
 def split(network: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -105,7 +129,7 @@ def split(network: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, ScaledConv) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, ScaledConv | nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trainable_nodes(graph: fx.Graph, network: nn.Module) -> set[fx.Node]:

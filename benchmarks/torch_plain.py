@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks.batches import new_meter, package_of, same_batch
+from benchmarks.batches import LEARNING_RATE, new_meter, package_of, same_batch
 from benchmarks.job import Job, step_rows
 from benchmarks.rows import PeerRow
 from benchmarks.torch_lance import Projections, use_lance
 from benchmarks.torch_network import load_network
-from lance_device.bench_job import LEARNING_RATE, OPTIMISER
+from lance_device.bench_job import OPTIMISER
 from lance_device.graphs import load_projections
 from lance_edge.bundle import Bundle
 from lance_edge.manifest import projection_name

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.batches import new_meter, package_of, same_batch
+from benchmarks.batches import LEARNING_RATE, new_meter, package_of, same_batch
 from benchmarks.job import Job, Tuning, step_rows
 from benchmarks.rows import PeerRow
 from benchmarks.torch_network import fuse_batch_norm, load_network, split
 from benchmarks.torch_plain import tensors
-from lance_device.bench_job import LEARNING_RATE, OPTIMISER
+from lance_device.bench_job import OPTIMISER
 from lance_device.features import Batch
 from lance_device.measure import PhaseMeter
 from lance_device.step_graphs import micro_batches

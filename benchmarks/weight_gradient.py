@@ -3,12 +3,15 @@
 Inputs of the convolutions and gradients of their outputs are fed; all that a method does to come from there to
 the weight gradients is in the graphs, and nothing else: no convolution, no input gradient, no head.  They are
 written by the same functions as a package's (`lance_host.methods`), at the ranks and with the schedule of the
-package's variant, and cut at the same places:
+package's variant, and cut as `lance_host.stages.cut_stages` does:
 
     projections -> prepare              once a batch
-    x, prepared -> forward -> G         each micro-batch, where the core must be complete before backward
-    x, dy, G -> backward -> statistics  each micro-batch
+    x, prepared -> forward -> G         each micro-batch: the statistics that no gradient changes
+    x, dy, G -> backward -> statistics  each micro-batch: the others; G where the schedule completes it first
     statistics -> gradient              once a batch
+
+One difference remains.  A package's backward reads what forward saved of x, here it reads x: where a method
+saves coefficients (a layer without a batch mode), they are computed in backward, not in forward, as often.
 """
 
 from collections.abc import Sequence
@@ -19,13 +22,15 @@ import onnx_ir as ir
 from lance_edge.manifest import BATCH_DIM, Layer, Manifest, Variant, gradient_name
 from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit
+from lance_host.autodiff.linear import LinearGeometry
 from lance_host.capture import OPSET
 from lance_host.compile import serialise
-from lance_host.methods import METHODS, LayerContext, projection_inputs
+from lance_host.forms import Geometry, LayerContext
+from lance_host.methods import METHODS, projection_inputs
 from lance_host.shapes import infer_specs
-from lance_host.stages import IR_VERSION, extract
+from lance_host.stages import IR_VERSION, extract, prepared_values
 from lance_host.step import tidy
-from lance_host.traverse import depends_on_data, descendants
+from lance_host.traverse import ancestors, descendants
 
 
 def input_name(layer: str) -> str:
@@ -44,7 +49,12 @@ def fed_shape(layer: Layer, sizes: Sequence[int], samples: int) -> tuple[int, ..
     A step has no exchange of axes between such neighbours (`lance_host/layout.py`), so none is measured here.
     """
     channels, *rest = sizes
-    return (channels, samples, *rest) if geometry_of(layer).by_channel else (samples, channels, *rest)
+    return (channels, samples, *rest) if _is_swapped(geometry_of(layer)) else (samples, channels, *rest)
+
+
+def _is_swapped(geo: Geometry) -> bool:
+    """Whether the products of a layer stand with its channels outside."""
+    return isinstance(geo, ConvGeometry) and geo.by_channel
 
 
 @dataclass(frozen=True)
@@ -77,15 +87,19 @@ def weight_graphs(manifest: Manifest, variant: Variant) -> WeightGraphs:
     late = [value for value in joint.statistics if value in after_loss]
     early = [value for value in joint.statistics if value not in after_loss]
     two_passes = variant.schedule == "two passes"
-    prepared = _prepared(joint)
+    prepared = prepared_values(
+        joint.model.graph,
+        data=[*joint.inputs, *joint.output_gradients, *joint.batch_projections],
+        fed=joint.projections,
+        needed=ancestors(joint.statistics, stop=lambda _: False),
+    )
     each = [*joint.inputs, *prepared, *joint.projections, *joint.batch_projections]
     final = [value for value in joint.gradients if value not in joint.statistics]
     cuts: dict[str, tuple[Sequence[ir.Value], Sequence[ir.Value]]] = {
         "prepare": (joint.projections, prepared),
-        "forward": (each, early if two_passes else []),
-        "backward": ([*each, *joint.output_gradients, *(early if two_passes else [])],
-                     late if two_passes else joint.statistics),
-        "gradient": ([*joint.statistics, *prepared, *joint.projections], final),
+        "forward": (each, early),
+        "backward": ([*each, *joint.output_gradients, *(early if two_passes else [])], late),
+        "gradient": ([*joint.statistics, *joint.projections], final),
     }  # fmt: skip
     return WeightGraphs(
         {
@@ -98,8 +112,11 @@ def weight_graphs(manifest: Manifest, variant: Variant) -> WeightGraphs:
     )
 
 
-def geometry_of(layer: Layer) -> ConvGeometry:
+def geometry_of(layer: Layer) -> Geometry:
     """The geometry of a layer of a manifest."""
+    if layer.is_linear:
+        out_features, in_features = layer.weight_shape
+        return LinearGeometry(in_features, out_features, layer.input_shape[0] if len(layer.modes) > 2 else None)
     (channels, height, width), (out_channels, out_height, out_width) = layer.input_shape, layer.output_shape
     top, left, bottom, right = layer.padding
     return ConvGeometry(
@@ -130,7 +147,7 @@ def _joint_graph(manifest: Manifest, variant: Variant) -> _Joint:
         graph.inputs.extend(projections.values())
         context = LayerContext(layer.name, plan.ranks, projections, variant.schedule)
         geo = geometry_of(layer)
-        x, dy = (emit.swap(value) if geo.by_channel else value for value in (xs[-1], dys[-1]))
+        x, dy = (emit.swap(value) if _is_swapped(geo) else value for value in (xs[-1], dys[-1]))
         value = METHODS[variant.method].gradient(emit, context, geo, x, dy)
         value.name = gradient_name(layer.weight)
         contexts.append(context)
@@ -155,32 +172,4 @@ def _fed(graph: ir.Graph, layer: Layer, name: str, sizes: Sequence[int]) -> ir.V
     shape = ir.Shape([BATCH_DIM if dim == -1 else dim for dim in fed_shape(layer, sizes, -1)])
     value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
     graph.inputs.append(value)
-    return value
-
-
-def _prepared(joint: _Joint) -> list[ir.Value]:
-    """Values that no sample changes, as far as nodes which samples do change read them.
-
-    As in a package, a mere view of one is left to its readers, where the runtime fuses it.
-    """
-    data = [*joint.inputs, *joint.output_gradients, *joint.batch_projections]
-    varying = descendants(joint.model.graph, data)
-    known = set(joint.projections)
-    found: dict[ir.Value, None] = {}
-    for node in joint.model.graph:
-        for operand in node.inputs if node.outputs[0] in varying else ():
-            if operand is None or operand in varying:
-                continue
-            source = _behind_views(operand)
-            if source not in known and depends_on_data(source, free=()):
-                found[source] = None
-    return list(found)
-
-
-def _behind_views(value: ir.Value) -> ir.Value:
-    producer = value.producer()
-    while producer is not None and producer.op_type in ("Reshape", "Transpose"):
-        assert producer.inputs[0] is not None
-        value = producer.inputs[0]
-        producer = value.producer()
     return value

@@ -22,6 +22,11 @@ from lance_edge.bundle import Bundle
 from lance_edge.manifest import Manifest, Variant
 
 METHODS = {"weights-lance": "lance", "weights-bp": "bp"}
+# Which graphs go through all micro-batches together, as on the device.
+PASSES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "one pass": (("forward", "backward"),),
+    "two passes": (("forward",), ("backward",)),
+}
 
 
 class WeightWork:
@@ -31,6 +36,7 @@ class WeightWork:
         """Load; sessions are set up as the device's."""
         self._graphs = {role: Graph(data, role, threads) for role, data in graphs.graphs.items()}
         self._statistics, self._gradients = graphs.statistics, graphs.gradients
+        self._passes = PASSES[variant.schedule]
         self._whole = {name: projections[name] for name in variant.projections}
         self._rows = {name: projections[name] for name in variant.batch_projections}
 
@@ -42,10 +48,11 @@ class WeightWork:
         """
         constants = self._whole | self._run("prepare", self._whole)
         totals: dict[str, Array] = {}
-        for role in ("forward", "backward"):
-            for rows, values in parts if role in self._graphs else ():
+        for roles in self._passes:
+            for rows, values in parts:
                 own = {name: rows_of[rows] for name, rows_of in self._rows.items()}
-                self._add(totals, self._run(role, constants | totals | values | own))
+                for role in roles:
+                    self._add(totals, self._run(role, constants | totals | values | own))
         totals |= self._run("gradient", constants | totals)
         return {name: totals[name] for name in self._gradients}
 

@@ -22,6 +22,7 @@ MAX_VALUES = 1 << 28  # of an array, for the same reason
 Schedule = Literal["one pass", "two passes", "by layer"]
 
 # The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
+METHOD_NAMES = ("bp", "lance", "asi", "hosvd")
 BATCH_DIM = "N"
 
 # Names with a fixed meaning in the graphs' signatures.
@@ -56,12 +57,12 @@ def projection_name(layer: str, mode: int) -> str:
 
 
 def core_name(layer: str) -> str:
-    """The core that a codec makes of a layer's input, as backward is fed it: `[r1, r0, r2, r3]`."""
+    """The core that a codec makes of a layer's input, as backward is fed it: `[r1, r0, ...]`."""
     return f"{layer}/G"
 
 
 def activation_name(layer: str) -> str:
-    """A layer's input where a codec compresses it: `[N, C, H, W]`."""
+    """A layer's input where a codec compresses it: `[N, C, H, W]`, `[N, T, F]` or `[N, F]`."""
     return f"{layer}/A"
 
 
@@ -148,9 +149,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Layer:
-    """A trainable convolution: geometry without the batch dimension.
+    """A trainable layer: geometry without the batch dimension.
 
-    `input_shape` is `[C, H, W]`, `output_shape` `[O, H', W']`, `padding` `[top, left, bottom, right]`.
+    Of a convolution `input_shape` is `[C, H, W]`, `output_shape` `[O, H', W']`, `padding` `[top, left, bottom,
+    right]`.  Of a linear layer they are `[T, F]` and `[T, O]` (T tokens or positions), or `[F]` and `[O]`;
+    `weight_shape` is `[O, F]`, and what describes a kernel is empty.
     """
 
     name: str
@@ -163,14 +166,26 @@ class Layer:
     dilation: tuple[int, ...]
     groups: int
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether its weight is a matrix."""
+        return len(self.weight_shape) == 2
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes of its input, in the order of ranks and projections."""
+        if not self.is_linear:
+            return ("batch", "channels", "height", "width")
+        return ("batch", "tokens", "features") if len(self.input_shape) == 2 else ("batch", "features")
+
 
 @dataclass(frozen=True)
 class LayerPlan:
     """How one layer trains in one variant, and what that costs at the package's batch size.
 
-    `ranks` and `energy_kept` have one entry per mode (batch, channels, height, width) and are empty
-    for plain backpropagation.  `activation_bytes` is the paper's figure: the input, or core and
-    factors.  `forward_macs` and `weight_gradient_macs` are the paper's multiply-adds.
+    `ranks` and `energy_kept` have one entry per mode of `Layer.modes` and are empty for plain
+    backpropagation.  `activation_bytes` is the paper's figure: the input, or core and factors.
+    `forward_macs` and `weight_gradient_macs` are the paper's multiply-adds.
     """
 
     layer: str
@@ -219,7 +234,7 @@ class Variant:
 
     @property
     def activation_bytes(self) -> int:
-        """The paper's activation memory at the package's batch size, all trainable convs."""
+        """The paper's activation memory at the package's batch size, all trainable layers."""
         return sum(plan.activation_bytes for plan in self.layers)
 
     @property
@@ -324,9 +339,10 @@ class Manifest:
         chosen = self.methods[0] if method is None else method
         by_count = {len(variant.layers): variant for variant in self.variants if variant.method == chosen}
         if not by_count:
+            again = f", or calibrate again with --methods {','.join([*self.methods, chosen])}"
             raise ArtifactError(
                 f"this package holds the methods {', '.join(self.methods)}, not {chosen}; choose one of"
-                f" them, or calibrate again with --methods {','.join([*self.methods, chosen])}"
+                f" them{again if chosen in METHOD_NAMES else ''}"
             )
         count = max(by_count) if layers is None else layers
         if count not in by_count:
@@ -404,6 +420,9 @@ def _check_meaning(manifest: Manifest) -> None:
             for variant in manifest.variants
             for spec in (*variant.boundary, *variant.saved, *variant.statistics)
             for dim in spec.shape
+        ),
+        "energies above 0 and at most 1": all(
+            0 < variant.energy <= 1 for variant in manifest.variants if variant.energy is not None
         ),
         "parameters for all variants": all(parameters.issuperset(v.parameters) for v in manifest.variants),
         "ranks for all projections": all(

@@ -7,6 +7,7 @@ could not give (`None`), a flag is 0 or 1.  The device writes these files; repor
 import csv
 import dataclasses
 import math
+import re
 import types
 import typing
 from array import array
@@ -270,6 +271,8 @@ def _value(text: str, hint: Any) -> Any:
     if kinds[0] is bool and text not in ("0", "1"):
         raise ValueError(text)
     if kinds[0] is float and not math.isfinite(float(text)):
+        raise ValueError(text)
+    if kinds[0] is int and re.fullmatch(r"-?[0-9]+", text) is None:  # int() also takes " 1_0 "
         raise ValueError(text)
     return text == "1" if kinds[0] is bool else kinds[0](text)
 

@@ -33,12 +33,13 @@ class Recording:
         return bool(self.steps) and isinstance(self.steps[0], BenchRow)
 
 
-def read_recording(folder: Path) -> Recording:
+def read_recording(folder: Path | str) -> Recording:
     """Read and check a whole recording.
 
     Raises:
         DataError: naming file, line and column of the first thing that does not fit.
     """
+    folder = Path(folder)
     record = _read_record(folder / "run.json")
     steps_path, summary_path = folder / "steps.csv", folder / "summary.csv"
     if _header(steps_path) == list(columns(BenchRow)):
@@ -61,7 +62,10 @@ def _header(path: Path) -> list[str]:
 def _check_steps(path: Path, rows: tuple[StepRow, ...]) -> None:
     """What the types leave open."""
     if not rows:
-        raise DataError(f"{path} line 2, column 1: expected a row for each phase of each step, found none")
+        raise DataError(
+            f"{path} line 2, column 1: expected a row for each phase of each step, found none;"
+            " copy the recording again"
+        )
     names = columns(type(rows[0]))
     for line, row in enumerate(rows, start=2):
         wrong = {
@@ -74,7 +78,7 @@ def _check_steps(path: Path, rows: tuple[StepRow, ...]) -> None:
             if is_wrong:
                 raise DataError(
                     f"{path} line {line}, column {names.index(name) + 1} ({name}): expected {expected},"
-                    f" found {getattr(row, name)!r}"
+                    f" found {getattr(row, name)!r}; copy the recording again"
                 )
 
 
@@ -94,5 +98,9 @@ def _read_record(path: Path) -> Mapping[str, Any]:
         )
     for name in ("machine", "versions", "artifact"):
         if not isinstance(record.get(name), dict):
-            raise DataError(f"{path} line 1, column 1: expected an entry {name!r} with an object, found none")
+            found = "another type" if name in record else "none"
+            raise DataError(
+                f"{path} line 1, column 1: expected an entry {name!r} with an object, found {found};"
+                " copy the recording again"
+            )
     return record  # type: ignore[no-any-return]

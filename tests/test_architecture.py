@@ -17,7 +17,7 @@ HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors")
 CLICK_MODULES = {
     *("lance_device.bench_cli", "lance_device.cli", "lance_device.cli_board"),
     *("lance_device.cli_common", "lance_device.cli_train", "lance_device.cli_types"),
-    "lance_host.cli",
+    *("lance_host.cli", "lance_host.cli_export"),
 }
 
 
@@ -81,11 +81,15 @@ def test_only_the_session_of_the_device_imports_onnxruntime():
     assert users == ["lance_device.session"]
 
 
-def test_the_workstation_imports_onnxruntime_in_one_place_behind_the_switch_of_its_telemetry():
+def test_the_workstation_imports_onnxruntime_behind_the_switch_of_its_telemetry():
+    """In one place; and in a script for the interpreter of another environment."""
     users = [name for name in of_package("lance_host") if "onnxruntime" in top_level_imports(MODULES[name])]
-    assert users == ["lance_host.runtime"]
-    source = MODULES["lance_host.runtime"].read_text(encoding="utf-8")
-    assert source.index('"ORT_DISABLE_TELEMETRY"') < source.index("import onnxruntime")
+    assert users == ["lance_host.ort_training.write_checkpoint", "lance_host.runtime"]
+    for name, statement in zip(
+        users, ("from onnxruntime.training import", "import onnxruntime\n"), strict=True
+    ):
+        source = MODULES[name].read_text(encoding="utf-8")
+        assert source.index('"ORT_DISABLE_TELEMETRY"') < source.index(statement)
 
 
 def test_the_entry_of_the_workstation_imports_nothing_that_could_be_missing():

@@ -1,5 +1,7 @@
 """The peer comparison: its contenders compute the same, and its report says what was measured."""
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,30 +13,34 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.batches import same_batch
+from benchmarks.batches import LEARNING_RATE, same_batch
 from benchmarks.compare import compare
 from benchmarks.contenders import CONTENDERS
 from benchmarks.job import Job, Tuning
 from benchmarks.material import Material, inference_model, write_photos
+from benchmarks.ort_report import StepRow
+from benchmarks.ort_report import report as ort_report
 from benchmarks.plan import Options, plan_round
 from benchmarks.process import BenchmarkError, Watched, measure, reason, watch
-from benchmarks.report import report, warnings_of
+from benchmarks.report import LOSS_TOLERANCE, report, warnings_of
 from benchmarks.rows import PeerRow, summarise
 from benchmarks.targets import TARGETS, Figures, Target
-from benchmarks.torch_lance import LanceConv
-from benchmarks.torch_network import load_network
+from benchmarks.torch_lance import LanceConv, use_lance
+from benchmarks.torch_network import ScaledConv, fuse_batch_norm, load_network, split
 from benchmarks.torch_plain import lance_projections
-from benchmarks.torch_tuned import TunedStep
+from benchmarks.torch_tuned import ENGINES, TunedStep
 from benchmarks.tuning import candidates, search
 from benchmarks.weight_gradient import input_name, output_gradient_name, weight_graphs
 from benchmarks.weight_work import WeightWork, invented_parts
 from benchmarks.worker import work
+from lance_device.bench_report import about_load
 from lance_device.features import Batch, Unmetered
 from lance_device.graphs import load_projections
 from lance_edge.bundle import Bundle
-from lance_edge.errors import ArtifactError, ModelError
+from lance_edge.errors import ArtifactError, LanceError, ModelError
 from lance_edge.manifest import WEIGHTS_MEMBER, Manifest, gradient_name
 from lance_edge.profiles import read_rows
+from lance_host.zoo import ZOO
 
 LAYERS = 4
 
@@ -77,24 +83,53 @@ def read(path: Path) -> tuple[Manifest, dict[str, np.ndarray]]:
         ("onnxruntime", {"layers": 0}),
     ],
 )
-def test_everybody_has_the_loss_of_plain_pytorch(
+def test_everybody_has_the_losses_of_plain_pytorch(
     contender: str, values: dict[str, Any], job: Callable[..., Job], material: Material, tmp_path: Path
 ) -> None:
     work(job(contender, **values), tmp_path / "rows.csv")
     rows = list(read_rows(tmp_path / "rows.csv", PeerRow))
     manifest, weights = read(material.package)
     batch = same_batch(job("bp"), manifest)
-    logits = load_network(manifest, weights, ())(torch.from_numpy(batch.images(slice(None))))
-    expected = float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(batch.labels(slice(None)))))
+    method = CONTENDERS[contender].method
+    trained = manifest.variant(method).parameters if method else ()
+    network = load_network(manifest, weights, trained)
+    if method == "lance":
+        use_lance(network, lance_projections(job("torch-lance")))
+    expected = literal_losses(network, batch)
     first = [row for row in rows if row.step == 1]
-    # float32 through 40 layers agrees to 1e-5; kept features of ours are float16, good to 1e-3.
     (loss,) = {row.loss for row in first}
-    assert loss == pytest.approx(expected, rel=1e-3 if values.get("cached") else 1e-5)
+    (second,) = {row.loss for row in rows if row.step == 2}
+    # float32 through 40 layers agrees to 1e-5; kept features of ours are float16, good to 1e-3.
+    tolerance = 1e-3 if values.get("cached") else 1e-5
+    assert loss == pytest.approx(expected[0], rel=tolerance)
+    # Units at the kink of a ReLU6 fall to either side, and that changes the gradient: by less than 2 % of its
+    # effect, where a layer without gradient or a clip that is missing changes it by much more.
+    moved = expected[0] - expected[1]
+    assert second == pytest.approx(expected[1], abs=0.02 * abs(moved) + tolerance * expected[1])
+    assert bool(trained) == (moved > LOSS_TOLERANCE * 5)  # so far that the report can tell a wrong gradient
     phases = {row.phase: row.latency_ms for row in rows if row.step == 2}
     work_ms = sum(phases.get(name, 0.0) for name in ("prefix", "forward", "backward", "update"))
     kept = phases.get("data", 0.0) if contender == "bp" else 0.0  # reading features is their work
     assert phases["train"] == pytest.approx(work_ms + kept, rel=1e-6)
     assert [row.warmup for row in first] == [True] * len(first)
+
+
+def literal_losses(network: torch.nn.Module, batch: Batch) -> tuple[float, float]:
+    """Before and after one step of plain gradient descent, its gradient clipped to length 2."""
+    images, labels = torch.from_numpy(batch.images(slice(None))), torch.from_numpy(batch.labels(slice(None)))
+    chosen = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    before = torch.nn.functional.cross_entropy(network(images), labels)
+    if not chosen:
+        return float(before), float(before)
+    gradients = torch.autograd.grad(before, chosen)
+    length = float(torch.sqrt(sum(gradient.square().sum() for gradient in gradients)))
+    with torch.no_grad():
+        for parameter, gradient in zip(chosen, gradients, strict=True):
+            parameter -= LEARNING_RATE * gradient * min(1.0, 2.0 / length)
+        return float(before), float(torch.nn.functional.cross_entropy(network(images), labels))
+
+
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 
 class DoubleBatch(Batch):
@@ -104,15 +139,33 @@ class DoubleBatch(Batch):
         return super().images(rows).astype(np.float64)
 
 
-@pytest.mark.parametrize("tuning", [Tuning("eager", False, 16), Tuning("eager", True, 5)])
+# Of the largest entry.  Sums in another order differ.  Inductor packs frozen weights for oneDNN, which
+# has no float64; in float32 one unit at a kink that falls to the other side was seen to change an entry by 2 %,
+# layers without one agree to 1e-5; a scale or a micro-batch that is forgotten changes all by far more.
+GRADIENT_TOLERANCES = {
+    "eager": (torch.float64, 1e-10),
+    "jit": (torch.float64, 1e-10),
+    "compile": (torch.float32, 0.1),
+}
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [Tuning("eager", True, 5), *(Tuning(engine, False, 16) for engine in ENGINES)],
+    ids=str,
+)
 def test_tuned_gradients_are_those_of_autograd(
     tuning: Tuning, job: Callable[..., Job], material: Material
 ) -> None:
+    if tuning.engine == "compile" and not any(map(shutil.which, COMPILERS)):
+        pytest.skip("Inductor needs a C++ compiler")
     manifest, weights = read(material.package)
     trained = manifest.variant("bp").parameters
     given = same_batch(job("bp"), manifest)
-    batch = DoubleBatch(given.part, given.indices, given.flips, given.preprocessing)
-    plain, tuned = (load_network(manifest, weights, trained).double() for _ in range(2))
+    dtype, tolerance = GRADIENT_TOLERANCES[tuning.engine]
+    kind = DoubleBatch if dtype == torch.float64 else Batch
+    batch = kind(given.part, given.indices, given.flips, given.preprocessing)
+    plain, tuned = (load_network(manifest, weights, trained).to(dtype) for _ in range(2))
     images, labels = torch.from_numpy(batch.images(slice(None))), torch.from_numpy(batch.labels(slice(None)))
     torch.nn.functional.cross_entropy(plain(images), labels).backward()
     parameters = dict(tuned.named_parameters())
@@ -123,9 +176,10 @@ def test_tuned_gradients_are_those_of_autograd(
         step.run(batch, Unmetered())  # type: ignore[arg-type]
         for name, parameter in plain.named_parameters():
             if name in trained:
-                # Sums in another order; the tolerance is of the largest entry.
                 scale = float(parameter.grad.abs().max())
-                torch.testing.assert_close(parameters[name].grad, parameter.grad, rtol=0, atol=1e-10 * scale)
+                torch.testing.assert_close(
+                    parameters[name].grad, parameter.grad, rtol=0, atol=tolerance * scale
+                )
 
 
 @pytest.mark.parametrize("whole_batch_mode", [False, True])
@@ -204,6 +258,57 @@ def test_projections_of_torch_lance_are_the_packages(job: Callable[..., Job], ma
         assert columns[0] in (None, plan.ranks[0])
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2", "mcunet", "efficientnet-lite0"])
+def test_no_batch_norm_is_left_in_the_tuned_network(name: str) -> None:
+    torch.manual_seed(0)
+    network = ZOO[name].build(5).double().eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                torch.nn.init.uniform_(tensor, 0.5, 1.5)  # far from the identity that they begin as
+    convs = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+    for conv in convs:
+        conv.weight.requires_grad_(conv in convs[-4:])
+    for parameter in network.parameters():
+        if parameter.ndim != 4:
+            parameter.requires_grad_(False)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = network(images)
+    fuse_batch_norm(network)
+    assert not [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert sum(isinstance(module, ScaledConv) for module in network.modules()) == 4
+    prefix, tail = split(network)
+    for found in (network(images), tail(*prefix(images))):
+        # Scales in another order, in float64 through up to 53 layers.
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.detach().abs().max()))
+
+
+def test_a_batch_norm_behind_a_shared_convolution_stays() -> None:
+    network = SharedConv().eval()
+    images = torch.randn(1, 3, 4, 4)
+    expected = network(images)
+    fuse_batch_norm(network)
+    assert isinstance(network.norm, torch.nn.BatchNorm2d)
+    torch.testing.assert_close(network(images), expected, rtol=0, atol=0)
+
+
+class SharedConv(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+        torch.nn.init.uniform_(self.norm.weight, 2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return y + self.norm(y)
+
+
+def test_torch_lance_refuses_convolutions_with_a_padding_of_their_own() -> None:
+    network = ZOO["efficientnet-lite0"].build(5)
+    with pytest.raises(ModelError, match=r"_conv_head: expected an nn.Conv2d, found a SameConv2d, .*--model"):
+        use_lance(network, {"_conv_head": (None, None, None, None)})
+
+
 # --- processes -----------------------------------------------------------------------------------------
 
 
@@ -213,10 +318,26 @@ def test_a_process_reports_its_own_peak_memory(job: Callable[..., Job]) -> None:
     assert [row.warmup for row in rows] == [True, False, False]
     (peak,) = {row.peak_rss_kib for row in rows}
     assert peak is not None
-    assert 20_000 < peak < 4_000_000  # an interpreter with NumPy, and less than this machine
+    bare = watch([sys.executable, "-c", f"import time; time.sleep({HELD_S})"]).peak_rss_kib
+    assert bare is not None
+    assert peak > 2 * bare  # NumPy and onnxruntime are each as large as the interpreter
+
+
+HELD_S = 0.5  # many polls long
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_the_peak_is_the_memory_that_a_process_touched(released: bool) -> None:
+    lines = ["import time", "held = b'x' * (200 << 20)", f"time.sleep({HELD_S})"]
+    lines += ["del held", f"time.sleep({HELD_S})"] if released else []
+    end = watch([sys.executable, "-c", "\n".join(lines)])
+    assert end.code == 0
+    assert end.peak_rss_kib is not None
+    assert 200 * 1024 < end.peak_rss_kib < 300 * 1024  # the bytes and an interpreter of some 10 MiB
 
 
 def test_commands_are_timed(job: Callable[..., Job], tmp_path: Path) -> None:
+    peaks = {}
     for contender, phase in (("help", "start"), ("ready", "ready"), ("train", "train")):
         folder = tmp_path / contender
         folder.mkdir()
@@ -224,7 +345,8 @@ def test_commands_are_timed(job: Callable[..., Job], tmp_path: Path) -> None:
         rows = list(read_rows(folder / "rows.csv", PeerRow))
         assert [(row.phase, row.warmup) for row in rows] == [(phase, True), (phase, False)]
         assert all(row.latency_ms > 0 for row in rows)
-        assert all((row.peak_rss_kib or 0) > 5_000 for row in rows)
+        peaks[contender] = max(row.peak_rss_kib or 0 for row in rows)
+    assert peaks["train"] > peaks["help"] + 10 * 1024 > 10 * 1024  # onnxruntime and its sessions
 
 
 def test_a_failure_says_who_and_why(job: Callable[..., Job]) -> None:
@@ -349,6 +471,33 @@ def test_the_report_has_medians_ratios_and_targets() -> None:
     assert "| LANCE step against ONNX Runtime's forward, 4 layers | <= 1.10x | 1.25x | **missed** |" in text
     assert "| LANCE step against ONNX Runtime's forward, 2 layers | <= 1.10x | not measured |  |" in text
     assert "| PyTorch BP, eager, against LANCE step, 4 layers | >= 5.50x | 7.00x | met |" in text
+    assert "4 layers, PyTorch without a cache, LANCE with | >= 50.00x | not measured |  |" in text
+
+
+def test_a_cache_is_compared_with_a_cache_for_information() -> None:
+    rows = [row(cached=True), row(contender="torch-tuned", cached=True, latency_ms=25.0)]
+    text = report(summarise(rows), (), (), "")
+    line = "for information: PyTorch BP, best-tuned, against LANCE step, 4 layers, both with a cache"
+    assert f"| {line} | - | 2.50x |  |" in text
+    assert Target("", None, "x", False, lambda figures: None).is_met(0.0)
+
+
+@pytest.mark.parametrize(
+    ("budgeted", "by_energy", "by_budget"),
+    [
+        ((), "0.50 MiB | met", "not measured here: calibrate with --memory-budget | "),
+        ((4,), "not measured | ", "0.50 MiB | **missed**"),
+    ],
+)
+def test_saved_bytes_are_judged_by_how_ranks_were_chosen(
+    budgeted: tuple[int, ...], by_energy: str, by_budget: str
+) -> None:
+    text = report(summarise([row(saved_bytes=1 << 19)]), (), (), "", budgeted=budgeted)
+    assert (
+        f"| saved bytes, LANCE, 4 layers, micro-batch 8, ranks by energy | <= 0.75 MiB | {by_energy} |" in text
+    )
+    line = "the same with budgeted ranks (whose accuracy is not measured here)"
+    assert f"| {line} | <= 0.25 MiB | {by_budget} |" in text
 
 
 def test_targets_compare_with_the_best_other_method() -> None:
@@ -378,6 +527,50 @@ def test_unsteady_times_and_other_losses_are_warned_of() -> None:
     )
 
 
+def losses(contender: str, *values: float, **cells: Any) -> list[PeerRow]:
+    steps = enumerate(values, start=1)
+    return [row(contender=contender, step=n, warmup=n == 1, loss=loss, **cells) for n, loss in steps]
+
+
+def test_a_wrong_gradient_is_warned_of() -> None:
+    rows = [*losses("bp", 2.3, 2.1, 1.9), *losses("torch-bp", 2.3, 2.1), *losses("torch-tuned", 2.3, 2.25, 2.2)]
+    rows += losses("lance", 2.3, 2.15) + losses("torch-lance", 2.3, 2.15)  # another gradient, by design
+    (text,) = warnings_of(rows, ())
+    assert text == (
+        "PyTorch BP, best-tuned, 4 layers: the loss of step 2 is 2.25000, that of the others 2.10000:"
+        " it does not compute the same, its times mean nothing"
+    )
+
+
+def test_a_wrong_loss_of_one_round_is_warned_of() -> None:
+    rows = [
+        one
+        for n in (1, 2, 3)
+        for one in losses("bp", 2.3, 2.1, round=n) + losses("torch-bp", 2.3, 2.1, round=n)
+    ]
+    assert warnings_of(rows, ()) == ()
+    rows[0] = replace(rows[0], loss=2.4)
+    (text,) = warnings_of(rows, ())
+    assert text.startswith("BP, 4 layers: the loss of the first step is 2.40000, that of the others 2.30000")
+    rows[0] = replace(rows[0], loss=float("nan"))
+    (text,) = warnings_of(rows, ())
+    assert text.startswith("BP, 4 layers: the loss of the first step is nan, that of the others 2.30000")
+
+
+def test_losses_that_do_not_move_are_warned_of() -> None:
+    assert warnings_of([*losses("hosvd", 2.3, 2.3001), *losses("onnxruntime", 2.3, 2.3, layers=0)], ()) == (
+        "hosvd, 4 layers: the loss of step 2 is still that of the first: it does not show whether gradients"
+        " are right",
+    )
+
+
+def test_a_busy_machine_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (1.26, 0.0, 0.0))
+    assert about_load() == "other programs keep 1.3 cores busy; times will be too long and vary"
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 9.0, 9.0))
+    assert about_load() is None
+
+
 # --- material and command line -------------------------------------------------------------------------
 
 
@@ -389,6 +582,16 @@ def test_photographs_are_always_the_same(tmp_path: Path) -> None:
     contents = [(tmp_path / "one" / path).read_bytes() for path in files]
     assert contents == [(tmp_path / "two" / path).read_bytes() for path in files]
     assert len(set(contents)) == 6
+
+
+def test_photographs_need_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(LanceError) as caught:
+        write_photos(tmp_path / "photos", ("a",), 1)
+    assert str(caught.value) == (
+        "benchmarks: needs the sample photographs of scikit-learn, which is not installed;"
+        " pip install 'lance-edge[dev]'"
+    )
 
 
 def test_networks_of_others_are_refused(material: Material) -> None:
@@ -428,3 +631,30 @@ def test_the_whole_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "### 2 layers, features of the frozen part kept" in text
     assert "does not compute the same" not in text
     assert "not measured:" not in text
+
+
+# --- beside ONNX Runtime's training API (the measurements themselves: tests/ort_training) ---
+
+
+def ort_row(contender: str, step: int, latency_ms: float, loss: float = 2.0) -> StepRow:
+    return StepRow(contender, 1, step, step == 1, latency_ms, loss, 100 << 10, 40 << 10)
+
+
+def test_the_table_beside_the_training_api_has_medians_without_warm_ups() -> None:
+    text = ort_report([ort_row("LANCE", step, ms) for step, ms in enumerate((900, 101, 102, 99), 1)], "Here.")
+    assert text.startswith("Here.\n\n| ")
+    assert "| LANCE | 101 | 99 | 2% | 100.00 MiB | 40.00 MiB |" in text
+    assert ">" not in text
+
+
+def test_the_table_beside_the_training_api_warns_of_spread_and_of_other_losses() -> None:
+    rows = [ort_row("steady", step, 100) for step in (1, 2, 3)]
+    rows += [ort_row("jumpy", step, ms) for step, ms in ((1, 100), (2, 100), (3, 200))]
+    rows += [ort_row("other", step, 100, loss=2.1) for step in (1, 2, 3)]
+    text = ort_report(rows, "Here.")
+    assert "> times vary by more than 10%: jumpy\n" in text
+    assert (
+        "> other: the loss of the first step is 2.10000, that of the others 2.00000: its times mean nothing"
+        in text
+    )
+    assert text.count("mean nothing") == 1

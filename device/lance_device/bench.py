@@ -15,7 +15,7 @@ from typing import Any
 from lance_device.bench_folder import BenchFolder
 from lance_device.bench_job import Job
 from lance_device.bench_plan import BenchRequest, Setting, plan_jobs
-from lance_device.bench_report import warnings_of
+from lance_device.bench_report import KILLED, about_load, warnings_of
 from lance_device.board import choose_board
 from lance_device.live import Reporter
 from lance_device.measure import RowLog, write_rows
@@ -30,7 +30,6 @@ from lance_edge.profiles import read_rows
 from lance_edge.records import to_json
 
 POLL_S = 0.2
-BUSY_LOAD = 0.5  # of one core, by others, before the benchmark begins
 OUT_OF_MEMORY = (PlatformError.exit_code, -9)  # our own refusal, or killed by the kernel
 
 
@@ -67,6 +66,10 @@ def bench(request: BenchRequest, reporter: Reporter) -> BenchResult:
     record = {"run_id": run_id, **_describe(request, jobs, identity, board)}
     write_record(folder.record, {**record, "status": "running"})
     _announce(jobs, board, reporter)
+    if request.data is None and any(job.method == "hosvd" for job in jobs):
+        reporter.note(
+            "hosvd chooses its ranks by the images: its bytes are those of generated ones; give --data"
+        )
     with stop_on_signals(lambda _: reporter.note("stopping; what was measured stays")) as stop:
         return _Benchmark(jobs, folder, board, record, reporter).run(stop)
 
@@ -180,9 +183,7 @@ def _wait(process: "subprocess.Popen[str]", stop: StopRequest) -> str:
 def _worker_error(code: int, errors: str) -> LanceError:
     lines = [line.removeprefix("error: ") for line in errors.splitlines() if line.startswith("error: ")]
     if code in OUT_OF_MEMORY:
-        return PlatformError(
-            lines[-1] if lines else "the kernel ended the process, for want of memory most likely"
-        )
+        return PlatformError(lines[-1] if lines else KILLED)
     text = lines[-1] if lines else f"the measuring process ended with code {code}: {errors.strip()[-300:]}"
     return WorkerError(text, code if code > 0 else 1)
 
@@ -193,9 +194,9 @@ def _announce(jobs: tuple[Job, ...], board: Board, reporter: Reporter) -> None:
         f"board {board.name}, {count(first.threads, 'thread')}: {count(len(jobs) // trials, 'setting')},"
         f" {count(trials, 'trial')} of {first.warmups} + {count(first.steps, 'step')} each"
     )
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > BUSY_LOAD:
-        reporter.note(f"warning: other programs keep {load:.1f} cores busy; times will be too long and vary")
+    busy = about_load()
+    if busy is not None:
+        reporter.note(f"warning: {busy}")
 
 
 def _describe(request: BenchRequest, jobs: tuple[Job, ...], identity: str, board: Board) -> dict[str, Any]:

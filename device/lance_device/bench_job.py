@@ -40,6 +40,7 @@ class Job:
         data: folder of images, or `None` for generated ones.
         cached: boundary tensors are read from a file, which the warm-ups fill.
         warmups: steps before the measured ones, marked as such.
+        learning_rate: no time depends on it.
     """
 
     run_id: str
@@ -53,6 +54,7 @@ class Job:
     warmups: int
     steps: int
     cached: bool = False
+    learning_rate: float = LEARNING_RATE
 
     def setting_text(self) -> str:
         """What is measured, in words."""
@@ -84,7 +86,7 @@ def work(job: Job, rows: Path) -> None:
         computed = features.computed
         outcome = step.run(batch, job.micro_batch, meter, lambda: None)
         with meter.phase("update"):
-            OPTIMISER.update(parameters, velocity, outcome.gradients, LEARNING_RATE)
+            OPTIMISER.update(parameters, velocity, outcome.gradients, job.learning_rate)
         costs = meter.take_step()
         state = {
             **common,

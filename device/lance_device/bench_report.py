@@ -1,5 +1,6 @@
 """A benchmark as text: the table, and what makes its figures doubtful."""
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -9,6 +10,8 @@ from lance_edge.boards import Board
 from lance_edge.profiles import STEP_PHASES
 
 LARGE_SPREAD = 0.10  # pyperf's measure of an unstable benchmark: standard deviation over mean
+BUSY_LOAD = 0.5  # of one core, by others, before anything is measured
+KILLED = "the kernel ended the process, for want of memory most likely"
 NOW_BITS = (
     0xF  # of `vcgencmd get_throttled`: under-voltage, capped, throttled, soft limit; higher bits: earlier
 )
@@ -70,6 +73,14 @@ def _ratio(ratio: float | None) -> str:
 
 def _bytes(kib: int | None) -> int | None:
     return None if kib is None else kib * 1024
+
+
+def about_load() -> str | None:
+    """Why times will be wrong, if other programs are at work before anything is measured."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load <= BUSY_LOAD:
+        return None
+    return f"other programs keep {load:.1f} cores busy; times will be too long and vary"
 
 
 def warnings_of(rows: Sequence[BenchRow], summary: Sequence[BenchSummaryRow], board: Board) -> tuple[str, ...]:

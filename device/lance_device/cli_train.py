@@ -18,7 +18,7 @@ from lance_device.cli_types import Number, byte_count, class_weights, minutes_or
 @click.option(
     "--layers",
     type=click.IntRange(min=0),
-    help="Train so many convolutions, where the package offers a choice.  [default: the most it has]",
+    help="Train so many layers, where the package offers a choice.  [default: the most it has]",
 )
 @click.option("--epochs", type=click.IntRange(min=1), default=50, help="Times that every image is seen.")
 @click.option("--steps", type=click.IntRange(min=1), help="Train so many batches, whatever --epochs says.")

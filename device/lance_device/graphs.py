@@ -110,7 +110,7 @@ def _float_array(arrays: ArrayReader, name: str, shape: tuple[int, ...] | None, 
     if found.dtype != np.float32 or (shape is not None and found.shape != shape):
         raise ArtifactError(
             f"{bundle.path}: array {name} is {found.dtype} {list(found.shape)}, expected float32"
-            f" {list(shape) if shape is not None else ''}; rebuild the package".replace(" ;", ";")
+            f"{'' if shape is None else f' {list(shape)}'}; rebuild the package"
         )
     return np.array(found, dtype=np.float32, order="C")
 

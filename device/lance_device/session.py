@@ -224,7 +224,7 @@ def _session_options(runtime: ModuleType, threads: int) -> Any:
 def is_lack_of_memory(error: Exception) -> bool:
     """Whether an exception of onnxruntime says that memory, or room for a thread, was lacking."""
     text = str(error).lower()
-    signs = ("alloc", "posixthread", "pthread", "new thread")
+    signs = ("bad_alloc", "bad allocation", "failed to allocate", "posixthread", "pthread", "new thread")
     return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 

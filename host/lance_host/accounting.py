@@ -1,8 +1,11 @@
-"""The paper's figures: activation bytes and multiply-adds of one trainable convolution.
+"""The paper's figures: activation bytes and multiply-adds of one trainable layer.
 
 These are formulas, reported beside what the emitted graphs really save and compute.  Notation as in the
 paper: B images, input `[C, H, W]`, output `[O, H', W']`, kernel k x k, ranks r0 (batch), r1 (channels),
 r2 (height), r3 (width).  All activations are float32; one multiply-add counts as one.
+
+A linear layer is counted as the 1x1 convolution that it is, with features for channels and tokens for space:
+its modes are batch, tokens, features.
 
 At r0 = B the batch mode is kept whole: its factor would be an orthogonal `[B, B]` that changes nothing, so
 there is none, and no products with it.
@@ -16,7 +19,6 @@ from collections.abc import Sequence
 from lance_edge.manifest import Layer
 
 FLOAT32_BYTES = 4
-MODES = 4  # batch, channels, height, width
 
 
 def bp_activation_bytes(layer: Layer, batch_size: int) -> int:
@@ -25,14 +27,14 @@ def bp_activation_bytes(layer: Layer, batch_size: int) -> int:
 
 
 def core_bytes(ranks: Sequence[int]) -> int:
-    """The core `[r0, r1, r2, r3]`, in bytes."""
-    return FLOAT32_BYTES * math.prod(_four(ranks))
+    """The core `[r0, r1, ...]`, in bytes."""
+    return FLOAT32_BYTES * math.prod(ranks)
 
 
 def factor_bytes(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
-    """The factors `U0 [B, r0]` (none at r0 = B), `U1 [C, r1]`, `U2 [H, r2]`, `U3 [W, r3]`, in bytes."""
+    """The factors `U0 [B, r0]` (none at r0 = B), `U1 [n1, r1]`, ... of the other modes, in bytes."""
     sizes = (batch_size, *layer.input_shape)
-    values = [size * rank for size, rank in zip(sizes, _four(ranks), strict=True)]
+    values = [size * rank for size, rank in zip(sizes, _one_per_mode(layer, ranks), strict=True)]
     return FLOAT32_BYTES * sum(values[1:] if is_batch_whole(batch_size, ranks) else values)
 
 
@@ -53,17 +55,18 @@ def factored_activation_bytes(layer: Layer, batch_size: int, ranks: Sequence[int
 
 
 def bp_forward_macs(layer: Layer, batch_size: int) -> int:
-    """`B O H' W' (C/groups) k k` multiply-adds: the convolution itself."""
+    """`B O H' W' (C/groups) k k` multiply-adds: the layer itself."""
     return batch_size * math.prod(layer.output_shape) * _patch(layer)
 
 
 def lance_forward_macs(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
-    """The convolution and `B C H W (r0 + r1 + r2 + r3)` multiply-adds for the projection to the core.
+    """The layer and `B C H W (r0 + r1 + r2 + r3)` multiply-adds for the projection to the core.
 
     C is the full number of channels in the second term: the whole input is projected, whatever the
     groups.  The paper counts every mode on the unprojected input, which no good order of them costs.
     """
-    projected = _four(ranks)[1:] if is_batch_whole(batch_size, ranks) else _four(ranks)
+    ranks = _one_per_mode(layer, ranks)
+    projected = ranks[1:] if is_batch_whole(batch_size, ranks) else ranks
     return bp_forward_macs(layer, batch_size) + batch_size * math.prod(layer.input_shape) * sum(projected)
 
 
@@ -95,16 +98,17 @@ def lance_weight_gradient_macs(layer: Layer, batch_size: int, ranks: Sequence[in
     height, then over width, the weight gradient of r0 images with r1 channels, and those channels
     expanded to C / groups.
     """
-    r0, r1, r2, r3 = _four(ranks)
-    _, height, width = layer.input_shape
-    out_channels, out_height, out_width = layer.output_shape
-    kernel = math.prod(layer.weight_shape[2:])
+    r0, *others = _one_per_mode(layer, ranks)
+    channel = len(others) - 1 if layer.is_linear else 0  # where channels stand among the modes
+    r1, sizes = others.pop(channel), list(layer.input_shape)
+    sizes.pop(channel)
+    out_channels = layer.weight_shape[0]
     on_batch = 0 if is_batch_whole(batch_size, ranks) else batch_size
+    rebuilt = sum(math.prod(sizes[: i + 1]) * math.prod(others[i:]) for i in range(len(sizes)))
     return (
-        r0 * out_channels * out_height * out_width * on_batch
-        + height * r0 * r1 * r2 * r3
-        + height * width * r0 * r1 * r3
-        + out_channels * r0 * r1 * kernel * out_height * out_width
+        r0 * math.prod(layer.output_shape) * on_batch
+        + r0 * r1 * rebuilt
+        + r0 * r1 * math.prod(layer.output_shape) * math.prod(layer.weight_shape[2:])
         + out_channels * _patch(layer) * r1
     )
 
@@ -114,7 +118,7 @@ def _patch(layer: Layer) -> int:
     return math.prod(layer.weight_shape[1:])
 
 
-def _four(ranks: Sequence[int]) -> Sequence[int]:
-    if len(ranks) != MODES:
-        raise ValueError(f"ranks: expected {MODES} (batch, channels, height, width), found {tuple(ranks)}")
+def _one_per_mode(layer: Layer, ranks: Sequence[int]) -> Sequence[int]:
+    if len(ranks) != len(layer.modes):
+        raise ValueError(f"ranks: expected {len(layer.modes)} ({', '.join(layer.modes)}), found {tuple(ranks)}")
     return ranks

@@ -77,6 +77,8 @@ def parse_budget(text: str, methods: Sequence[str]) -> dict[str, int]:
                 f"--memory-budget: expected a budget for {' or '.join(able)}, found {part.strip()!r};"
                 " write it as 256KiB, or for each method as lance=256KiB"
             )
+        if method in budgets:
+            raise LanceError(f"--memory-budget: {method} is there twice; give it one budget")
         budgets[method] = parse_bytes(amount)
     return budgets
 
@@ -102,7 +104,7 @@ def check_budget(method: str, budget: int, selections: Iterable[Sequence[Layer]]
         LanceError: if it is below rank 1 in every mode, naming the least one, or holds the plain inputs.
     """
     for layers in selections:
-        least = sum(factored_activation_bytes(layer, batch_size, (1, 1, 1, 1)) for layer in layers)
+        least = sum(factored_activation_bytes(layer, batch_size, (1,) * len(layer.modes)) for layer in layers)
         whole = sum(bp_activation_bytes(layer, batch_size) for layer in layers)
         if budget < least:
             raise LanceError(

@@ -25,11 +25,13 @@ from lance_edge.manifest import (
     projection_name,
 )
 from lance_edge.screening import steady
+from lance_host.autodiff.emit import Emit
 from lance_host.budget import check_budget
 from lance_host.calibrate import calibration_batches, choose_batch_size, layer_spectra
 from lance_host.capture import Captured, capture_layers, clone, export
 from lance_host.compile import Compiled, compile_variant, serialise
 from lance_host.hosvd import Spectrum
+from lance_host.layer_nodes import geometry, input_of
 from lance_host.methods import METHODS
 from lance_host.network import Network, load_network
 from lance_host.rank_choice import GradientBatches, RankChoice, choose_ranks, energy_of
@@ -85,7 +87,9 @@ def choose_batch(request: Request, dataset: Dataset, feedback: Feedback) -> int:
 def capture_selections(network: Network) -> tuple[Captured, ...]:
     """The captured network for each count of trainable layers, ascending, from one export."""
     exported = export(network.module, network.preprocessing.sample_shape)
-    return tuple(capture_layers(exported, layers, network.head) for layers in network.selections)
+    return tuple(
+        capture_layers(exported, layers, network.head, network.extras) for layers in network.selections
+    )
 
 
 # --- phase I ------------------------------------------------------------------------------------------
@@ -144,10 +148,13 @@ def tap_inputs(
     """The network from images to the inputs of its trainable layers, weights constant."""
     copy = clone(captured)
     bind(copy.model, weights)
-    inputs = {layer.name: node.inputs[0] for layer, node in zip(copy.layers, copy.convs, strict=True)}
-    outputs = list(dict.fromkeys(value for value in inputs.values() if value is not None))
-    model = extract(copy.model, [copy.images], outputs, infer_specs(copy.model))
-    return model, {name: str(value.name) for name, value in inputs.items() if value is not None}
+    emit = Emit(copy.model.graph, "taps/")
+    inputs = {
+        layer.name: input_of(emit, node, geometry(node))
+        for layer, node in zip(copy.layers, copy.nodes, strict=True)
+    }
+    model = extract(copy.model, [copy.images], list(dict.fromkeys(inputs.values())), infer_specs(copy.model))
+    return model, {name: str(value.name) for name, value in inputs.items()}
 
 
 def network_weights(network: Network) -> dict[str, NDArray[np.generic]]:
@@ -183,10 +190,10 @@ def compile_variants(
 ) -> tuple[Compiled, ...]:
     """A variant for each method and count of layers, method by method.
 
-    Without trainable convolutions all methods are the same, and plain backpropagation stands for them.
+    Without trainable layers all methods are the same, and plain backpropagation stands for them.
     """
     if not captured[0].layers and request.methods != ("bp",):
-        feedback.say("no convolution is trained: plain backpropagation of the head is the only method")
+        feedback.say("with no layer but the head trained, all methods are plain backpropagation")
     wanted = [
         (method, one)
         for method in dict.fromkeys((*request.methods, "bp"))
@@ -215,13 +222,13 @@ def verify_variants(
     """Refuse to ship graphs that do not train as PyTorch does."""
     samples = verification_samples(dataset, network.preprocessing, min(VERIFY_IMAGES, batch_size))
     weights, largest = network_weights(network), cut_projections(variants, spectra)
-    layers = {len(one.layers): one.layers for one in captured}
+    selections = {len(one.layers): one for one in captured}
     worst: dict[str, float] = {}
     for done, compiled in enumerate(variants, start=1):
         variant = compiled.variant
         own = {name: largest[name][:, :rank] for name, rank in variant.projection_ranks.items()}
-        chosen = layers[len(variant.layers)]
-        error = verify_on_any(samples, network.module, chosen, compiled, weights, own)
+        chosen = selections[len(variant.layers)]
+        error = verify_on_any(samples, network.module, chosen.layers, compiled, weights, own, chosen.norms)
         worst[variant.method] = max(error, worst.get(variant.method, 0.0))
         if len(variants) > len(METHODS):
             feedback.progress("verify", done, len(variants))

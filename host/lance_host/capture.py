@@ -1,15 +1,13 @@
 """From a PyTorch network to the forward ONNX graph that everything else is built from.
 
-The captured graph keeps each trainable weight as an input under its state-dict name.  Batch-norm is
-frozen and folded: into the numbers where the convolution is frozen, and as a visible `Mul` of weight and
-scale where it is trained, so that differentiation gives the gradient of the original weight.
+The captured graph keeps each trainable parameter as an input under its state-dict name.
 """
 
 import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,9 +18,10 @@ from onnxscript import optimizer
 
 from lance_edge.errors import ModelError
 from lance_edge.manifest import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, TARGET_OFF, TARGET_ON, Layer
-from lance_host.autodiff.conv import geometry
 from lance_host.autodiff.emit import Emit, static_dims
-from lance_host.edit import constant
+from lance_host.extras import NOTHING_MORE, Extras, extra_parameters
+from lance_host.fold import fold_batch_norm
+from lance_host.layer_nodes import describe, find_node
 from lance_host.simplify import simplify
 
 OPSET = 18
@@ -34,15 +33,18 @@ class Captured:
 
     `model` has the inputs `images`, `labels` and the trainable parameters, and the outputs `loss` (summed
     over the micro-batch) and `logits`; `seed` is the gradient of the batch's mean loss with respect to the
-    logits.  `convs` are the nodes of the trainable layers, `parameters` the
-    trainable inputs in the order convs (module order), head weight, head bias.  `targets` are the inputs
-    that say what the target of each class is.
+    logits.  `nodes` are those of the trainable layers, `parameters` the trainable inputs in the order weights
+    (module order), head weight, head bias, and the `extras`: biases, affine of norms.  `norms` has
+    for each layer whose trained norm is folded into it the norm's name.  `targets` are the inputs that say what
+    the target of each class is.
     """
 
     model: ir.Model
     images: ir.Value
     layers: tuple[Layer, ...]
-    convs: tuple[ir.Node, ...]
+    nodes: tuple[ir.Node, ...]
+    norms: dict[str, str]
+    extras: frozenset[str]
     parameters: tuple[ir.Value, ...]
     labels: ir.Value
     targets: tuple[ir.Value, ...]
@@ -61,11 +63,11 @@ def clone(captured: Captured) -> Captured:
         assert value.name is not None
         return values[value.name]
 
-    convs = [same(node.outputs[0]).producer() for node in captured.convs]
+    nodes = [same(node.outputs[0]).producer() for node in captured.nodes]
     return replace(
         captured,
         model=model,
-        convs=tuple(node for node in convs if node is not None),
+        nodes=tuple(node for node in nodes if node is not None),
         parameters=tuple(same(value) for value in captured.parameters),
         images=same(captured.images),
         labels=same(captured.labels),
@@ -78,7 +80,11 @@ def clone(captured: Captured) -> Captured:
 
 
 def capture(
-    network: torch.nn.Module, sample: int | Sequence[int], layers: Sequence[str], head: str | None
+    network: torch.nn.Module,
+    sample: int | Sequence[int],
+    layers: Sequence[str],
+    head: str | None,
+    extras: Extras = NOTHING_MORE,
 ) -> Captured:
     """Export a network, then `capture_layers`.
 
@@ -90,44 +96,50 @@ def capture(
         ModelError: if the export fails or a layer cannot be found in the exported graph.
     """
     shape = (3, sample, sample) if isinstance(sample, int) else sample
-    return capture_layers(export(network, shape), layers, head)
+    return capture_layers(export(network, shape), layers, head, extras)
 
 
-def capture_layers(exported: ir.Model, layers: Sequence[str], head: str | None) -> Captured:
+def capture_layers(
+    exported: ir.Model, layers: Sequence[str], head: str | None, extras: Extras = NOTHING_MORE
+) -> Captured:
     """Fold batch-norm, turn the trainable weights into inputs and append the loss.
 
     Args:
         exported: left as it is: several selections of layers start from one export.
-        layers: module names of the trainable convolutions, in module order.
+        layers: module names of the trainable layers, in module order.
         head: module name of the final linear layer; `None` where it does not train.
+        extras: what trains beside weights and head.
 
     Raises:
         ModelError: if a layer cannot be found in the exported graph.
     """
     model = exported.clone()
-    convs = [_conv_node(model.graph, f"{name}.weight") for name in layers]
-    head_names = [
-        f"{head}.{name}"
-        for name in ("weight", "bias")
-        if head is not None and f"{head}.{name}" in model.graph.initializers
-    ]
-    names = [f"{name}.weight" for name in layers] + head_names
-    _fold_batch_norm(model, frozenset(names))
-    described = tuple(_describe(name, conv) for name, conv in zip(layers, convs, strict=True))
-    parameters = tuple(_as_input(model.graph, name) for name in names)
-    labels, targets, scale, loss, seed = _append_loss(model.graph)
+    graph = model.graph
+    nodes = [find_node(graph, name) for name in layers]
+    names = [f"{name}.weight" for name in layers]
+    if head is not None:
+        names += [name for name in (f"{head}.weight", f"{head}.bias") if name in graph.initializers]
+    more = extra_parameters(graph, layers, names, extras)
+    names += more
+    norms = fold_batch_norm(model, frozenset(names))
+    described = tuple(describe(name, node) for name, node in zip(layers, nodes, strict=True))
+    parameters = tuple(_as_input(graph, name) for name in names)
+    _fold_constants(model)
+    labels, targets, scale, loss, seed = _append_loss(graph)
     return Captured(
         model=model,
-        images=model.graph.inputs[0],
+        images=graph.inputs[0],
         layers=described,
-        convs=tuple(convs),
+        nodes=tuple(nodes),
+        norms=norms,
+        extras=frozenset(more),
         parameters=parameters,
         labels=labels,
         targets=targets,
         scale=scale,
         loss=loss,
         seed=seed,
-        logits=model.graph.outputs[1],
+        logits=graph.outputs[1],
     )
 
 
@@ -160,11 +172,20 @@ def export(network: torch.nn.Module, sample: Sequence[int]) -> ir.Model:
             "this network cannot be exported for batches of any size: somewhere in forward the batch becomes a"
             " plain number, as in len(x); write x.shape[0]"
         )
-    optimizer.fold_constants(model, onnx_shape_inference=True)
-    passes.RemoveUnusedNodesPass()(model)
+    _fold_constants(model, keep=frozenset(dict(network.named_parameters())))
     passes.IdentityEliminationPass()(model)
     simplify(model)
     return model
+
+
+def _fold_constants(model: ir.Model, keep: Collection[str] = ()) -> None:
+    """Compute what depends on nothing but constants; what reads a weight of `keep` stays: it may yet train."""
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in keep for value in node.inputs) else None
+
+    optimizer.fold_constants(model, onnx_shape_inference=bool(keep), should_fold=should_fold)
+    passes.RemoveUnusedNodesPass()(model)
 
 
 @contextlib.contextmanager
@@ -180,92 +201,11 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _conv_node(graph: ir.Graph, weight: str) -> ir.Node:
-    value = graph.initializers.get(weight)
-    users = [] if value is None else [use.node for use in value.uses()]
-    if len(users) != 1 or users[0].op_type != "Conv":
-        found = [node.op_type for node in users] or "nothing"
-        raise ModelError(
-            f"{weight}: expected one Conv that uses it in the exported graph, found {found};"
-            " this layer cannot be trained: choose others with --layers"
-        )
-    return users[0]
-
-
-def _describe(name: str, node: ir.Node) -> Layer:
-    geo = geometry(node)
-    return Layer(
-        name=name,
-        weight=f"{name}.weight",
-        weight_shape=geo.weight_shape,
-        input_shape=(geo.in_channels, *geo.in_size),
-        output_shape=(geo.out_channels, *geo.out_size),
-        stride=geo.stride,
-        padding=geo.padding,
-        dilation=geo.dilation,
-        groups=geo.groups,
-    )
-
-
 def _as_input(graph: ir.Graph, name: str) -> ir.Value:
     value = graph.initializers.pop(name)
     value.const_value = None
     graph.inputs.append(value)
     return value
-
-
-# --- batch-norm --------------------------------------------------------------------------------------
-
-
-def _fold_batch_norm(model: ir.Model, trainable: frozenset[str]) -> None:
-    """Conv(x, W) then BN  ->  Conv(x, s W, (b - mean) s + beta)  with s = gamma / sqrt(var + eps)."""
-    graph = model.graph
-    for norm in [node for node in graph if node.op_type == "BatchNormalization"]:
-        source = norm.inputs[0]
-        conv = source.producer() if source is not None else None
-        if conv is None or conv.op_type != "Conv" or len(list(conv.outputs[0].uses())) != 1:
-            continue
-        weight = conv.inputs[1]
-        assert weight is not None
-        scale, shift = _affine_of(norm)
-        bias = _numpy(conv.inputs[2]) if len(conv.inputs) > 2 and conv.inputs[2] is not None else 0.0
-        folded_bias = _initializer(graph, f"{weight.name}/folded_bias", bias * scale + shift)
-        if weight.name in trainable:
-            folded = _scaled_weight(graph, conv, weight, scale)
-        else:
-            folded = _initializer(graph, f"{weight.name}/folded", _numpy(weight) * scale.reshape(-1, 1, 1, 1))
-        conv.replace_input_with(1, folded)
-        conv.resize_inputs(3)
-        conv.replace_input_with(2, folded_bias)
-        ir.convenience.replace_all_uses_with(norm.outputs[0], conv.outputs[0], replace_graph_outputs=True)
-        graph.remove(norm, safe=True)
-
-
-def _affine_of(norm: ir.Node) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and shift of a frozen batch-norm, `[O]` each, float64."""
-    gamma, beta, mean, variance = (_numpy(value) for value in norm.inputs[1:5])
-    scale = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
-    return scale, beta - mean * scale
-
-
-def _scaled_weight(graph: ir.Graph, conv: ir.Node, weight: ir.Value, scale: np.ndarray) -> ir.Value:
-    factor = _initializer(graph, f"{weight.name}/scale", scale.reshape(-1, 1, 1, 1))
-    folded = ir.Value(name=f"{weight.name}/scaled", type=weight.type, shape=weight.shape)
-    graph.insert_before(conv, ir.Node("", "Mul", (weight, factor), outputs=[folded]))
-    return folded
-
-
-def _numpy(value: ir.Value | None) -> np.ndarray:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is None:
-        raise ModelError(
-            f"{getattr(value, 'name', None)}: batch-norm statistics must be constants of the network"
-        )
-    return tensor.numpy().astype(np.float64)
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    return constant(graph, name, array.astype(np.float32))
 
 
 # --- loss ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line of the workstation: the only module here that prints, and that knows click."""
+"""The command line of the workstation: only it and `cli_export` print, and know click."""
 
 import math
 import sys
@@ -11,6 +11,7 @@ import click
 
 from lance_edge import __version__
 from lance_edge.errors import LanceError
+from lance_host.cli_export import export_ort
 
 FILE = click.Path(path_type=Path)
 
@@ -77,7 +78,8 @@ HEAD = click.option(
     default="linear",
     show_default=True,
     metavar="linear|none|MODULE",
-    help="What becomes new for the classes of --data: the layer that gives the logits; nothing; or that layer.",
+    help="What becomes new for the classes of --data, and trains: the layer that gives the logits; nothing (the"
+    " network's own stays, frozen unless --layers names it); or that layer.",
 )
 
 
@@ -100,11 +102,17 @@ HEAD = click.option(
     "--layers",
     default="4",
     show_default=True,
-    help="Train the last K convolutions and the head; 0: head only; pointwise:K: not depthwise ones; names"
-    " and globs such as 'layer4.*,layer3.1.conv2'; all. With several counts (1-10, or 2,4) the device chooses"
-    " one.",
+    help="Train the last K layers (convolutions and linear ones) and the head; 0: head only; conv:K, linear:K,"
+    " pointwise:K: of this kind (pointwise: not depthwise); names and globs such as 'layer4.*,layer3.1.conv2';"
+    " all. With several counts (1-10, or 2,4) the device chooses one.",
 )
 @HEAD
+@click.option("--train-bias", is_flag=True, help="Train the biases of these layers as well.")
+@click.option(
+    "--train-norm",
+    is_flag=True,
+    help="Train scale and shift of the norm layers from the first trained layer on; statistics stay frozen.",
+)
 @click.option(
     "--methods",
     default="lance,bp",
@@ -159,7 +167,7 @@ def calibrate(
     from lance_host.build import calibrate as build
     from lance_host.request import Feedback, Request
     from lance_host.selection import method_names
-    from lance_host.tables import layer_table
+    from lance_host.tables import layer_table, saved_line
 
     if not 0 <= validation < 1:
         raise LanceError(f"--validation: expected a share from 0 to below 1, found {validation}")
@@ -173,7 +181,8 @@ def calibrate(
         )
     click.echo()
     click.echo(layer_table(manifest))
-    click.echo(f"\nwrote {options['output']} ({options['output'].stat().st_size / 2**20:.1f} MiB)")
+    click.echo(f"\n{saved_line(manifest)}")
+    click.echo(f"wrote {options['output']} ({options['output'].stat().st_size / 2**20:.1f} MiB)")
 
 
 @contextmanager
@@ -225,8 +234,8 @@ def layers(model: str, resolution: int | None, head: str, data: Path | None, bat
     check_input(inputs)
     shape = None if data is None else open_dataset(data, DEFAULT_SPLIT).array_shape
     network = open_network(NetworkRequest(model, head=head, input=inputs), None, click.echo, shape)
-    candidates = list_layers(network.module, network.preprocessing.sample_shape, network.head)
-    click.echo(candidate_table(candidates, batch_size, network.head))
+    candidates = list_layers(network.module, network.preprocessing.sample_shape, network.head or network.kept)
+    click.echo(candidate_table(candidates, batch_size, network.head, network.kept))
 
 
 @cli.command()
@@ -307,3 +316,6 @@ def sample_data(folder: Path, per_class: int | None) -> None:
 
     count = write_digits(folder, per_class)
     click.echo(f"wrote {count} images to {folder}")
+
+
+cli.add_command(export_ort)

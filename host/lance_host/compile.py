@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from lance_edge.energy import energy_kept
 from lance_edge.errors import ModelError
-from lance_edge.manifest import LayerPlan, Variant, kept_bytes
+from lance_edge.manifest import Layer, LayerPlan, Variant, kept_bytes
 from lance_host import accounting
 from lance_host.capture import Captured, clone
 from lance_host.graph_cost import graph_macs
@@ -68,9 +68,7 @@ def compile_variant(
         schedule=stages.schedule,
         graphs={role: (name,) for role, name in names.items()},
         parameters=tuple(value.name for value in step.parameters if value.name is not None),
-        layers=tuple(
-            _plan(captured, index, ranks, spectra, batch_size) for index in range(len(captured.layers))
-        ),
+        layers=tuple(_plan(layer, method, ranks, spectra, batch_size) for layer in captured.layers),
         boundary=stages.boundary,
         activations=stages.activations,
         saved=stages.saved,
@@ -113,15 +111,14 @@ def _rank_sizes(ranks: Mapping[str, Sequence[int]]) -> dict[str, int]:
 
 
 def _plan(
-    captured: Captured,
-    index: int,
+    layer: Layer,
+    method: str,
     ranks: Mapping[str, tuple[int, ...]],
     spectra: Mapping[str, Sequence[Spectrum]],
     batch_size: int,
 ) -> LayerPlan:
-    layer = captured.layers[index]
-    chosen = ranks.get(layer.name)
-    if chosen is None:
+    chosen, forward_macs = ranks.get(layer.name), METHODS[method].forward_macs
+    if chosen is None or forward_macs is None:
         return LayerPlan(
             layer=layer.name,
             ranks=(),
@@ -136,7 +133,7 @@ def _plan(
         ranks=chosen,
         energy_kept=tuple(kept),
         activation_bytes=accounting.factored_activation_bytes(layer, batch_size, chosen),
-        forward_macs=accounting.lance_forward_macs(layer, batch_size, chosen),
+        forward_macs=forward_macs(layer, batch_size, chosen),
         weight_gradient_macs=accounting.lance_weight_gradient_macs(layer, batch_size, chosen),
     )
 
@@ -155,7 +152,7 @@ def inference_tails(captured: Captured) -> dict[str, ir.Model]:
         boundary = split_prefix(graph, copy.images, copy.parameters)
         graph.outputs[:] = [copy.logits]
         if role == "predict":
-            lower_forward(graph, copy.convs)
+            lower_forward(graph, copy.nodes)
             tidy(copy.model)
         tails[role] = extract(copy.model, [*boundary, *copy.parameters], [copy.logits], infer_specs(copy.model))
     return tails

@@ -26,7 +26,7 @@ class ErrorTable:
     """The mean gradient error of one layer at every combination of ranks of a grid."""
 
     def __init__(self, layer: Layer, batch_size: int, grids: Grids) -> None:
-        """`grids` has the ranks of each mode (batch, channels, height, width), ascending."""
+        """`grids` has the ranks of each mode, ascending."""
         self.layer = layer
         self.batch_size = batch_size
         self.grids = grids
@@ -68,11 +68,12 @@ class ErrorTable:
 
     def _all_bytes(self) -> NDArray[np.int64]:
         """`factored_activation_bytes` of the whole grid."""
-        core, factors = np.ones((1, 1, 1, 1), np.int64), np.zeros((1, 1, 1, 1), np.int64)
+        modes = range(len(self.grids))
+        core, factors = np.ones([1 for _ in modes], np.int64), np.zeros([1 for _ in modes], np.int64)
         for mode, (size, grid) in enumerate(
             zip((self.batch_size, *self.layer.input_shape), self.grids, strict=True)
         ):
-            ranks = np.expand_dims(np.array(grid, np.int64), [other for other in range(4) if other != mode])
+            ranks = np.expand_dims(np.array(grid, np.int64), [other for other in modes if other != mode])
             whole_batch = (ranks == size) if mode == 0 else False
             core = core * ranks
             factors = factors + np.where(whole_batch, 0, size * ranks)

@@ -13,6 +13,7 @@ so that their squared errors add up.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -28,14 +29,16 @@ WORKING_VALUES = 1 << 24  # float32 values of an intermediate tensor (64 MiB)
 def gradient_errors(
     layer: Layer, x: torch.Tensor, dy: torch.Tensor, bases: Sequence[torch.Tensor], grids: Grids
 ) -> tuple[torch.Tensor, float]:
-    """Frobenius distances to the exact weight gradient `[R0, R1, R2, R3]`, and the norm of that gradient.
+    """Frobenius distances to the exact weight gradient `[R0, R1, ...]`, and the norm of that gradient.
 
     Args:
-        x: the layer's input `[B, C, H, W]`.
-        dy: the gradient of its output `[B, O, H', W']`.
+        x: the layer's input `[B, *input_shape]`.
+        dy: the gradient of its output `[B, *output_shape]`.
         bases: orthonormal `[n_i, n_i]` for each mode, the most important vectors first.
         grids: for each mode the ranks to look at, ascending, from 1 to n_i.
     """
+    if layer.is_linear:
+        return _of_linear(layer, x, dy, bases, grids)
     exact = weight_gradient(layer, x, dy)
     core = _in_bases(x, bases)
     rotated = torch.tensordot(bases[0].T, dy, dims=1)  # [B, O, H', W']
@@ -49,6 +52,31 @@ def gradient_errors(
                 _add_cells(sums, channels.spread(core[rows]), taps, grids)
             squares[step] += channels.squared_distances(_running_sums(_running_sums(sums, 0), 1))
     return squares.sqrt(), float(torch.linalg.vector_norm(exact))
+
+
+def _of_linear(
+    layer: Layer, x: torch.Tensor, dy: torch.Tensor, bases: Sequence[torch.Tensor], grids: Grids
+) -> tuple[torch.Tensor, float]:
+    """As the 1x1 convolution of a map of one column, with features for channels and tokens for height."""
+    (out, features), tokens = layer.weight_shape, math.prod(layer.input_shape[:-1])
+    same = replace(
+        layer,
+        weight_shape=(out, features, 1, 1),
+        input_shape=(features, tokens, 1),
+        output_shape=(out, tokens, 1),
+        stride=(1, 1),
+        padding=(0, 0, 0, 0),
+        dilation=(1, 1),
+    )
+    maps = [value.reshape(len(value), tokens, -1).transpose(1, 2)[..., None] for value in (x, dy)]
+    one = torch.ones(1, 1)
+    has_tokens = len(bases) == 3
+    map_bases = [bases[0], bases[-1], bases[1] if has_tokens else one, one]
+    map_grids = (grids[0], grids[-1], grids[1] if has_tokens else (1,), (1,))
+    distances, norm = gradient_errors(
+        same, maps[0], maps[1], map_bases, map_grids
+    )  # [R0, R_features, R_tokens, 1]
+    return distances[..., 0].transpose(1, 2) if has_tokens else distances[..., 0, 0], norm
 
 
 def _output_slices(layer: Layer, grids: Grids) -> Iterator[slice]:

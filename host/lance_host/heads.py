@@ -9,6 +9,7 @@ from torch import nn
 from lance_edge.errors import ModelError
 
 FIND, KEEP = "linear", "none"
+RUN_SAMPLES = 2  # of a trial run
 ADVICE = "name it with --head MODULE.NAME, or keep the classifier as it is with --head none"
 
 
@@ -24,7 +25,7 @@ def choose_head(network: nn.Module, choice: str, known: str | None, shape: Seque
     """
     if choice == KEEP:
         return None
-    name = (known or _find(network, shape)) if choice == FIND else choice
+    name = (known or _found(network, shape)) if choice == FIND else choice
     try:
         module = network.get_submodule(name)
     except AttributeError:
@@ -65,7 +66,7 @@ def run_once(network: nn.Module, shape: Sequence[int]) -> torch.Tensor:
     Raises:
         ModelError: if the network cannot be run on them, or gives anything else.
     """
-    samples = torch.zeros(2, *shape)
+    samples = torch.zeros(RUN_SAMPLES, *shape)
     try:
         with torch.no_grad():
             logits = network.eval()(samples)
@@ -74,7 +75,7 @@ def run_once(network: nn.Module, shape: Sequence[int]) -> torch.Tensor:
             f"the network cannot be run on float32 {list(samples.shape)}: {one_line(error)};"
             " say what it takes with --input-size (and --mean, of one or three numbers)"
         ) from error
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != 2:
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != RUN_SAMPLES:
         found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ModelError(
             f"the network's output: expected one tensor [N, classes], found {found} for 2 samples;"
@@ -103,8 +104,18 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
-def _find(network: nn.Module, shape: Sequence[int]) -> str:
-    """The last classifier that ran and has as many outputs as there are logits."""
+def _found(network: nn.Module, shape: Sequence[int]) -> str:
+    name = find_classifier(network, shape)
+    if name is None:
+        raise ModelError(
+            "no nn.Linear or 1x1 nn.Conv2d gives the network's"
+            f" {run_once(network, shape).shape[1]} logits, so no head can be replaced; {ADVICE}"
+        )
+    return name
+
+
+def find_classifier(network: nn.Module, shape: Sequence[int]) -> str | None:
+    """The last classifier that ran and has as many outputs as there are logits, if there is one."""
     called: list[tuple[str, int]] = []
 
     def note(name: str) -> Any:
@@ -117,12 +128,7 @@ def _find(network: nn.Module, shape: Sequence[int]) -> str:
         for handle in handles:
             handle.remove()
     fitting = [name for name, width in called if width == outputs]
-    if not fitting:
-        raise ModelError(
-            f"no nn.Linear or 1x1 nn.Conv2d gives the network's {outputs} logits, so no head can be replaced;"
-            f" {ADVICE}"
-        )
-    return fitting[-1]
+    return fitting[-1] if fitting else None
 
 
 def _candidates(network: nn.Module) -> str:

@@ -1,9 +1,13 @@
 """Which layers train: what `--layers` means, and what a network offers.
 
-4                     the last four in module order, whatever their kind
+4                     the last four in module order, convolutions and linear layers alike
+conv:4, linear:4      the last four of a kind
 pointwise:4           the last four that are not depthwise or grouped
 layer4.*,layer3.1     names and globs of modules; a module stands for all layers in it
 all                   every one: the network has no frozen part then
+
+The layer that gives the logits is not counted: as a new head it trains anyway; one that is kept (`--head none`)
+stays frozen, unless it is among the names, or `all` are asked for.
 """
 
 import difflib
@@ -17,11 +21,14 @@ import torch
 from torch import nn
 
 from lance_edge.errors import ModelError
-from lance_host.heads import run_once
+from lance_host.heads import RUN_SAMPLES, run_once
 
 ALL = "all"
+UNCALLED = nn.modules.linear.NonDynamicallyQuantizableLinear  # the output projection of MultiheadAttention
 LAYER_KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "": lambda module: True,
+    "conv": lambda module: isinstance(module, nn.Conv2d),
+    "linear": lambda module: isinstance(module, nn.Linear),
     "pointwise": lambda module: getattr(module, "groups", 1) == 1,
 }
 
@@ -45,23 +52,35 @@ class Candidate:
         return 4 * batch_size * math.prod(self.input_shape)
 
 
-def conv_modules(network: nn.Module) -> list[str]:
-    """Names of all 2-D convolutions, in module order."""
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+def layer_modules(network: nn.Module) -> list[str]:
+    """Names of all 2-D convolutions and linear layers, in module order.
+
+    Without those inside of `nn.MultiheadAttention`, which reads their weights and never calls them.
+    """
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, UNCALLED)
+    ]
 
 
-def select_layers(network: nn.Module, selection: str, head: str | None = None) -> list[str]:
-    """The trainable layers in module order; never the head, which trains anyway.
+def select_layers(
+    network: nn.Module, selection: str, head: str | None = None, kept: str | None = None
+) -> list[str]:
+    """The trainable layers in module order; never the new head, which trains anyway.
+
+    Args:
+        kept: the network's own last layer, where it is no new head: it does not count.
 
     Raises:
         ModelError: for a selection that is not understood, matches nothing, or asks for more layers than
             there are.
     """
-    names = [name for name in conv_modules(network) if name != head]
+    names = [name for name in layer_modules(network) if name != head]
     kind, _, count = selection.rpartition(":")
     if kind in LAYER_KINDS and count.isdecimal():
         modules = dict(network.named_modules())
-        return _last(selection, int(count), [name for name in names if LAYER_KINDS[kind](modules[name])])
+        return _last(selection, int(count), [n for n in names if n != kept and LAYER_KINDS[kind](modules[n])])
     if selection.strip() == ALL:
         return names
     return _matching(selection, names)
@@ -69,9 +88,7 @@ def select_layers(network: nn.Module, selection: str, head: str | None = None) -
 
 def _last(selection: str, count: int, names: list[str]) -> list[str]:
     if count > len(names):
-        raise ModelError(
-            f"--layers {selection}: the network has only {len(names)} such convolutions; ask for fewer"
-        )
+        raise ModelError(f"--layers {selection}: the network has only {len(names)} such layers; ask for fewer")
     return names[len(names) - count :]
 
 
@@ -93,7 +110,7 @@ def _no_match(selection: str, pattern: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or list(names[-3:])
     return (
         f"--layers {selection}: expected a count such as 4, several such as 1-10 or 2,4, or pointwise:4, or"
-        f" all, or names such as {', '.join(close) or 'features.*'}; no convolution is called {pattern!r}:"
+        f" all, or names such as {', '.join(close) or 'features.*'}; no layer is called {pattern!r}:"
         " lance-host layers lists them"
     )
 
@@ -102,14 +119,15 @@ def list_layers(network: nn.Module, shape: Sequence[int], head: str | None) -> l
     """Every layer that can be trained and takes part when the network runs, in module order.
 
     Args:
+        head: is left out: the new one, or the network's own that is kept.
         shape: of one sample, `[3, R, R]`.
     """
     inputs: dict[str, tuple[int, ...]] = {}
 
     def note(name: str) -> Any:
-        return lambda module, arguments, output: inputs.update({name: tuple(arguments[0].shape[1:])})
+        return lambda module, arguments, output: inputs.update({name: _sample_shape(module, arguments[0])})
 
-    modules = {name: network.get_submodule(name) for name in conv_modules(network) if name != head}
+    modules = {name: network.get_submodule(name) for name in layer_modules(network) if name != head}
     handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
     try:
         run_once(network, shape)
@@ -123,9 +141,18 @@ def list_layers(network: nn.Module, shape: Sequence[int], head: str | None) -> l
     ]
 
 
+def _sample_shape(module: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
+    """`[C, H, W]`, `[T, F]` or `[F]` of the input of a layer for two samples."""
+    if not isinstance(module, nn.Linear):
+        return tuple(x.shape[1:])
+    tokens = x.numel() // (RUN_SAMPLES * module.in_features)
+    return (module.in_features,) if tokens == 1 else (tokens, module.in_features)
+
+
 def describe(module: nn.Module) -> str:
-    """`3x3, stride 2, depthwise`: what a person calls a convolution."""
-    assert isinstance(module, nn.Conv2d)
+    """`linear`, or `3x3, stride 2, depthwise`: what a person calls a layer."""
+    if not isinstance(module, nn.Conv2d):
+        return "linear"
     words = ["x".join(map(str, module.kernel_size))]
     if max(module.stride) > 1:
         words.append(f"stride {max(module.stride)}")

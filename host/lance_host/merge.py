@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +11,18 @@ import onnx.compose
 import onnx_ir as ir
 import safetensors.numpy
 import torch
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import Trained, read_weights
-from lance_edge.errors import ArtifactError, LanceError
+from lance_edge.errors import LanceError
 from lance_edge.files import atomic_writer
 from lance_edge.manifest import CLASSES_KEY, PREPROCESSING_KEY, WEIGHTS_MEMBER
 from lance_edge.records import to_json
 from lance_host.compile import serialise
+from lance_host.graph_file import read_graph
 from lance_host.stages import bind
 
 Arrays = Mapping[str, NDArray[np.generic]]
@@ -65,7 +65,7 @@ def _safetensors(bundle: Bundle, trained: Trained) -> bytes:
 def _onnx(bundle: Bundle, trained: Trained) -> bytes:
     """Prefix and tail joined, weights constant, batch-norm folded; classes and preprocessing as metadata."""
     manifest, variant = bundle.manifest, trained.variant
-    prefix, tail = (_load_graph(bundle, variant.graphs[role]) for role in ("prefix", "tail"))
+    prefix, tail = (read_graph(bundle, variant.graphs[role]) for role in ("prefix", "tail"))
     tail = _with_own_names(tail)
     joined = onnx.compose.merge_models(
         prefix, tail, io_map=[(spec.name, spec.name) for spec in variant.boundary]
@@ -77,18 +77,6 @@ def _onnx(bundle: Bundle, trained: Trained) -> bytes:
     model.metadata_props[CLASSES_KEY] = json.dumps(list(manifest.classes))
     model.metadata_props[PREPROCESSING_KEY] = json.dumps(to_json(manifest.preprocessing))
     return serialise(model, "inference")
-
-
-def _load_graph(bundle: Bundle, members: Sequence[str]) -> onnx.ModelProto:
-    """A graph of the package; one whose constants lie in other files is refused, not followed."""
-    where = f"{bundle.path}: {members[0]}"
-    try:
-        graph = onnx.load_from_string(bundle.read(*members))
-    except DecodeError as error:
-        raise ArtifactError(f"{where}: not an ONNX graph ({error}); rebuild the package") from None
-    if any(item.data_location == onnx.TensorProto.EXTERNAL for item in graph.graph.initializer):
-        raise ArtifactError(f"{where}: refers to files outside the package; do not use this file")
-    return graph
 
 
 def _with_own_names(tail: onnx.ModelProto) -> onnx.ModelProto:

@@ -7,7 +7,8 @@ import torch
 
 from lance_edge.errors import ModelError
 from lance_edge.manifest import InputSpec
-from lance_host.heads import FIND, check_classes, choose_head, one_line, replace_head
+from lance_host.extras import NOTHING_MORE, Extras, norm_modules
+from lance_host.heads import FIND, check_classes, choose_head, find_classifier, one_line, replace_head
 from lance_host.inputs import InputRequest, settle_input
 from lance_host.layers import select_layers
 from lance_host.model_source import ModelSource
@@ -29,6 +30,8 @@ class NetworkRequest:
     weights: str | None = None
     layers: str = "4"
     head: str = FIND
+    train_bias: bool = False
+    train_norm: bool = False
     input: InputRequest = field(default_factory=InputRequest)
     seed: int = 0
 
@@ -37,14 +40,14 @@ class NetworkRequest:
 class OpenNetwork:
     """A network as its source builds it, in evaluation mode.
 
-    `head` is the module name of the classifier that becomes new, `None` where the old one stays and does
-    not train.
+    `head` is the module name of the classifier that becomes new, `None` where the old one, `kept`, stays.
     """
 
     source: ModelSource
     module: torch.nn.Module
     preprocessing: InputSpec
     head: str | None
+    kept: str | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Network:
     """A network with its weights and a head for the user's classes.
 
     `selections` are the module names that train, one selection for each count that was asked for,
-    ascending: the last holds all others.
+    ascending: the last holds all others.  `extras` train beside their weights.
     """
 
     module: torch.nn.Module
@@ -61,6 +64,7 @@ class Network:
     weights_source: str
     selections: tuple[tuple[str, ...], ...]
     head: str | None
+    extras: Extras = NOTHING_MORE
 
 
 def load_network(
@@ -85,10 +89,13 @@ def load_network(
     say(f"weights: {loaded.source}")
     if loaded.note:
         say(loaded.note)
-    selections = tuple(tuple(select_layers(module, one, head)) for one in single_selections(request.layers))
+    selections = tuple(
+        tuple(select_layers(module, one, head, opened.kept)) for one in single_selections(request.layers)
+    )
     if head is None and not selections[0]:
         raise ModelError("--layers 0 --head none: nothing is left to train; ask for layers, or for a new head")
-    return Network(module, source.name, opened.preprocessing, loaded.source, selections, head)
+    extras = Extras(request.train_bias, norm_modules(module) if request.train_norm else ())
+    return Network(module, source.name, opened.preprocessing, loaded.source, selections, head, extras)
 
 
 def open_network(
@@ -102,12 +109,14 @@ def open_network(
     source = open_source(request.model)
     module = build(source, classes or MANY_CLASSES, request.seed)
     preprocessing = settle_input(source, module, request.input, array_shape, say)
-    head = choose_head(module, request.head, source.head, preprocessing.sample_shape)
+    shape = preprocessing.sample_shape
+    head = choose_head(module, request.head, source.head, shape)
+    kept = (source.head or find_classifier(module, shape)) if head is None else None
     if classes is not None:
         if head is not None:
             replace_head(module, head, classes)
-        check_classes(module, preprocessing.sample_shape, classes)
-    return OpenNetwork(source, module, preprocessing, head)
+        check_classes(module, shape, classes)
+    return OpenNetwork(source, module, preprocessing, head, kept)
 
 
 def build(source: ModelSource, classes: int, seed: int) -> torch.nn.Module:

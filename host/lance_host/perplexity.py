@@ -21,30 +21,15 @@ from lance_host.hosvd import ModeCovariances, Spectrum
 from lance_host.ranks import Ranks, energy_for_budget, ranks_by_energy
 
 Spectra = Mapping[str, Sequence[Spectrum]]
-# Layer name -> its input [B, C, H, W] and its output gradient [B, O, H', W'].
+# Layer name -> its input [B, *input_shape] and its output gradient [B, *output_shape].
 BatchTensors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 # ASI's grid of energies; the paper looks at 0.4 to 0.9.
+# fmt: off
 ENERGIES = (
-    0.2,
-    0.3,
-    0.4,
-    0.45,
-    0.5,
-    0.55,
-    0.6,
-    0.65,
-    0.7,
-    0.75,
-    0.8,
-    0.825,
-    0.85,
-    0.875,
-    0.9,
-    0.925,
-    0.95,
-    0.98,
+    0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 0.98,
 )
+# fmt: on
 STEPS = 14  # ranks to look at in a long mode, in geometric steps: each is about 1.5 times the one before
 SPATIAL_STEPS = 5  # in height and width
 
@@ -202,13 +187,11 @@ def _ranks_of_energies(spectra: Sequence[Spectrum], more: Sequence[tuple[int, ..
 
 def _free_grids(layer: Layer, batch_size: int, uniforms: Sequence[_Uniform]) -> Grids:
     """Ranks to look at in each mode; all of them in a channel mode without groups, where they are free."""
-    channels, height, width = layer.input_shape
-    grids = (
-        _ladder(batch_size, STEPS),
-        _ladder(channels, channels if layer.groups == 1 else STEPS),
-        _ladder(height, SPATIAL_STEPS),
-        _ladder(width, SPATIAL_STEPS),
-    )
+    steps = {"batch": STEPS, "tokens": STEPS, "height": SPATIAL_STEPS, "width": SPATIAL_STEPS}
+    if layer.groups > 1:
+        steps["channels"] = STEPS
+    sizes = zip(layer.modes, (batch_size, *layer.input_shape), strict=True)
+    grids = [_ladder(size, steps.get(mode, size)) for mode, size in sizes]
     more = zip(*_uniform_ranks(layer, uniforms), strict=True)
     return tuple(tuple(sorted({*grid, *ranks})) for grid, ranks in zip(grids, more, strict=True))
 

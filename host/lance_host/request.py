@@ -29,6 +29,8 @@ class Request:
     weights: str | None = None
     layers: str = "4"
     head: str = FIND
+    train_bias: bool = False
+    train_norm: bool = False
     methods: tuple[str, ...] = ("lance", "bp")
     energy: float = 0.7
     budgets: Mapping[str, int] = field(default_factory=dict)
@@ -46,7 +48,16 @@ class Request:
     def network(self) -> NetworkRequest:
         """The part that is about the network."""
         inputs = InputRequest(self.resolution, self.mean, self.std, self.interpolation)
-        return NetworkRequest(self.model, self.weights, self.layers, self.head, inputs, self.seed)
+        return NetworkRequest(
+            self.model,
+            self.weights,
+            self.layers,
+            self.head,
+            self.train_bias,
+            self.train_norm,
+            inputs,
+            self.seed,
+        )
 
 
 @dataclass(frozen=True)

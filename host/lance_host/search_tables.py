@@ -35,7 +35,7 @@ def budget_table(plans: Sequence[BudgetPlan]) -> str:
     heading = (
         f"{plan.method.upper()}, memory budget {human_bytes(plan.budget)}: ranks with the least error of the"
         " weight gradients,\nbeside one energy for all layers that takes as many bytes."
-        " Ranks: batch, channels, height, width."
+        " Ranks: batch, channels, height, width\n(linear layers: batch, tokens, features)."
     )
     totals = (
         f"{count(len(one.chosen), 'layer')}: error {100 * one.relative_error(one.chosen):.1f} %, with ε"
@@ -50,18 +50,20 @@ def _rounded_down(energy: float) -> str:
     return f"{math.floor(energy * 1e4) / 1e4:.4f}"
 
 
-def candidate_table(candidates: Sequence[Candidate], batch_size: int, head: str | None) -> str:
+def candidate_table(
+    candidates: Sequence[Candidate], batch_size: int, head: str | None, kept: str | None = None
+) -> str:
     """What can be trained, a row per layer, and what the last K of them cost plain backpropagation.
 
     `last K` is the number for `--layers` that takes this layer and all below it.
     """
     if not candidates:
-        return "No convolution that could be trained: --layers 0 trains the classifier alone."
+        return "No layer that could be trained: --layers 0 trains the classifier alone."
     stored = [candidate.bp_bytes(batch_size) for candidate in candidates]
     totals = [human_bytes(sum(stored[index:])) for index in range(len(stored))]
     columns = [
         ["last K", *(str(len(candidates) - index) for index in range(len(candidates)))],
-        ["convolution", *(candidate.kind for candidate in candidates)],
+        ["kind", *(candidate.kind for candidate in candidates)],
         ["weight", *("x".join(map(str, candidate.weight_shape)) for candidate in candidates)],
         ["values", *(f"{candidate.parameters:,}" for candidate in candidates)],
         ["input", *("x".join(map(str, candidate.input_shape)) for candidate in candidates)],
@@ -69,10 +71,12 @@ def candidate_table(candidates: Sequence[Candidate], batch_size: int, head: str 
         ["of last K", *totals],
     ]
     names = ["layer", *(candidate.name for candidate in candidates)]  # whole: they are meant to be copied
-    trained = "is not trained (--head none)" if head is None else f"{head} is replaced and always trains"
+    trained = f"{head} is replaced and always trains"
+    if head is None:
+        trained = "is not trained (--head none)" + (f" unless --layers names {kept}" if kept else "")
     notes = [
         "",
         f"Bytes: float32 inputs at a batch of {batch_size}. The classifier {trained}.",
-        "--layers takes a count from the end, names and globs (layer4.*), pointwise:K, or all.",
+        "--layers: a count from the end, conv:K, linear:K, pointwise:K, names and globs (layer4.*), or all.",
     ]
     return "\n".join([*grid([names, *columns]), *notes])

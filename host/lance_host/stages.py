@@ -1,6 +1,6 @@
 """The joint graph of a step, cut into the graphs that a device runs one after the other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,20 +95,33 @@ def _choose_saved(
 
 
 def _prepared(step: Step, ends: Sequence[ir.Value]) -> list[ir.Value]:
+    bounds = {*step.boundary, *step.statistics} - set(ends)
+    return prepared_values(
+        step.model.graph,
+        data=[step.images, *step.batch_projections, *step.compressed, step.labels, step.scale],
+        fed=[*step.parameters, *step.projections, *step.targets],
+        needed=ancestors(ends, stop=lambda value: value in bounds),
+    )
+
+
+def prepared_values(
+    graph: ir.Graph, data: Sequence[ir.Value], fed: Iterable[ir.Value], needed: Iterable[ir.Value]
+) -> list[ir.Value]:
     """Values that no sample changes and that nodes which samples do change read, in a fixed order.
 
     A Reshape or Transpose is not worth a tensor of its own: what it shows is prepared (the runtime fuses
     a transposition into the matrix product that reads it).
+
+    Args:
+        data: inputs that samples change.
+        fed: inputs that every stage is given anyway.
+        needed: only nodes which compute one of these count.
     """
-    graph = step.model.graph
-    data = [step.images, *step.batch_projections, *step.compressed, step.labels, step.scale]
-    varying = descendants(graph, data)
-    constant = set(graph.initializers.values()) | {*step.parameters, *step.projections, *step.targets}
-    bounds = {*step.boundary, *step.statistics} - set(ends)
-    needed = set(ancestors(ends, stop=lambda value: value in bounds))
+    varying, wanted = descendants(graph, data), set(needed)
+    constant = {*graph.initializers.values(), *fed}
     prepared: dict[ir.Value, None] = {}
     for node in graph:
-        if node.outputs[0] not in varying or node.outputs[0] not in needed:
+        if node.outputs[0] not in varying or node.outputs[0] not in wanted:
             continue
         for operand in node.inputs:
             if operand is not None and operand not in varying:

@@ -8,7 +8,7 @@ All of it is one ONNX graph first, which runs as it stands and can be checked ag
 `stages.py` extracts the device's graphs from it, between named values.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -16,11 +16,14 @@ from onnx_ir.passes import common as passes
 
 from lance_edge.manifest import BATCH_DIM, Layer, Schedule, gradient_name
 from lance_host.autodiff import conv
+from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.reverse import InputGradient, gradients
 from lance_host.capture import Captured
+from lance_host.forms import LayerContext
+from lance_host.layer_nodes import geometry, input_of
 from lance_host.layout import sink_swaps
-from lance_host.methods import METHODS, LayerContext, WeightGradient, codec_inputs, projection_inputs
+from lance_host.methods import METHODS, WeightGradient, codec_inputs, projection_inputs
 from lance_host.traverse import ancestors, depends_on, descendants
 
 
@@ -78,9 +81,11 @@ def differentiate(
     graph.inputs.extend([*cores, *factors])
     overrides = {
         (node, 1): _override(METHODS[method].gradient, contexts[layer.name])
-        for layer, node in zip(captured.layers, captured.convs, strict=True)
+        for layer, node in zip(captured.layers, captured.nodes, strict=True)
     }
-    results = gradients(Emit(graph, "grad/"), captured.logits, captured.seed, captured.parameters, overrides)
+    emit = Emit(graph, "grad/")
+    results = gradients(emit, captured.logits, captured.seed, captured.parameters, overrides)
+    results = [emit("Identity", v) if v in results[:i] else v for i, v in enumerate(results)]  # a name for each
     statistics = [value for context in contexts.values() for value in context.statistics]
     from_statistics = descendants(graph, statistics)
     for parameter, value in zip(captured.parameters, results, strict=True):
@@ -88,10 +93,10 @@ def differentiate(
         value.name = gradient_name(parameter.name)
         if value not in from_statistics:
             statistics.append(value)
-    lower_forward(graph, captured.convs)
+    lower_forward(graph, captured.nodes)
     graph.outputs[:] = [captured.loss, captured.logits, *results]
     activations = [context.activation for context in contexts.values() if context.activation is not None]
-    tidy(captured.model, keep=[*statistics, *activations])
+    own = tidy(captured.model, keep=[*statistics, *activations])
     return Step(
         model=captured.model,
         schedule=schedule,
@@ -100,16 +105,16 @@ def differentiate(
         labels=captured.labels,
         targets=captured.targets,
         scale=captured.scale,
-        loss=captured.loss,
-        logits=captured.logits,
+        loss=own(captured.loss),
+        logits=own(captured.logits),
         boundary=boundary,
         projections=() if cores else tuple(factors),
         batch_projections=tuple(
             context.projections[0] for context in contexts.values() if 0 in context.projections and not cores
         ),
-        statistics=tuple(statistics),
-        gradients=tuple(results),
-        activations=tuple(activations),
+        statistics=tuple(own(value) for value in statistics),
+        gradients=tuple(own(value) for value in results),
+        activations=tuple(own(value) for value in activations),
         compressed=(*cores, *factors) if cores else (),
     )
 
@@ -165,34 +170,35 @@ def _context(
 
 def _override(method: WeightGradient, context: LayerContext) -> InputGradient:
     def weight_gradient(emit: Emit, node: ir.Node, dy: ir.Value) -> ir.Value:
-        x = node.inputs[0]
-        assert x is not None
-        return method(emit, context, conv.geometry(node), x, dy)
+        geo = geometry(node)
+        return method(emit, context, geo, input_of(emit, node, geo), dy)
 
     return weight_gradient
 
 
-def lower_forward(graph: ir.Graph, convs: Sequence[ir.Node]) -> None:
+def lower_forward(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
     """Write trainable convolutions as matrix products where that is faster."""
     emit = Emit(graph, "forward/")
-    for node in convs:
-        geo = conv.geometry(node)
-        if not geo.by_channel:
+    for node in nodes:
+        geo = geometry(node)
+        if not isinstance(geo, ConvGeometry) or not geo.by_channel:
             continue
         x, weight = node.inputs[0], node.inputs[1]
         assert x is not None
         assert weight is not None
         y = conv.forward(emit, geo, x, weight, node.inputs[2] if len(node.inputs) > 2 else None)
-        y.type, y.shape = node.outputs[0].type, node.outputs[0].shape  # the next of `convs` may read it
+        y.type, y.shape = node.outputs[0].type, node.outputs[0].shape  # the next of `nodes` may read it
         ir.convenience.replace_all_uses_with(node.outputs[0], y)
         graph.remove(node, safe=True)
     graph.sort()
 
 
-def tidy(model: ir.Model, keep: Sequence[ir.Value] = ()) -> None:
+def tidy(model: ir.Model, keep: Sequence[ir.Value] = ()) -> Callable[[ir.Value], ir.Value]:
     """Cancel exchanges of axes, and remove what no output needs or what is computed twice.
 
-    The values of `keep` survive under their own names.
+    Returns:
+        What stands for an output, or for a value of `keep`, now: it has its name, but where two were computed
+        alike (the shifts of two norms that are added have one gradient) it may be another.
     """
     graph = model.graph
     outputs = list(graph.outputs)
@@ -201,4 +207,6 @@ def tidy(model: ir.Model, keep: Sequence[ir.Value] = ()) -> None:
     passes.DeduplicateInitializersPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
-    graph.outputs[:] = outputs
+    values = {value.name: value for value in graph.outputs}
+    del graph.outputs[len(outputs) :]
+    return lambda value: values[value.name]

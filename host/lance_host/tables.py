@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from lance_edge.manifest import ArrayInput, InputSpec, LayerPlan, Manifest, Member, Variant
-from lance_host.accounting import bp_activation_bytes
+from lance_host.accounting import bp_activation_bytes, bp_forward_macs
 from lance_host.text import (
     GAP,
     WIDTH,
@@ -31,7 +31,7 @@ def layer_table(manifest: Manifest) -> str:
     Long layer names are shortened in the middle where the table would be wider than 120 characters.
     """
     if not manifest.layers:
-        return "No trainable convolutions: the classifier alone trains (the baseline)."
+        return "No trainable layers: the classifier alone trains (the baseline)."
     method, plans = _compressed(manifest)
     stored = [bp_activation_bytes(layer, manifest.batch_size) for layer in manifest.layers]
     columns = [
@@ -51,6 +51,16 @@ def layer_table(manifest: Manifest) -> str:
     room = WIDTH - sum(width(column) + len(GAP) for column in columns)
     names = [shorten(layer.name, room) for layer in manifest.layers]
     return "\n".join([_layer_heading(manifest, method), "", *grid([["layer", *names, "total"], *columns])])
+
+
+def saved_line(manifest: Manifest) -> str:
+    """What really crosses from forward to backward, of every method at the largest number of layers."""
+    micro_batch = min(MICRO_BATCH, manifest.batch_size)
+    variants = [manifest.variant(method) for method in manifest.methods]
+    sizes = (
+        f"{v.method.upper()} {human_bytes(v.saved_bytes(micro_batch, manifest.batch_size))}" for v in variants
+    )
+    return f"saved bytes at micro-batch {micro_batch}, masks and sums included: {', '.join(sizes)}"
 
 
 def package_table(manifest: Manifest) -> str:
@@ -86,13 +96,15 @@ def _compressed(manifest: Manifest) -> tuple[str, list[LayerPlan]]:
 
 
 def _layer_heading(manifest: Manifest, method: str) -> str:
-    heading = f"{count(len(manifest.layers), 'trainable convolution')}, batch size {manifest.batch_size}"
+    heading = f"{count(len(manifest.layers), 'trainable layer')}, batch size {manifest.batch_size}"
+    modes = dict.fromkeys(layer.modes for layer in manifest.layers)
+    inputs = " or ".join(" x ".join(names[1:]) for names in modes)
     if not method:
-        return f"{heading}. Input is channels x height x width."
+        return f"{heading}. Input is {inputs}."
     batches = count(manifest.calibration_batches, "calibration batch")
     return (
         f"{heading}, {_rank_rule(manifest, method)}, {batches}.\n"
-        "Input is channels x height x width. Ranks and energy kept: batch, channels, height, width."
+        f"Input is {inputs}. Ranks and energy kept: {' or '.join(', '.join(names) for names in modes)}."
     )
 
 
@@ -120,7 +132,8 @@ def _cost_columns(manifest: Manifest) -> list[list[str]]:
         ),
         ("of which statistics", lambda v: human_bytes(sum(s.nbytes(micro_batch) for s in v.statistics))),
         *((f"multiply-adds, {role} graph", _graph_macs(role)) for role in roles),
-        ("multiply-adds, all graphs of a step", lambda v: human_macs(_step_macs(v))),
+        ("multiply-adds, codec", lambda v: human_macs(_codec_macs(manifest, v)) if _is_by_layer(v) else "-"),
+        ("multiply-adds, all of a step", lambda v: human_macs(_step_macs(manifest, v))),
         ("paper's multiply-adds, forward", lambda v: human_macs(sum(p.forward_macs for p in v.layers))),
         (
             "paper's multiply-adds, weight gradient",
@@ -140,7 +153,7 @@ def _count_tables(manifest: Manifest) -> list[str]:
             f"saved bytes, micro-batch {micro_batch}",
             lambda v: human_bytes(v.saved_bytes(micro_batch, manifest.batch_size)),
         ),
-        ("multiply-adds of a step", lambda v: human_macs(_step_macs(v))),
+        ("multiply-adds of a step", lambda v: human_macs(_step_macs(manifest, v))),
     ]
     counts, lines = manifest.layer_counts, list[str]()
     variants = {(variant.method, len(variant.layers)): variant for variant in manifest.variants}
@@ -172,9 +185,22 @@ def _graph_macs(role: str) -> Callable[[Variant], str]:
     return lambda variant: human_macs(variant.graph_macs[role]) if role in variant.graph_macs else "-"
 
 
-def _step_macs(variant: Variant) -> int:
-    """Multiply-adds of a training step: every graph but the one that only predicts."""
-    return sum(macs for role, macs in variant.graph_macs.items() if role != "predict")
+def _step_macs(manifest: Manifest, variant: Variant) -> int:
+    """Multiply-adds of a training step: every graph but the one that only predicts, and the codec."""
+    graphs = sum(macs for role, macs in variant.graph_macs.items() if role != "predict")
+    return graphs + _codec_macs(manifest, variant)
+
+
+def _is_by_layer(variant: Variant) -> bool:
+    """Whether the device compresses activations outside of all graphs."""
+    return variant.schedule == "by layer"
+
+
+def _codec_macs(manifest: Manifest, variant: Variant) -> int:
+    """What compressing adds to the layers' own forward, where no graph does it."""
+    layers = {layer.name: layer for layer in manifest.layers}
+    own = (p.forward_macs - bp_forward_macs(layers[p.layer], manifest.batch_size) for p in variant.layers)
+    return sum(own) if _is_by_layer(variant) else 0
 
 
 def _preprocessing(steps: InputSpec) -> str:
@@ -187,10 +213,13 @@ def _preprocessing(steps: InputSpec) -> str:
 
 def _trainable(manifest: Manifest) -> str:
     values = sum(math.prod(int(dim) for dim in tensor.shape) for tensor in manifest.parameters)
-    convolutions = count(len(manifest.layers), "convolution")
+    layers = count(len(manifest.layers), "layer")
     if len(manifest.layer_counts) > 1:
-        convolutions = f"{_counts_text(manifest.layer_counts)} convolutions"
-    return f"{convolutions} and the classifier: {count(len(manifest.parameters), 'tensor')}, {values:,} values"
+        layers = f"{_counts_text(manifest.layer_counts)} layers"
+    weights = {layer.weight for layer in manifest.layers}
+    others = [tensor.name for tensor in manifest.parameters if tensor.name not in weights]
+    also = f" and {', '.join(others)}" if others else ""
+    return f"{layers}{also}: {count(len(manifest.parameters), 'tensor')}, {values:,} values"
 
 
 def _budgets(manifest: Manifest) -> str:

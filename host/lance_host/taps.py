@@ -20,7 +20,7 @@ def batch_tensors(
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Input `[B, C, H, W]` and output gradient `[B, O, H', W']` of each layer, for the mean cross-entropy.
+    """Input `[B, *input_shape]` and output gradient `[B, *output_shape]` of each layer, for the mean loss.
 
     The batch passes in chunks: with frozen batch-norm its images do not see each other.
 
@@ -32,7 +32,7 @@ def batch_tensors(
     with only_trainable(network, [layer.weight for layer in layers]):
         for start in range(0, len(images), CHUNK_IMAGES):
             rows = slice(start, start + CHUNK_IMAGES)
-            chunk = _chunk_tensors(network, list(parts), images[rows], labels[rows], len(images))
+            chunk = _chunk_tensors(network, layers, images[rows], labels[rows], len(images))
             for name, tensors in chunk.items():
                 parts[name].append(tensors)
     return {
@@ -43,23 +43,31 @@ def batch_tensors(
 
 def _chunk_tensors(
     network: torch.nn.Module,
-    names: Sequence[str],
+    layers: Sequence[Layer],
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
     batch_size: int,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    with module_taps(network, names) as taps, torch.enable_grad():
+    with module_taps(network, [layer.name for layer in layers]) as taps, torch.enable_grad():
         logits = network(torch.from_numpy(images))
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels), reduction="sum")
-        gradients = torch.autograd.grad(loss / batch_size, [taps[name][1] for name in names])
-    return {name: (taps[name][0], gradient) for name, gradient in zip(names, gradients, strict=True)}
+        gradients = torch.autograd.grad(loss / batch_size, [taps[layer.name][1] for layer in layers])
+    return {
+        layer.name: as_described(layer, taps[layer.name][0], gradient)
+        for layer, gradient in zip(layers, gradients, strict=True)
+    }
+
+
+def as_described(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input and output gradient as they came to the module, in the shapes that the manifest says."""
+    return x.reshape(-1, *layer.input_shape), dy.reshape(-1, *layer.output_shape)
 
 
 @contextmanager
 def only_trainable(network: torch.nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Only these parameters ask for a gradient, so that autograd keeps nothing for the others."""
-    flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
     parameters = dict(network.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in names)
@@ -93,7 +101,9 @@ def module_taps(
 
 
 def weight_gradient(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    """The gradient of the layer's weight, `[O, C / groups, k, k]`, from input and output gradient."""
+    """The gradient of the layer's weight, `[O, C / groups, k, k]` or `[O, F]`."""
+    if layer.is_linear:
+        return dy.flatten(0, -2).T @ x.flatten(0, -2)
     top, left, bottom, right = layer.padding
     padded = torch.nn.functional.pad(x, (left, right, top, bottom))
     gradient: torch.Tensor = conv2d_weight(  # type: ignore[no-untyped-call]

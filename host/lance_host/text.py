@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 
 WIDTH = 120
 GAP = "  "
@@ -47,9 +48,9 @@ def grid(columns: Sequence[Sequence[str]]) -> list[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Each row as one cell in which the modes stand under each other."""
-    widths = [width(column) for column in zip(*rows, strict=True)]
-    return [" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    """Each row as one cell in which the modes stand under each other; some may have fewer of them."""
+    widths = [width(column) for column in zip_longest(*rows, fillvalue="")]
+    return [" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=False)) for row in rows]
 
 
 def shorten(name: str, width: int) -> str:

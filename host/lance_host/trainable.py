@@ -31,7 +31,13 @@ def check_trainable(captured: Captured, selection: str) -> None:
     copy = clone(captured)
     problems = _problems(copy)
     layers = {layer.weight: layer.name for layer in copy.layers}
-    blocked = {str(value.name): _first(problems, copy, value) for value in copy.parameters}
+    # Biases and norms lie behind the layers: what blocks them blocks a layer, or the head.
+    names = [str(value.name) for value in copy.parameters]
+    blocked = {
+        name: _first(problems, copy, value)
+        for name, value in zip(names, copy.parameters, strict=True)
+        if name not in copy.extras
+    }
     for name, node in blocked.items():
         if node is not None and name not in layers:
             raise ModelError(

@@ -7,6 +7,7 @@ plain gradient must agree with autograd; the gradient of a compressed layer with
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from lance_edge.manifest import (
 from lance_edge.targets import Targets
 from lance_host.compile import Compiled
 from lance_host.runtime import open_session
-from lance_host.taps import module_taps, weight_gradient
+from lance_host.taps import as_described, module_taps, weight_gradient
 
 Arrays = dict[str, NDArray[np.generic]]
 Samples = tuple[NDArray[np.float32], NDArray[np.int64]]  # images [n, 3, R, R] and labels [n]
@@ -47,24 +48,30 @@ def verify(
     projections: Mapping[str, NDArray[np.float32]],
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
+    norms: Mapping[str, str] = MappingProxyType({}),
 ) -> float:
     """The largest relative error (maximum norm) over the loss and all gradients.
 
     Args:
+        norms: layer -> norm, where the gradient of the norm's scale comes out of the layer's (see `fold.py`).
         images: float32 `[n, 3, R, R]`, no more than a batch; taken as the first n rows of one.
 
     Raises:
         ModelError: if the error is larger than `TOLERANCE`, naming the tensor.
     """
-    inputs, output_gradients, expected = _by_autograd(network, layers, compiled, images, labels)
+    tensors, expected = _by_autograd(network, layers, compiled, images, labels, norms)
     if compiled.variant.schedule == "by layer":
         projections = stand_in_factors(compiled.variant, layers, len(images))
     for plan, layer in zip(compiled.variant.layers, layers, strict=True):
         if plan.ranks:
-            bases = _bases(projections, layer.name)
-            rebuilt = rebuild(inputs[layer.name], bases)
-            gradient = weight_gradient(layer, rebuilt, output_gradients[layer.name])
-            expected[gradient_name(layer.weight)] = gradient.numpy()
+            bases = _bases(projections, layer)
+            x, dy = tensors[layer.name]
+            rebuilt = rebuild(x, bases)
+            expected[gradient_name(layer.weight)] = weight_gradient(layer, rebuilt, dy).numpy()
+            if layer.name in norms:
+                norm = norms[layer.name]
+                scale = scale_gradient(network, layer, norm, rebuilt, tensors[norm][1])
+                expected[gradient_name(f"{norm}.weight")] = scale.numpy()
     found = run_graphs(compiled, {**weights, **projections}, images, labels)
     errors = {name: _relative_error(found[name], value) for name, value in expected.items()}
     worst = max(errors, key=lambda name: errors[name])
@@ -86,9 +93,9 @@ def stand_in_factors(variant: Variant, layers: Sequence[Layer], samples: int) ->
     return factors
 
 
-def _bases(projections: Mapping[str, NDArray[np.float32]], layer: str) -> dict[int, NDArray[np.float32]]:
+def _bases(projections: Mapping[str, NDArray[np.float32]], layer: Layer) -> dict[int, NDArray[np.float32]]:
     """The projections of a layer by mode."""
-    names = {mode: projection_name(layer, mode) for mode in range(4)}
+    names = {mode: projection_name(layer.name, mode) for mode in range(len(layer.modes))}
     return {mode: projections[name] for mode, name in names.items() if name in projections}
 
 
@@ -99,6 +106,7 @@ def verify_on_any(
     compiled: Compiled,
     weights: Mapping[str, NDArray[np.generic]],
     projections: Mapping[str, NDArray[np.float32]],
+    norms: Mapping[str, str],
 ) -> float:
     """The error on the first set of images on which it is small.
 
@@ -111,8 +119,8 @@ def verify_on_any(
     *others, last = samples
     for images, labels in others:
         with contextlib.suppress(ModelError):
-            return verify(network, layers, compiled, weights, projections, images, labels)
-    return verify(network, layers, compiled, weights, projections, *last)
+            return verify(network, layers, compiled, weights, projections, images, labels, norms)
+    return verify(network, layers, compiled, weights, projections, *last, norms)
 
 
 def _relative_error(found: NDArray[np.generic], expected: NDArray[np.generic]) -> float:
@@ -121,7 +129,7 @@ def _relative_error(found: NDArray[np.generic], expected: NDArray[np.generic]) -
 
 
 def rebuild(activation: torch.Tensor, bases: Mapping[int, NDArray[np.floating[Any]]]) -> torch.Tensor:
-    """Project on the basis of each mode and back, literally: `[n, C, H, W]`, with the first n rows of U0.
+    """Project on the basis of each mode and back, literally, with the first n rows of U0; shape as it was.
 
     Args:
         bases: by mode; a mode without one is left as it is.
@@ -133,15 +141,32 @@ def rebuild(activation: torch.Tensor, bases: Mapping[int, NDArray[np.floating[An
     return activation
 
 
+def scale_gradient(
+    network: torch.nn.Module, layer: Layer, norm: str, rebuilt: torch.Tensor, dy: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of a frozen norm's scale `[O]` behind a convolution of the rebuilt input.
+
+    Args:
+        dy: the gradient of the norm's output.
+    """
+    module: Any = network.get_submodule(norm)
+    with torch.no_grad():
+        y = network.get_submodule(layer.name)(rebuilt)
+        centred = (y - module.running_mean[:, None, None]) * dy
+        gradient: torch.Tensor = centred.sum((0, 2, 3)) / (module.running_var + module.eps).sqrt()
+    return gradient
+
+
 def _by_autograd(
     network: torch.nn.Module,
     layers: Sequence[Layer],
     compiled: Compiled,
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Arrays]:
-    """Each layer's input and output gradient, and the expected loss and gradients by tensor name."""
-    names = [layer.name for layer in layers]
+    norms: Mapping[str, str],
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], Arrays]:
+    """Input and output gradient of each layer and norm, and the expected loss and gradients by tensor name."""
+    names = [*(layer.name for layer in layers), *(norms[layer.name] for layer in layers if layer.name in norms)]
     parameters = dict(network.named_parameters())
     with module_taps(network, names) as taps, torch.enable_grad():
         loss = torch.nn.functional.cross_entropy(network(torch.from_numpy(images)), torch.from_numpy(labels))
@@ -153,7 +178,8 @@ def _by_autograd(
         for name, gradient in zip(compiled.variant.parameters, results[len(names) :], strict=True)
     }
     expected[LOSS] = loss.detach().numpy() * len(images)  # the graphs give the sum
-    return {name: taps[name][0] for name in names}, dict(zip(names, results, strict=False)), expected
+    tensors = {name: (taps[name][0], dy) for name, dy in zip(names, results, strict=False)}
+    return tensors | {layer.name: as_described(layer, *tensors[layer.name]) for layer in layers}, expected
 
 
 def run_graphs(
@@ -187,11 +213,11 @@ def _plain_targets(session: Any) -> Arrays:
 
 
 def _cores(variant: Variant, known: Mapping[str, NDArray[Any]]) -> Arrays:
-    """What a codec would give with the factors in `known`: the cores `[r1, r0, r2, r3]`."""
+    """What a codec would give with the factors in `known`: the cores `[r1, r0, ...]`."""
     cores: Arrays = {}
     for plan, spec in zip(variant.layers, variant.activations, strict=False):
-        bases = (known[projection_name(plan.layer, mode)] for mode in range(4))
-        cores[core_name(plan.layer)] = np.einsum(
-            "bchw,bi,cj,hk,wl->jikl", known[spec.name], *bases, optimize=True
-        ).astype(np.float32)
+        core = known[spec.name]
+        for mode in range(core.ndim):  # moves each mode to the end: all of them make a round
+            core = np.tensordot(core, known[projection_name(plan.layer, mode)], axes=([0], [0]))
+        cores[core_name(plan.layer)] = core.swapaxes(0, 1).astype(np.float32)
     return cores

@@ -161,7 +161,7 @@ def test_under_a_real_control_group(large, tmp_path, group, mib):
 
 def test_threads_are_given_up_before_a_run_is_refused(large, tmp_path):
     """A thread is address space: with many of them the run does not fit, with one it does."""
-    limit = 270 * MIB
+    limit = 270 * MIB  # one thread needs some 235 MiB, and each more the 8 MiB of its stack
     prelude = f"""
 import resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))
 import lance_device.options

@@ -112,7 +112,7 @@ def random_basis(rng: np.random.Generator, size: int, rank: int) -> Array:
 def random_projections(
     rng: np.random.Generator, layer: str, batch: int, input_shape: Sequence[int], ranks: Sequence[int]
 ) -> dict[str, Array]:
-    """U0 `[B, r0]` ... U3 `[W, r3]` by the names of the graph's inputs; no U0 where r0 is B."""
+    """U0 `[B, r0]`, U1 `[n1, r1]`, ... by the names of the graph's inputs; no U0 where r0 is B."""
     inputs = projection_inputs(layer, input_shape, ranks, batch)
     sizes = (batch, *input_shape)
     return {str(value.name): random_basis(rng, sizes[mode], ranks[mode]) for mode, value in inputs.items()}
@@ -124,7 +124,7 @@ def random_projections(
 def project_and_rebuild(
     x: torch.Tensor, projections: Mapping[str, Array], layer: str = "layer"
 ) -> torch.Tensor:
-    """A x_0 U0 U0^T x_1 U1 U1^T x_2 U2 U2^T x_3 U3 U3^T, through the core, `[B, C, H, W]`.
+    """A x_0 U0 U0^T x_1 U1 U1^T ... over all modes, through the core, in the shape of A.
 
     A mode without a projection is left as it is.
     """
@@ -133,10 +133,12 @@ def project_and_rebuild(
         torch.from_numpy(projections[f"{layer}/U{mode}"]).to(x.dtype)
         if f"{layer}/U{mode}" in projections
         else torch.eye(sizes[mode], dtype=x.dtype)
-        for mode in range(4)
+        for mode in range(x.ndim)
     ]
-    core = torch.einsum("bchw,bi,cj,hk,wl->ijkl", x, *bases)
-    return torch.einsum("ijkl,bi,cj,hk,wl->bchw", core, *bases)
+    tensor, core = "bchw"[: x.ndim], "ijkl"[: x.ndim]
+    factors = ",".join(map("".join, zip(tensor, core, strict=True)))
+    small = torch.einsum(f"{tensor},{factors}->{core}", x, *bases)
+    return torch.einsum(f"{core},{factors}->{tensor}", small, *bases)
 
 
 # --- the device -----------------------------------------------------------------------------------------
@@ -213,9 +215,12 @@ class Device:
             str(value.name).removesuffix("/G") for value in self.step.compressed if "/G" in str(value.name)
         ]
         for layer, spec in zip(layers, self.stages.activations, strict=True):
-            bases = [tensors[f"{layer}/U{mode}"] for mode in range(4)]
-            core = np.einsum("bchw,bi,cj,hk,wl->jikl", values[spec.name], *bases, optimize=True)
-            values[f"{layer}/G"] = core.astype(np.float32)
+            core = values[spec.name]
+            for mode in range(core.ndim):
+                core = np.moveaxis(
+                    np.tensordot(core, tensors[f"{layer}/U{mode}"], axes=([mode], [0])), -1, mode
+                )
+            values[f"{layer}/G"] = core.swapaxes(0, 1).astype(np.float32)
         values |= run_session(self.sessions["backward"], values)
         if "gradient" in self.sessions:
             values |= run_session(self.sessions["gradient"], values)

@@ -32,3 +32,19 @@ def conv_layer(
         dilation=(dilation, dilation),
         groups=groups,
     )
+
+
+def linear_layer(input_shape: tuple[int, ...], out_features: int) -> Layer:
+    """A linear layer of `[T, F]` or `[F]`."""
+    *tokens, features = input_shape
+    return Layer(
+        name="linear",
+        weight="linear.weight",
+        weight_shape=(out_features, features),
+        input_shape=input_shape,
+        output_shape=(*tokens, out_features),
+        stride=(),
+        padding=(),
+        dilation=(),
+        groups=1,
+    )

@@ -150,6 +150,6 @@ def test_kernels_need_not_be_square() -> None:
 
 
 @pytest.mark.parametrize("ranks", [(1, 2, 3), (1, 2, 3, 4, 5)])
-def test_refuses_ranks_of_other_than_four_modes(ranks: tuple[int, ...]) -> None:
+def test_refuses_ranks_of_other_than_the_layers_modes(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected 4 \(batch, channels, height, width\), found \(1, 2, 3"):
-        accounting.core_bytes(ranks)
+        accounting.factor_bytes(small_layer(), 16, ranks)

@@ -22,7 +22,7 @@ from torch import nn
 from lance_edge.errors import ModelError
 from lance_edge.targets import Targets
 from lance_host.capture import capture, clone
-from lance_host.layers import conv_modules, select_layers
+from lance_host.layers import layer_modules, select_layers
 from lance_host.stages import cut_stages
 from lance_host.step import differentiate
 
@@ -145,23 +145,27 @@ def test_a_clone_is_consumed_instead_of_the_original() -> None:
 
 def test_layers_are_counted_from_the_end_in_module_order() -> None:
     network = small_net()
-    assert conv_modules(network) == list(CONVS)
-    assert select_layers(network, "0") == []
-    assert select_layers(network, "2") == ["down.second.0", "down.shortcut.0"]
-    assert select_layers(network, "7") == list(CONVS)
+    assert layer_modules(network) == [*CONVS, HEAD]
+    assert select_layers(network, "0", HEAD) == []
+    assert select_layers(network, "2", HEAD) == ["down.second.0", "down.shortcut.0"]
+    assert select_layers(network, "7", HEAD) == list(CONVS)
 
 
 def test_pointwise_selection_leaves_out_grouped_convolutions() -> None:
     network = small_net()
-    assert select_layers(network, "pointwise:0") == []
-    assert select_layers(network, "pointwise:3") == ["residual.project.0", "down.first.0", "down.shortcut.0"]
+    assert select_layers(network, "pointwise:0", HEAD) == []
+    assert select_layers(network, "pointwise:3", HEAD) == [
+        "residual.project.0",
+        "down.first.0",
+        "down.shortcut.0",
+    ]
 
 
 @pytest.mark.parametrize(("selection", "available"), [("8", 7), ("pointwise:6", 5)])
 def test_too_many_layers(selection: str, available: int) -> None:
-    message = f"--layers {selection}: the network has only {available} such convolutions; ask for fewer"
+    message = f"--layers {selection}: the network has only {available} such layers; ask for fewer"
     with pytest.raises(ModelError, match=message):
-        select_layers(small_net(), selection)
+        select_layers(small_net(), selection, HEAD)
 
 
 @pytest.mark.parametrize("selection", ["", "four", "-1", "2.5", "depthwise:2", "pointwise:", "pointwise:x"])
@@ -208,7 +212,7 @@ class Twice(nn.Module):
 
 
 def test_a_weight_that_is_used_twice_is_named() -> None:
-    with pytest.raises(ModelError, match=r"conv.weight: expected one Conv .*choose others with --layers"):
+    with pytest.raises(ModelError, match=r"conv.weight: expected one Conv, .*choose others with --layers"):
         capture(Twice(), RESOLUTION, ["conv"], HEAD)
 
 
@@ -305,7 +309,7 @@ def test_graphs_declare_the_shapes_that_their_tensors_have() -> None:
 
 def test_the_first_convolution_can_be_trained() -> None:
     """The prefix is then a copy of the images, and nothing of the network is in it."""
-    layers = select_layers(small_net(), str(len(CONVS)))
+    layers = select_layers(small_net(), str(len(CONVS)), HEAD)
     stages = cut_stages(differentiate(captured(layers), "bp", {}, 8))
     (boundary,) = stages.boundary
     assert boundary.shape == ("N", 3, RESOLUTION, RESOLUTION)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from small_layers import conv_layer
+from small_layers import conv_layer, linear_layer
 
 from lance_host import gradient_error
 from lance_host.gradient_error import gradient_errors
@@ -22,6 +22,8 @@ LAYERS = {
     "depthwise with two outputs": conv_layer(4, (6, 6), 8, 5, padding=2, groups=4),
     "grouped": conv_layer(6, (8, 8), 12, 3, stride=2, padding=1, groups=3),
     "one position": conv_layer(5, (1, 1), 3),
+    "linear over tokens": linear_layer((6, 9), 5),
+    "linear": linear_layer((8,), 5),
 }
 
 
@@ -39,8 +41,10 @@ def grids_of(shape):
 
 
 def autograd_gradient(layer, x, dy):
-    """The gradient of a convolution's weight by autograd, in float64."""
+    """The gradient of a layer's weight by autograd, in float64."""
     weight = torch.zeros(layer.weight_shape, dtype=torch.float64, requires_grad=True)
+    if layer.is_linear:
+        return torch.autograd.grad(torch.nn.functional.linear(x, weight), weight, dy.double())[0]
     (padding,) = {layer.padding[:2]} & {layer.padding[2:]}
     y = torch.nn.functional.conv2d(x, weight, None, layer.stride, padding, layer.dilation, layer.groups)
     return torch.autograd.grad(y, weight, dy.double())[0]

@@ -29,7 +29,7 @@ BLOCK = tuple(name for name in CONVS if name.startswith("down."))
     ],
 )
 def test_names_and_globs(selection: str, expected: tuple[str, ...]) -> None:
-    assert select_layers(small_net(), selection) == list(expected)
+    assert select_layers(small_net(), selection, HEAD) == list(expected)
 
 
 @pytest.mark.parametrize(
@@ -37,16 +37,14 @@ def test_names_and_globs(selection: str, expected: tuple[str, ...]) -> None:
 )
 def test_a_name_that_no_convolution_has(selection: str) -> None:
     with pytest.raises(ModelError) as caught:
-        select_layers(small_net(), selection)
+        select_layers(small_net(), selection, HEAD)
     message = str(caught.value)
     assert message.startswith(f"--layers {selection}: expected a count such as 4, several such as 1-10 or 2,4,")
     assert message.endswith("lance-host layers lists them")
 
 
 def test_close_names_are_suggested() -> None:
-    with pytest.raises(
-        ModelError, match=r"names such as down.first.0.* no convolution is called 'down.fist.0'"
-    ):
+    with pytest.raises(ModelError, match=r"names such as down.first.0.* no layer is called 'down.fist.0'"):
         select_layers(small_net(), "down.fist.0")
 
 
@@ -54,7 +52,7 @@ def test_the_head_is_never_among_the_layers() -> None:
     network = ConvHead()
     assert select_layers(network, "all", head="classifier.1") == ["features.0", "features.2", "unused"]
     assert select_layers(network, "1", head="classifier.1") == ["unused"]
-    with pytest.raises(ModelError, match="no convolution is called 'classifier'"):
+    with pytest.raises(ModelError, match="no layer is called 'classifier'"):
         select_layers(network, "classifier", head="classifier.1")
 
 
@@ -81,10 +79,10 @@ def test_the_table_counts_from_the_end_and_adds_up() -> None:
     assert "3x3, dilation 2, 3 groups" in rows["down.second.0"]
     assert "depthwise" in rows["residual.depth.0"]
     assert f"The classifier {HEAD} is replaced and always trains." in lines[-2]
-    assert "--layers takes a count from the end, names and globs" in lines[-1]
+    assert "--layers: a count from the end, conv:K, linear:K" in lines[-1]
 
 
 def test_the_table_without_a_head_and_without_layers() -> None:
     candidates = list_layers(small_net(), (3, 17, 17), HEAD)
     assert "is not trained (--head none)" in candidate_table(candidates, 1, None)
-    assert candidate_table([], 1, HEAD).startswith("No convolution that could be trained: --layers 0")
+    assert candidate_table([], 1, HEAD).startswith("No layer that could be trained: --layers 0")

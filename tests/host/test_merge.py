@@ -12,7 +12,8 @@ import torch
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ArtifactError, CheckpointError, LanceError, StorageError
 from lance_edge.sealed import write_sealed
-from lance_host.merge import _load_graph, merge
+from lance_host.graph_file import read_graph
+from lance_host.merge import merge
 from lance_host.zoo import ZOO
 
 
@@ -149,9 +150,9 @@ def test_a_graph_with_constants_in_other_files_is_refused():
     constant = onnx.TensorProto(name="w", data_location=onnx.TensorProto.EXTERNAL)
     graph = onnx.helper.make_graph([], "g", [], [], initializer=[constant])
     with pytest.raises(ArtifactError, match=r"tail\.onnx: refers to files outside the package"):
-        _load_graph(Package(onnx.helper.make_model(graph).SerializeToString()), ["tail.onnx"])
+        read_graph(Package(onnx.helper.make_model(graph).SerializeToString()), ["tail.onnx"])
 
 
 def test_a_graph_that_is_none_is_refused():
     with pytest.raises(ArtifactError, match="not an ONNX graph"):
-        _load_graph(Package(b"\xff" * 40), ["tail.onnx"])
+        read_graph(Package(b"\xff" * 40), ["tail.onnx"])

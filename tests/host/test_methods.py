@@ -25,11 +25,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lance_edge.manifest import Schedule
-from lance_host import methods
+from lance_host import conv_forms
 from lance_host.autodiff import conv
 from lance_host.autodiff.emit import Emit
+from lance_host.forms import LayerContext
 from lance_host.graph_cost import graph_macs
-from lance_host.methods import METHODS, LayerContext, projection_inputs
+from lance_host.methods import METHODS, projection_inputs
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -179,20 +180,20 @@ def test_every_kind_at_any_ranks(name: str, schedule: Schedule, data: st.DataObj
 @pytest.mark.parametrize(
     ("name", "ranks", "form"),
     [
-        ("pointwise", (4, 3, 2, 2), methods.ONE_TAP_IN_SHORT_SPACE),
-        ("pointwise strided", (4, 3, 2, 2), methods.ONE_TAP_IN_SHORT_SPACE),
-        ("pointwise", (4, 3, 4, 4), methods.ONE_TAP),
-        ("3x3 same", (4, 3, 2, 2), methods.UNGROUPED),
-        ("depthwise 3x3", (4, 3, 2, 2), methods.DEPTHWISE_BY_POSITIONS),
-        ("depthwise on a map too large for pairs", (4, 3, 2, 2), methods.REBUILT),
-        ("3x3 grouped", (4, 3, 2, 2), methods.REBUILT),
+        ("pointwise", (4, 3, 2, 2), conv_forms.ONE_TAP_IN_SHORT_SPACE),
+        ("pointwise strided", (4, 3, 2, 2), conv_forms.ONE_TAP_IN_SHORT_SPACE),
+        ("pointwise", (4, 3, 4, 4), conv_forms.ONE_TAP),
+        ("3x3 same", (4, 3, 2, 2), conv_forms.UNGROUPED),
+        ("depthwise 3x3", (4, 3, 2, 2), conv_forms.DEPTHWISE_BY_POSITIONS),
+        ("depthwise on a map too large for pairs", (4, 3, 2, 2), conv_forms.REBUILT),
+        ("3x3 grouped", (4, 3, 2, 2), conv_forms.REBUILT),
     ],
 )
 def test_each_kind_has_its_form(name: str, ranks: tuple[int, ...], form: object) -> None:
     """So that the cases above are known to reach every form."""
     case = CASES[name]
     context = LayerContext("layer", ranks, {})
-    assert methods._form(context, conv.geometry(case.model().graph[0])) is form
+    assert conv_forms.conv_form(context, conv.geometry(case.model().graph[0])) is form
 
 
 def statistics_shapes(
@@ -237,7 +238,7 @@ def test_the_order_of_projections_is_the_cheaper_one(
 
     chosen, others = macs(), []
     for channels_first in (True, False):
-        monkeypatch.setattr(methods, "projects_channels_first", lambda *_, first=channels_first: first)
+        monkeypatch.setattr(conv_forms, "projects_channels_first", lambda *_, first=channels_first: first)
         others.append(macs())
     assert chosen == min(others)
     assert len(set(others)) == 2 or ranks[1] == 1

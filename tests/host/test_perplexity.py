@@ -53,7 +53,7 @@ class Case:
         return Task((self.layers,), BATCH, int(share * whole))
 
     def mean_distance(self, layer, ranks, spectra_of, batches=None):
-        """Averaged over batches, its own unless given; the projections are `spectra_of(layer name, batch)`'s."""
+        """Averaged over batches, its own unless given; projections are `spectra_of(layer name, batch)`'s."""
         distances = []
         for tensors in batches or self.batches:
             spectra = spectra_of(layer.name, tensors)

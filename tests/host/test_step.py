@@ -316,7 +316,7 @@ def mcunet() -> MCUNet:
 
 @pytest.fixture(scope="module")
 def mcunet_captured(mcunet: MCUNet) -> Captured:
-    return capture(mcunet, 160, select_layers(mcunet, "4"), MCUNET_HEAD)
+    return capture(mcunet, 160, select_layers(mcunet, "4", MCUNET_HEAD), MCUNET_HEAD)
 
 
 @pytest.fixture(scope="module")

@@ -131,9 +131,7 @@ def test_the_last_row_is_the_total() -> None:
 
 def test_the_heading_says_batch_threshold_and_batches() -> None:
     heading = layer_table(package()).splitlines()[0]
-    assert heading == (
-        "2 trainable convolutions, batch size 128, energy threshold 0.7, 50 calibration batches."
-    )
+    assert heading == ("2 trainable layers, batch size 128, energy threshold 0.7, 50 calibration batches.")
     one = replace(package(), calibration_batches=1)
     assert layer_table(one).splitlines()[0].endswith("1 calibration batch.")
 
@@ -172,7 +170,7 @@ def test_a_package_without_ranks_shows_bp_alone() -> None:
 
 def test_a_package_that_trains_the_head_alone_says_so() -> None:
     assert layer_table(replace(package(), layers=())) == (
-        "No trainable convolutions: the classifier alone trains (the baseline)."
+        "No trainable layers: the classifier alone trains (the baseline)."
     )
 
 
@@ -181,9 +179,7 @@ def test_ranks_of_a_budget_are_not_said_to_be_those_of_an_energy() -> None:
     lance = replace(manifest.variant("lance"), budget_bytes=96 << 10)
     budgeted = replace(manifest, variants=(manifest.variant("bp"), lance))
     heading = layer_table(budgeted).splitlines()[0]
-    assert heading == (
-        "2 trainable convolutions, batch size 128, memory budget 96.00 KiB, 50 calibration batches."
-    )
+    assert heading == ("2 trainable layers, batch size 128, memory budget 96.00 KiB, 50 calibration batches.")
     assert row(package_table(budgeted), "memory budget") == words("LANCE 96.00 KiB")
     assert "memory budget" not in package_table(manifest)
 
@@ -234,7 +230,7 @@ def test_fewer_layers_are_a_line_each() -> None:
             "short side 182 px (bilinear), centre crop 160 px, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5",
         ),
         ("split", "seed 3, 25% for testing, then 10% of the rest for validation"),
-        ("trainable", "2 convolutions and the classifier: 2 tensors, 644 values"),
+        ("trainable", "2 layers and head.weight, head.bias: 2 tensors, 644 values"),
         ("created by", f"lance-host 0.1.0, schema {SCHEMA_VERSION}"),
     ],
 )
@@ -253,7 +249,7 @@ def test_says_how_the_package_was_made(label: str, text: str) -> None:
         ("multiply-adds, forward graph", "7.00 M", "8.00 M"),
         ("multiply-adds, gradient graph", "-", "1.23 k"),
         ("multiply-adds, predict graph", "900", "-"),
-        ("multiply-adds, all graphs of a step", "5.01 G", "5.01 G"),
+        ("multiply-adds, all of a step", "5.01 G", "5.01 G"),
         ("paper's multiply-adds, forward", "2.00 M", "4.00 M"),
         ("paper's multiply-adds, weight gradient", "80.00 k", "60.00 k"),
     ],
@@ -292,7 +288,7 @@ def choice() -> Manifest:
 
 def test_several_counts_are_rows_and_methods_columns() -> None:
     table = package_table(choice())
-    assert "1 to 2 convolutions and the classifier" in table
+    assert "1 to 2 layers and head.weight, head.bias" in table
     _, activation, saved, macs = re.split(r"\n(?=activation bytes, |saved bytes, |multiply-adds of)", table)
     assert activation.startswith("activation bytes, batch 128:\n")
     assert row(activation, "layers") == ["BP", "LANCE"]

@@ -8,6 +8,7 @@ from torch import nn
 
 from lance_edge.errors import ModelError
 from lance_host.capture import Captured, capture, clone
+from lance_host.extras import Extras
 from lance_host.trainable import check_trainable, module_of
 
 pytestmark = [pytest.mark.usefixtures("one_torch_thread"), pytest.mark.xdist_group("captures")]
@@ -109,3 +110,9 @@ def test_the_module_of_a_node_is_its_innermost() -> None:
     assert modules["Atanh"] == "middle.1"
     assert modules["Relu"] == "middle.0"
     assert modules["LogSoftmax"] is None  # the loss is no part of the network
+
+
+def test_biases_and_norms_do_not_hide_how_many_layers_can_be_trained() -> None:
+    graph = capture(Blocked().eval(), 8, LAYERS, "head", Extras(biases=True))
+    with pytest.raises(ModelError, match=r"of these layers the last 2 can be trained: --layers 2$"):
+        check_trainable(graph, "4")

@@ -121,8 +121,12 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[N, C, H, W]` to `[N, O, ceil(H / stride), ceil(W / stride)]`."""
+        return F.conv2d(self.pad(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """`[N, C, H, W]` with the zeros around it that the convolution needs."""
         widths: list[int] = []
         for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             widths += [total // 2, total - total // 2]
-        return F.conv2d(F.pad(x, widths), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.pad(x, widths)

@@ -1,0 +1,1 @@
+"""Packages as the training artifacts of ONNX Runtime's own training API."""

@@ -1,0 +1,51 @@
+"""The benchmark beside ONNX Runtime's training API, at its smallest."""
+
+import csv
+
+from benchmarks.ort_training import CONTENDERS, main
+
+
+def test_whoever_is_measured_computes_the_same(photo_package, ort_python, tmp_path, capsys, monkeypatch):
+    measured = CONTENDERS[1::2]  # every other one: both runtimes, both methods
+    monkeypatch.setattr("benchmarks.ort_training.CONTENDERS", measured)
+    words = (
+        "--artifact",
+        photo_package,
+        "--ort-python",
+        ort_python,
+        "--layers",
+        4,
+        "--rounds",
+        1,
+        "--steps",
+        1,
+    )
+    assert main([str(word) for word in (*words, "--micro-batch", 5, "--threads", 1, "--out", tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "its times mean nothing" not in text
+    with (tmp_path / "steps.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * len(measured)  # a warm-up and a step
+    for row in rows:
+        assert row["contender"] in text
+        assert float(row["latency_ms"]) > 0
+        # The process imports first: its peak is higher than that of the imports alone.
+        assert int(row["peak_rss_kib"]) > int(row["imports_rss_kib"]) > 0
+    losses = {float(row["loss"]) for row in rows if row["step"] == "1"}
+    assert max(losses) - min(losses) < 1e-4 * max(losses)  # of one batch, of the same weights
+    assert (tmp_path / "report.md").read_text().strip() == text.strip()
+
+
+def test_an_interpreter_without_the_library_is_named(photo_package, tmp_path, capsys):
+    words = (
+        "--artifact",
+        photo_package,
+        "--ort-python",
+        "/nonexistent/python",
+        "--layers",
+        4,
+        "--out",
+        tmp_path,
+    )
+    assert main([str(word) for word in words]) == 9
+    assert "error: --ort-python /nonexistent/python: cannot run" in capsys.readouterr().err
