@@ -15,6 +15,9 @@ from lance_edge.records import RecordError, from_json, to_json
 
 SCHEMA_VERSION = 1
 
+MAX_SIDE = 1 << 14  # pixels of an image that a network reads: more would not fit into any board's memory
+MAX_VALUES = 1 << 28  # of an array, for the same reason
+
 # How the micro-batches of a batch go through forward and backward: see `Variant`.
 Schedule = Literal["one pass", "two passes", "by layer"]
 
@@ -418,6 +421,9 @@ def _check_meaning(manifest: Manifest) -> None:
             for spec in (*variant.boundary, *variant.saved, *variant.statistics)
             for dim in spec.shape
         ),
+        "energies above 0 and at most 1": all(
+            0 < variant.energy <= 1 for variant in manifest.variants if variant.energy is not None
+        ),
         "parameters for all variants": all(parameters.issuperset(v.parameters) for v in manifest.variants),
         "ranks for all projections": all(
             {projection_name(plan.layer, i) for plan in v.layers for i in range(len(plan.ranks))}.issuperset(
@@ -440,14 +446,25 @@ def _check_meaning(manifest: Manifest) -> None:
         raise RecordError(f"expected {', '.join(broken)}")
 
 
+def broken_rules(steps: InputSpec) -> list[str]:
+    """What is wrong with an input's description, each as what was expected; nothing if it is sound."""
+    return [expected for expected, holds in _input_rules(steps).items() if not holds]
+
+
 def _input_rules(steps: InputSpec) -> dict[str, bool]:
     if isinstance(steps, ArrayInput):
-        return {"arrays of positive size": bool(steps.shape) and min(steps.shape) >= 1}
+        is_sound = bool(steps.shape) and min(steps.shape) >= 1
+        return {
+            "arrays of positive size": is_sound,
+            f"arrays of at most {MAX_VALUES} values": not is_sound or math.prod(steps.shape) <= MAX_VALUES,
+        }
     return {
         "a resolution of 1 or more": min(steps.resolution, steps.resize) >= 1,
+        f"a resolution of at most {MAX_SIDE}": max(steps.resolution, steps.resize) <= MAX_SIDE,
         "a mean and a positive std of 1 or 3 channels": len(steps.mean) == len(steps.std)
         and len(steps.mean) in (1, 3)
-        and min(steps.std) > 0,
+        and min(steps.std) > 0
+        and all(map(math.isfinite, (*steps.mean, *steps.std))),
         f"an interpolation of {', '.join(INTERPOLATIONS)}": steps.interpolation in INTERPOLATIONS,
     }
 

@@ -93,7 +93,7 @@ install_wheels() {
     done
     local wanted=("$wheel")
     [ "$runtime" = newest ] || wanted+=("onnxruntime==$runtime")
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --target "$target" --only-binary=:all: \
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --target "$target" --only-binary=:all: \
         --implementation cp --python-version "${python_of[$suite]}" "${platforms[@]}" "${wanted[@]}" ||
         fail "pip found no wheels for Python ${python_of[$suite]} on aarch64 with onnxruntime $runtime"
 }

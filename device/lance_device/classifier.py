@@ -23,6 +23,7 @@ from lance_edge.manifest import (
     InputSpec,
     Preprocessing,
     TensorSpec,
+    broken_rules,
 )
 from lance_edge.records import RecordError, from_json
 
@@ -80,9 +81,12 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...
     try:
         classes = from_json(tuple[str, ...], json.loads(metadata[CLASSES_KEY]))
         steps = json.loads(metadata[PREPROCESSING_KEY])
-        if isinstance(steps, dict) and "shape" in steps:
-            return classes, from_json(ArrayInput, steps)
-        return classes, from_json(Preprocessing, steps)
+        kind: type[InputSpec] = ArrayInput if isinstance(steps, dict) and "shape" in steps else Preprocessing
+        preprocessing = from_json(kind, steps)
+        broken = broken_rules(preprocessing)
+        if not broken:
+            return classes, preprocessing
+        reason = f"expected {', '.join(broken)}"
     except KeyError as error:
         reason = f"no {error.args[0]}"
     except (ValueError, RecordError) as error:

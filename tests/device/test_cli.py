@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import resource
 import subprocess
@@ -171,6 +172,13 @@ def test_models_that_cannot_be_used(merged, images, tmp_path):
     (tmp_path / "junk.onnx").write_bytes(b"junk")
     assert "not a graph that lance-edge runs" in refused(
         lance_device("predict", "--model", tmp_path / "junk.onnx", images), 3
+    )
+    broken = json.dumps(to_json(PREPROCESSING) | {"resolution": -1, "resize": 10**9, "std": [math.nan] * 3})
+    helper.set_model_props(model, {"classes": '["a"]', "preprocessing": broken})
+    onnx.save(model, plain)
+    assert (
+        "as JSON (expected a resolution of 1 or more, a resolution of at most 16384, a mean and a positive"
+        " std of 1 or 3 channels)" in refused(lance_device("predict", "--model", plain, images), 6)
     )
     helper.set_model_props(model, {"classes": '["a"]', "preprocessing": json.dumps(to_json(PREPROCESSING))})
     onnx.save(model, plain)

@@ -80,7 +80,7 @@ def _crashes(words, whole, tmp_path, monkeypatch, count, seed):
 
 
 def test_what_a_power_cut_leaves_on_the_disk_is_enough(words, whole, tmp_path, monkeypatch):
-    _crashes(words, whole, tmp_path, monkeypatch, count=25, seed=3)
+    _crashes(words, whole, tmp_path, monkeypatch, count=15, seed=3)
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def _warnings(result, out):
     return said
 
 
-PLACES = (0.0, 0.02, 0.3, 0.5, 0.7, 0.95, 0.999)
+PLACES = (0.0, 0.02, 0.5, 0.95)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -221,6 +221,8 @@ def test_a_package_narrowed_to_one_number_of_layers():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        ({"energy": 0.0}, "energies above 0 and at most 1"),
+        ({"energy": 1.5}, "energies above 0 and at most 1"),
         ({"graphs": {"forward": ()}}, "graphs of one member or more"),
         ({"layers": (layer_plan(layer="other"),)}, "ranks for all projections, layers for all variants"),
         ({"projections": ("conv/U4",)}, "ranks for all projections"),
