@@ -394,11 +394,11 @@ def test_weights_that_the_counts_have_in_common_are_stored_once(choice):
 
 def test_its_tables_have_a_row_for_each_count(choice):
     table = package_table(choice.manifest)
-    assert "0, 2 or 4 layers and classifier.weight, classifier.bias: 6 tensors" in table
+    assert "0, 2 or 4 layers and classifier.linear.weight, classifier.linear.bias: 6 tensors" in table
     rows = [line.split() for line in table.splitlines() if re.match(r"[024]  ", line)]
     assert len(rows) == 3 * 3, "three costs for three counts"
     narrow = package_table(choice.manifest.with_layers(2))
-    assert "2 layers and classifier.weight, classifier.bias: 4 tensors" in narrow
+    assert "2 layers and classifier.linear.weight, classifier.linear.bias: 4 tensors" in narrow
     assert "multiply-adds, backward graph" in narrow
     assert len(choice.manifest.with_layers(2).layers) == 2
     assert TRAINED_CONVS[0] not in layer_table(choice.manifest.with_layers(2))
@@ -462,7 +462,7 @@ def test_graphs_that_do_not_train_as_pytorch_does_are_not_shipped(
     """`calibrate` really asks `verify`, with the user's images."""
     asked = []
 
-    def refuse(network, layers, compiled, weights, projections, images, labels):
+    def refuse(network, layers, compiled, weights, projections, images, labels, norms):
         asked.append((compiled.variant.method, images.shape, labels.tolist()))
         raise ModelError("method bp: differs")
 
@@ -483,7 +483,7 @@ def test_graphs_that_agree_on_one_set_of_images_are_shipped(
     """A unit on the kink of a ReLU makes a difference on the first set."""
     asked, said = [], []
 
-    def refuse_once(network, layers, compiled, weights, projections, images, labels):
+    def refuse_once(network, layers, compiled, weights, projections, images, labels, norms):
         asked.append(images)
         if len(asked) == 1:
             raise ModelError("method bp: differs")

@@ -90,7 +90,7 @@ REFUSED = {
     "layers below zero": (6, ["--layers", "-1"], "--layers -1: expected a count"),
     "layers of no kind": (6, ["--layers", "depthwise:2"], "--layers depthwise:2: expected a count"),
     "layers without count": (6, ["--layers", "pointwise:"], "--layers pointwise:: expected a count"),
-    "too many layers": (6, ["--layers", "400"], "the network has only 42 such convolutions; ask for fewer"),
+    "too many layers": (6, ["--layers", "400"], "the network has only 42 such layers; ask for fewer"),
     "data": (5, ["--data", "no-such-folder"], "no-such-folder: no such folder; give a folder of class folders"),
     "batch too large": (5, ["--batch-size", "40"], "at most the 39 training images, found 40; ask for 16"),
     "batch too small": (5, ["--batch-size", "0"], "batch size: expected at least 1, found 0"),
@@ -100,7 +100,7 @@ REFUSED = {
     "layers of another network": (
         6,
         ["--layers", "layer4.*"],
-        "no convolution is called 'layer4.*': lance-host la",
+        "no layer is called 'layer4.*': lance-host la",
     ),
     "resolution": (1, ["--resolution", "16"], "--input-size: expected 32 or more, found 16"),
     "input size": (1, ["--input-size", "16"], "--input-size: expected 32 or more, found 16"),
