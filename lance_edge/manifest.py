@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 Schedule = Literal["one pass", "two passes", "by layer"]
 
 # The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
+METHOD_NAMES = ("bp", "lance", "asi", "hosvd")
 BATCH_DIM = "N"
 
 # Names with a fixed meaning in the graphs' signatures.
@@ -335,9 +336,10 @@ class Manifest:
         chosen = self.methods[0] if method is None else method
         by_count = {len(variant.layers): variant for variant in self.variants if variant.method == chosen}
         if not by_count:
+            again = f", or calibrate again with --methods {','.join([*self.methods, chosen])}"
             raise ArtifactError(
                 f"this package holds the methods {', '.join(self.methods)}, not {chosen}; choose one of"
-                f" them, or calibrate again with --methods {','.join([*self.methods, chosen])}"
+                f" them{again if chosen in METHOD_NAMES else ''}"
             )
         count = max(by_count) if layers is None else layers
         if count not in by_count:

@@ -33,12 +33,13 @@ class Recording:
         return bool(self.steps) and isinstance(self.steps[0], BenchRow)
 
 
-def read_recording(folder: Path) -> Recording:
+def read_recording(folder: Path | str) -> Recording:
     """Read and check a whole recording.
 
     Raises:
         DataError: naming file, line and column of the first thing that does not fit.
     """
+    folder = Path(folder)
     record = _read_record(folder / "run.json")
     steps_path, summary_path = folder / "steps.csv", folder / "summary.csv"
     if _header(steps_path) == list(columns(BenchRow)):

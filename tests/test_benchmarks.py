@@ -33,6 +33,7 @@ from benchmarks.tuning import candidates, search
 from benchmarks.weight_gradient import input_name, output_gradient_name, weight_graphs
 from benchmarks.weight_work import WeightWork, invented_parts
 from benchmarks.worker import work
+from lance_device.bench_report import about_load
 from lance_device.features import Batch, Unmetered
 from lance_device.graphs import load_projections
 from lance_edge.bundle import Bundle
@@ -138,6 +139,16 @@ class DoubleBatch(Batch):
         return super().images(rows).astype(np.float64)
 
 
+# Of the largest entry.  Sums in another order differ.  Inductor packs frozen weights for oneDNN, which
+# has no float64; in float32 one unit at a kink that falls to the other side was seen to change an entry by 2 %,
+# layers without one agree to 1e-5; a scale or a micro-batch that is forgotten changes all by far more.
+GRADIENT_TOLERANCES = {
+    "eager": (torch.float64, 1e-10),
+    "jit": (torch.float64, 1e-10),
+    "compile": (torch.float32, 0.1),
+}
+
+
 @pytest.mark.parametrize(
     "tuning",
     [Tuning("eager", True, 5), *(Tuning(engine, False, 16) for engine in ENGINES)],
@@ -151,8 +162,10 @@ def test_tuned_gradients_are_those_of_autograd(
     manifest, weights = read(material.package)
     trained = manifest.variant("bp").parameters
     given = same_batch(job("bp"), manifest)
-    batch = DoubleBatch(given.part, given.indices, given.flips, given.preprocessing)
-    plain, tuned = (load_network(manifest, weights, trained).double() for _ in range(2))
+    dtype, tolerance = GRADIENT_TOLERANCES[tuning.engine]
+    kind = DoubleBatch if dtype == torch.float64 else Batch
+    batch = kind(given.part, given.indices, given.flips, given.preprocessing)
+    plain, tuned = (load_network(manifest, weights, trained).to(dtype) for _ in range(2))
     images, labels = torch.from_numpy(batch.images(slice(None))), torch.from_numpy(batch.labels(slice(None)))
     torch.nn.functional.cross_entropy(plain(images), labels).backward()
     parameters = dict(tuned.named_parameters())
@@ -163,9 +176,10 @@ def test_tuned_gradients_are_those_of_autograd(
         step.run(batch, Unmetered())  # type: ignore[arg-type]
         for name, parameter in plain.named_parameters():
             if name in trained:
-                # Sums in another order; the tolerance is of the largest entry.
                 scale = float(parameter.grad.abs().max())
-                torch.testing.assert_close(parameters[name].grad, parameter.grad, rtol=0, atol=1e-10 * scale)
+                torch.testing.assert_close(
+                    parameters[name].grad, parameter.grad, rtol=0, atol=tolerance * scale
+                )
 
 
 @pytest.mark.parametrize("whole_batch_mode", [False, True])
@@ -548,6 +562,13 @@ def test_losses_that_do_not_move_are_warned_of() -> None:
         "hosvd, 4 layers: the loss of step 2 is still that of the first: it does not show whether gradients"
         " are right",
     )
+
+
+def test_a_busy_machine_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (1.26, 0.0, 0.0))
+    assert about_load() == "other programs keep 1.3 cores busy; times will be too long and vary"
+    monkeypatch.setattr("os.getloadavg", lambda: (0.5, 9.0, 9.0))
+    assert about_load() is None
 
 
 # --- material and command line -------------------------------------------------------------------------

@@ -66,6 +66,10 @@ def bench(request: BenchRequest, reporter: Reporter) -> BenchResult:
     record = {"run_id": run_id, **_describe(request, jobs, identity, board)}
     write_record(folder.record, {**record, "status": "running"})
     _announce(jobs, board, reporter)
+    if request.data is None and any(job.method == "hosvd" for job in jobs):
+        reporter.note(
+            "hosvd chooses its ranks by the images: its bytes are those of generated ones; give --data"
+        )
     with stop_on_signals(lambda _: reporter.note("stopping; what was measured stays")) as stop:
         return _Benchmark(jobs, folder, board, record, reporter).run(stop)
 

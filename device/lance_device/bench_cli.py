@@ -31,15 +31,21 @@ def _sizes(context: click.Context, option: click.Parameter, text: str | None) ->
 
 
 def _names(context: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
-    return names or None
+    if text is None:
+        return None
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise click.BadParameter("expected names such as lance,bp, found none")
+    return names
 
 
 @click.command()
 @click.option("--artifact", type=PATH, required=True, help="Package of lance-host calibrate: pkg.tar.")
 @click.option("--data", type=PATH, help="Images to train on.  [default: generated ones, which cost no reading]")
 @click.option("--out", type=PATH, help="Folder for the measurements.  [default: bench-<time>/]")
-@click.option("--methods", callback=_names, metavar="NAMES", help="lance,bp.  [default: all in the package]")
+@click.option(
+    "--methods", callback=_names, metavar="NAMES", help="Of lance,bp,asi,hosvd.  [default: all in the package]"
+)
 @click.option(
     "--layers", callback=_counts, metavar="COUNTS", help="1-10, or 2,4.  [default: all in the package]"
 )

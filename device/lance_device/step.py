@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from lance_device.features import Batch, Features
 from lance_device.layerwise import LayerwiseStep
@@ -79,6 +80,9 @@ def training_step(
     """
     graphs = StepGraphs(bundle, variant, parameters, threads, features, targets)
     if variant.schedule == "by layer":
+        threadpool_limits(
+            threads, user_api="blas"
+        )  # numpy's, which the codecs use; it takes all cores otherwise
         return LayerwiseStep(graphs, bundle.manifest)
     return StreamedStep(graphs)
 

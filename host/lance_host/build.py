@@ -193,7 +193,7 @@ def compile_variants(
     Without trainable layers all methods are the same, and plain backpropagation stands for them.
     """
     if not captured[0].layers and request.methods != ("bp",):
-        feedback.say("no layer is trained: plain backpropagation of the head is the only method")
+        feedback.say("with no layer but the head trained, all methods are plain backpropagation")
     wanted = [
         (method, one)
         for method in dict.fromkeys((*request.methods, "bp"))

@@ -167,7 +167,7 @@ def calibrate(
     from lance_host.build import calibrate as build
     from lance_host.request import Feedback, Request
     from lance_host.selection import method_names
-    from lance_host.tables import layer_table
+    from lance_host.tables import layer_table, saved_line
 
     if not 0 <= validation < 1:
         raise LanceError(f"--validation: expected a share from 0 to below 1, found {validation}")
@@ -181,7 +181,8 @@ def calibrate(
         )
     click.echo()
     click.echo(layer_table(manifest))
-    click.echo(f"\nwrote {options['output']} ({options['output'].stat().st_size / 2**20:.1f} MiB)")
+    click.echo(f"\n{saved_line(manifest)}")
+    click.echo(f"wrote {options['output']} ({options['output'].stat().st_size / 2**20:.1f} MiB)")
 
 
 @contextmanager

@@ -53,6 +53,16 @@ def layer_table(manifest: Manifest) -> str:
     return "\n".join([_layer_heading(manifest, method), "", *grid([["layer", *names, "total"], *columns])])
 
 
+def saved_line(manifest: Manifest) -> str:
+    """What really crosses from forward to backward, of every method at the largest number of layers."""
+    micro_batch = min(MICRO_BATCH, manifest.batch_size)
+    variants = [manifest.variant(method) for method in manifest.methods]
+    sizes = (
+        f"{v.method.upper()} {human_bytes(v.saved_bytes(micro_batch, manifest.batch_size))}" for v in variants
+    )
+    return f"saved bytes at micro-batch {micro_batch}, masks and sums included: {', '.join(sizes)}"
+
+
 def package_table(manifest: Manifest) -> str:
     """Everything a package says about itself: the calibration, each method's cost, the files."""
     facts = [

@@ -17,6 +17,7 @@ from layered_package import (
     write_layered_package,
 )
 from literal_codecs import literal_asi, literal_hosvd, project, rebuild
+from threadpoolctl import threadpool_info, threadpool_limits
 from tiny_package import CLASSES, PREPROCESSING, SIDE, SPLIT
 from torch.nn import functional
 
@@ -460,3 +461,10 @@ def test_fewer_activations_than_layers(tmp_path, images):
     )
     line = refused(train(package, images, tmp_path / "run", "--method", "asi"), 3)
     assert "expected an activation for each layer of a variant that goes by layer; rebuild" in line
+
+
+def test_numpy_uses_as_many_threads_as_were_asked_for(opened):
+    open_step, _ = opened
+    with threadpool_limits(2, user_api="blas"):
+        open_step("asi")  # with one thread
+        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}

@@ -296,7 +296,7 @@ def test_activation_bytes_are_those_of_the_formulas(bundle):
 def test_head_only_is_plain_backpropagation_whatever_the_methods(head_only):
     bundle, manifest = head_only.bundle, head_only.bundle.manifest
     assert list(manifest.methods) == ["bp"]
-    assert "no layer is trained: plain backpropagation of the head is the only method" in head_only.said
+    assert "with no layer but the head trained, all methods are plain backpropagation" in head_only.said
     assert [spec.name for spec in manifest.parameters] == [
         "classifier.linear.weight",
         "classifier.linear.bias",

@@ -249,7 +249,7 @@ def test_says_how_the_package_was_made(label: str, text: str) -> None:
         ("multiply-adds, forward graph", "7.00 M", "8.00 M"),
         ("multiply-adds, gradient graph", "-", "1.23 k"),
         ("multiply-adds, predict graph", "900", "-"),
-        ("multiply-adds, all graphs of a step", "5.01 G", "5.01 G"),
+        ("multiply-adds, all of a step", "5.01 G", "5.01 G"),
         ("paper's multiply-adds, forward", "2.00 M", "4.00 M"),
         ("paper's multiply-adds, weight gradient", "80.00 k", "60.00 k"),
     ],
