@@ -86,14 +86,13 @@ def use_lance(network: nn.Module, projections: Mapping[str, Projections]) -> Non
     """Replace the convolutions that `projections` names, in place.
 
     Raises:
-        ModelError: if one pads its input in a way of its own.
+        ModelError: if one is no plain convolution.
     """
     for name, matrices in projections.items():
         conv = network.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        if type(conv) is not nn.Conv2d:
+        if not isinstance(conv, nn.Conv2d) or type(conv) is not nn.Conv2d:  # a subclass may pad in its own way
             raise ModelError(
-                f"{name}: expected an nn.Conv2d, found a {type(conv).__name__}, whose own padding the PyTorch"
+                f"{name}: expected an nn.Conv2d, found a {type(conv).__name__}, which the PyTorch"
                 " LANCE of the benchmark does not know; compare another --model"
             )
         parent, _, last = name.rpartition(".")

@@ -658,3 +658,9 @@ def test_the_table_beside_the_training_api_warns_of_spread_and_of_other_losses()
         in text
     )
     assert text.count("mean nothing") == 1
+
+
+def test_torch_lance_refuses_linear_layers() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(ModelError, match=r"0: expected an nn.Conv2d, found a Linear, .*--model"):
+        use_lance(network, {"0": (None, None, None, None)})

@@ -398,7 +398,7 @@ def test_its_tables_have_a_row_for_each_count(choice):
     rows = [line.split() for line in table.splitlines() if re.match(r"[024]  ", line)]
     assert len(rows) == 3 * 3, "three costs for three counts"
     narrow = package_table(choice.manifest.with_layers(2))
-    assert "2 layers and classifier.weight, classifier.bias: 4 tensors" in narrow
+    assert "2 layers and classifier.linear.weight, classifier.linear.bias: 4 tensors" in narrow
     assert "multiply-adds, backward graph" in narrow
     assert len(choice.manifest.with_layers(2).layers) == 2
     assert TRAINED_CONVS[0] not in layer_table(choice.manifest.with_layers(2))
