@@ -1,6 +1,7 @@
 """`lance-device doctor` on machines that are made up, and on this one."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -123,17 +124,23 @@ def test_a_switch_that_is_not_set_is_a_problem(monkeypatch, tmp_path):
 
 
 def test_telemetry_that_is_on_is_seen(monkeypatch, tmp_path):
-    """For real: the runtime is loaded before its switch is set, in a process without any network."""
+    """For real: the runtime is loaded before its switch is set, in a process without any network.
+
+    The runtime also keeps quiet where a variable like CI is set, so it gets a bare environment.
+    """
     alone = ["unshare", "--net", "--map-root-user"]
     if shutil.which(alone[0]) is None or subprocess.run([*alone, "true"], check=False).returncode:
         pytest.skip("no process without a network can be made here")
     if tuple(map(int, runtime_version().split(".")[:2])) < (1, 29):
         pytest.skip("this onnxruntime has no telemetry")
     run = subprocess.run
-    monkeypatch.setattr(doctor.subprocess, "run", lambda words, **options: run([*alone, *words], **options))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    bare = {
+        "HOME": str(tmp_path),
+        **{name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ},
+    }
+    monkeypatch.setattr(
+        doctor.subprocess, "run", lambda words, **options: run([*alone, *words], env=bare, **options)
+    )
     early = "import onnxruntime\nfrom lance_device.run_record"
     monkeypatch.setattr(doctor, "TRIAL", doctor.TRIAL.replace("from lance_device.run_record", early))
     finding = _find(list(doctor._runtime(tmp_path)), "telemetry")[0]
