@@ -6,6 +6,7 @@ backward); the device feeds graphs by tensor name as written here and in `docs/a
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,13 +14,17 @@ from typing import Any, Literal
 from lance_edge.errors import ArtifactError
 from lance_edge.records import RecordError, from_json, to_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 MAX_SIDE = 1 << 14  # pixels of an image that a network reads: more would not fit into any board's memory
 MAX_VALUES = 1 << 28  # of an array, for the same reason
 
 # How the micro-batches of a batch go through forward and backward: see `Variant`.
 Schedule = Literal["one pass", "two passes", "by layer"]
+
+# Which modes an activation has, and which of them continual learning protects: see `Layer.modes_in`.
+Mode = Literal["channel", "patch"]
+MODES: tuple[Mode, ...] = ("channel", "patch")
 
 # The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
 METHOD_NAMES = ("bp", "lance", "asi", "hosvd")
@@ -44,6 +49,7 @@ PREPROCESSING_KEY = "preprocessing"
 WEIGHTS_MEMBER = "weights.npz"
 PROJECTIONS_MEMBER = "projections.npz"
 SPECTRA_MEMBER = "spectra.npz"
+MEMORY_MEMBER = "memory.npz"  # what earlier tasks need of the layers, where there are any; see `memory.py`
 
 
 def gradient_name(parameter: str) -> str:
@@ -64,6 +70,11 @@ def core_name(layer: str) -> str:
 def activation_name(layer: str) -> str:
     """A layer's input where a codec compresses it: `[N, C, H, W]`, `[N, T, F]` or `[N, F]`."""
     return f"{layer}/A"
+
+
+def head_name(task: str, parameter: str) -> str:
+    """The array in `weights.npz` of an earlier task's head: of the parameter that the network calls so."""
+    return f"heads/{task}/{parameter}"
 
 
 def forward_role(part: int) -> str:
@@ -173,9 +184,21 @@ class Layer:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The modes of its input, in the order of ranks and projections."""
+        """The modes of its input in channel mode."""
+        return self.modes_in("channel")
+
+    def modes_in(self, mode: str) -> tuple[str, ...]:
+        """The modes of its input, in the order of ranks and projections; a linear layer has the same in both.
+
+        In patch mode the input of a convolution is `[B, D, L]`: L output positions, each of which reads the
+        D = C/groups k_h k_w values of one filter (for each group).
+        """
         if not self.is_linear:
-            return ("batch", "channels", "height", "width")
+            return (
+                ("batch", "inputs", "positions")
+                if mode == "patch"
+                else ("batch", "channels", "height", "width")
+            )
         return ("batch", "tokens", "features") if len(self.input_shape) == 2 else ("batch", "features")
 
 
@@ -183,7 +206,7 @@ class Layer:
 class LayerPlan:
     """How one layer trains in one variant, and what that costs at the package's batch size.
 
-    `ranks` and `energy_kept` have one entry per mode of `Layer.modes` and are empty for plain
+    `ranks` and `energy_kept` have one entry per mode of `Layer.modes_in` and are empty for plain
     backpropagation.  `activation_bytes` is the paper's figure: the input, or core and factors.
     `forward_macs` and `weight_gradient_macs` are the paper's multiply-adds.
     """
@@ -285,6 +308,26 @@ def kept_bytes(
 
 
 @dataclass(frozen=True)
+class Task:
+    """An earlier task of the package: its classes, and its head by the network's own parameter names.
+
+    The arrays of the head are `head_name(name, parameter)` in `weights.npz`.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    head: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """A layer that an earlier task trained and this one does not, and why."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Member:
     """A file of the package."""
 
@@ -299,6 +342,10 @@ class Manifest:
 
     `parameters` and `layers` are all that any variant trains, `members` every other file of the tar.
     `variants` differ in method or in the number of layers; the first one's method is the default.
+
+    `task` is what it trains, `head` the parameters that each task has of its own, `tasks` what was learned
+    before, in order.  Layers in `protected` have a subspace in `memory.npz` that training must not touch: no
+    weight decay, no biases; `frozen` are those with no subspace left.
     """
 
     schema_version: int
@@ -309,7 +356,7 @@ class Manifest:
     preprocessing: Preprocessing | ArrayInput
     split: Split
     seed: int
-    mode: str
+    mode: Mode
     energy: float
     batch_size: int
     calibration_batches: int
@@ -317,6 +364,11 @@ class Manifest:
     layers: tuple[Layer, ...]
     variants: tuple[Variant, ...]
     members: tuple[Member, ...]
+    task: str = ""
+    head: tuple[str, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    protected: tuple[str, ...] = ()
+    frozen: tuple[FrozenLayer, ...] = ()
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -372,6 +424,10 @@ class Manifest:
         )
 
 
+# What schema 1 did not have, as a package without earlier tasks has it.
+NEW_IN_2: dict[str, Any] = {"task": "", "head": [], "tasks": [], "protected": [], "frozen": []}
+
+
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: sorted nowhere, indented by one, the same for the same manifest."""
     return (json.dumps(to_json(manifest), indent=1, ensure_ascii=False) + "\n").encode()
@@ -388,6 +444,8 @@ def decode(data: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{where}: manifest.json is not JSON ({error}); copy the package again") from None
     version = value.get("schema_version") if isinstance(value, dict) else None
+    if version == 1:
+        value, version = {**NEW_IN_2, **value, "schema_version": SCHEMA_VERSION}, SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise ArtifactError(_schema_message(where, version))
     try:
@@ -437,6 +495,7 @@ def _check_meaning(manifest: Manifest) -> None:
         "layers for all variants": all(plan.layer in layers for v in manifest.variants for plan in v.layers),
         "variants that differ in method or number of layers": len(manifest.variants)
         == len({(v.method, len(v.layers)) for v in manifest.variants}),
+        **_task_rules(manifest),
         "graphs of one member or more": all(
             names for variant in manifest.variants for names in variant.graphs.values()
         ),
@@ -444,6 +503,29 @@ def _check_meaning(manifest: Manifest) -> None:
     broken = [expected for expected, holds in rules.items() if not holds]
     if broken:
         raise RecordError(f"expected {', '.join(broken)}")
+
+
+def is_task_name(name: str) -> bool:
+    """Whether it may name a task: letters, digits, `.`, `_` and `-`, the first no dot; at most 64."""
+    return re.fullmatch(r"[\w-][\w.-]{0,63}", name) is not None
+
+
+def _task_rules(manifest: Manifest) -> dict[str, bool]:
+    layers = {layer.name for layer in manifest.layers}
+    names = [manifest.task, *(task.name for task in manifest.tasks)]
+    return {
+        "tasks with different names of letters, digits, dots and dashes": len(names) == len(set(names))
+        and all(is_task_name(name) for name in names[0 if manifest.tasks else 1 :]),
+        "two or more classes of every task": all(len(task.classes) >= 2 for task in manifest.tasks),
+        "a head of fixed shape of every task": all(
+            {spec.name for spec in task.head} == set(manifest.head)
+            and all(isinstance(dim, int) for spec in task.head for dim in spec.shape)
+            for task in manifest.tasks
+        ),
+        "protected layers, or frozen ones, after an earlier task": bool(manifest.tasks)
+        or not (manifest.protected or manifest.frozen),
+        "no layer both trained and frozen": layers.isdisjoint(one.layer for one in manifest.frozen),
+    }
 
 
 def broken_rules(steps: InputSpec) -> list[str]:

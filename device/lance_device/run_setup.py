@@ -104,6 +104,11 @@ class Run:
     is_resumed: bool = False
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether no step is left: all are made, or the schedule has ended the run."""
+        return self.progress.step >= self.total_steps or self.progress.plateau.is_over
+
 
 def open_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
     """A new run in an empty folder, or the one in it with `resume`.

@@ -234,7 +234,9 @@ def test_a_package_narrowed_to_one_number_of_layers():
 def test_variants_that_mean_nothing_are_refused(tmp_path, changes, expected):
     broken = manifest(variants=(variant("lance"), dataclasses.replace(variant("bp"), **changes)))
     write_bundle(tmp_path / "pkg.tar", broken, CONTENTS)
-    assert f"does not fit schema 1: expected {expected}; rebuild" in refusal(tmp_path / "pkg.tar")
+    assert f"does not fit schema {SCHEMA_VERSION}: expected {expected}; rebuild" in refusal(
+        tmp_path / "pkg.tar"
+    )
 
 
 def test_members_are_read_one_after_the_other(package):
