@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lance_edge.images import Part
 from lance_host.continual.multi_head import MultiHead, set_evaluation, tensors_of
-from lance_host.continual.trainer import Batch, Parameters
+from lance_host.continual.trainer import Batch, Parameters, backward
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -76,11 +76,11 @@ class Replay:
         """The draws of a task depend on what was seen before it alone: a run that is resumed repeats them."""
         self._draws = np.random.Generator(np.random.PCG64([self._seed, 0, self._seen]))
 
-    def draw(self, count: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        """Images, labels and tasks of so many different entries, or of all that there are."""
+    def draw(self, count: int) -> Batch:
+        """So many different images, or all that there are."""
         chosen = self._draws.permutation(len(self))[:count]
         rows = torch.from_numpy(chosen)
-        return self._images[rows], self._labels[rows], [self._tasks[row] for row in chosen]
+        return Batch(self._images[rows], self._labels[rows], [self._tasks[row] for row in chosen])
 
     def kept(self) -> Arrays:
         """The buffer."""
@@ -126,11 +126,9 @@ class ExperienceReplay(_Replaying):
 
     def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
         """See `trainer.Objective`."""
-        images, labels, tasks = self.replay.draw(len(batch.labels))
-        joined = torch.cat([batch.images, images]), torch.cat([batch.labels, labels])
-        loss = network.losses(*joined, [batch.task] * len(batch.labels) + tasks).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        kept = self.replay.draw(len(batch.labels))
+        images, labels = (torch.cat([getattr(b, name) for b in (batch, kept)]) for name in ("images", "labels"))
+        return backward(network, Batch(images, labels, [*batch.tasks, *kept.tasks]))
 
 
 class AveragedGem(_Replaying):
@@ -142,16 +140,14 @@ class AveragedGem(_Replaying):
 
     def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
         """See `trainer.Objective`."""
-        images, labels, tasks = self.replay.draw(len(batch.labels))
-        network.losses(images, labels, tasks).mean().backward()  # type: ignore[no-untyped-call]
+        backward(network, self.replay.draw(len(batch.labels)))
         reference = _taken(parameters)
-        loss = functional.cross_entropy(network(batch.images, batch.task), batch.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = backward(network, batch)
         for parameter, gradient in zip(
             parameters.values(), project_agem(_taken(parameters), reference), strict=True
         ):
             parameter.grad = gradient
-        return float(loss.detach())
+        return loss
 
 
 def project_agem(gradient: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -197,13 +193,12 @@ class ElasticWeights:
 
     def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
         """See `trainer.Objective`."""
-        loss = functional.cross_entropy(network(batch.images, batch.task), batch.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = backward(network, batch)
         for name, stiffness in self._stiffness.items():
             parameter = parameters[name]
             assert parameter.grad is not None
             parameter.grad += self.penalty * (stiffness * parameter.detach() - self._pull[name])
-        return float(loss.detach())
+        return loss
 
     def finish(self, network: MultiHead, task: str, part: Part, parameters: Parameters) -> None:
         """Add the spring of a task."""

@@ -88,12 +88,11 @@ def network_of(name: str, state: NetworkState) -> MultiHead:
 
 
 def new_head(network: str, classes: int, seed: int) -> nn.Linear:
-    """A head with PyTorch's default initialisation."""
+    """A head with PyTorch's default initialisation, the same as `weights.load_weights` makes."""
+    features = int(ZOO[network].build(2).get_submodule(HEAD).weight.shape[1])  # type: ignore[union-attr]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = ZOO[network].build(classes).get_submodule(HEAD)
-    assert isinstance(head, nn.Linear)
-    return head
+        return nn.Linear(features, classes, bias=False)
 
 
 def body_parameters(network: MultiHead, *, with_norms: bool) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ statistics that move), and baselines that replay images or change the loss.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 
 from lance_edge.datasets import Dataset
 from lance_edge.errors import NumericalError
@@ -22,16 +21,77 @@ from lance_host.continual.multi_head import MultiHead, evaluate, set_training, t
 from lance_host.continual.protocol import BatchNorm, Recipe
 
 Parameters = Mapping[str, nn.Parameter]
-Progress = Callable[[int, int], None]  # epochs done, at most
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images `[B, 3, 32, 32]` and labels `[B]` of one task."""
+    """Images `[B, 3, 32, 32]`, labels `[B]`, and the name of each image's task."""
 
     images: torch.Tensor
     labels: torch.Tensor
-    task: str
+    tasks: Sequence[str]
+
+
+class Material(Protocol):
+    """What is trained on: one task, or all of them at once."""
+
+    @property
+    def count(self) -> int:
+        """Training images."""
+
+    def batch(self, rows: NDArray[np.int64]) -> Batch:
+        """Some of them."""
+
+    def validation_loss(self, network: MultiHead, batch_norm: BatchNorm) -> float:
+        """Mean cross-entropy on the validation images."""
+
+
+@dataclass(frozen=True)
+class OneTask:
+    """The images of a task."""
+
+    name: str
+    data: Dataset
+
+    @property
+    def count(self) -> int:
+        """See `Material`."""
+        return len(self.data.train)
+
+    def batch(self, rows: NDArray[np.int64]) -> Batch:
+        """See `Material`."""
+        return Batch(*tensors_of(self.data.train, rows), [self.name] * len(rows))
+
+    def validation_loss(self, network: MultiHead, batch_norm: BatchNorm) -> float:
+        """See `Material`."""
+        return evaluate(network, self.name, self.data.validation, batch_norm)[0]
+
+
+class AllTasks:
+    """The images of several tasks, mixed."""
+
+    def __init__(self, parts: Sequence[OneTask]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *(part.count for part in parts)])
+
+    @property
+    def count(self) -> int:
+        """See `Material`."""
+        return int(self._starts[-1])
+
+    def batch(self, rows: NDArray[np.int64]) -> Batch:
+        """See `Material`; the images of a task stand together."""
+        of = np.searchsorted(self._starts, rows, side="right") - 1  # [B], number of the task
+        batches = [self._parts[k].batch(rows[of == k] - self._starts[k]) for k in np.unique(of)]
+        images, labels = (torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels"))
+        return Batch(images, labels, [task for b in batches for task in b.tasks])
+
+    def validation_loss(self, network: MultiHead, batch_norm: BatchNorm) -> float:
+        """See `Material`; every image counts alike."""
+        sizes = [len(part.data.validation) for part in self._parts]
+        losses = [part.validation_loss(network, batch_norm) for part in self._parts]
+        return float(np.average(losses, weights=sizes))
 
 
 class Objective(Protocol):
@@ -46,9 +106,14 @@ class CrossEntropy:
 
     def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
         """See `Objective`."""
-        loss = functional.cross_entropy(network(batch.images, batch.task), batch.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        return backward(network, batch)
+
+
+def backward(network: MultiHead, batch: Batch) -> float:
+    """Add the gradient of the mean cross-entropy to `grad`; gives the loss."""
+    loss = network.losses(batch.images, batch.labels, batch.tasks).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
 
 
 class Plateau:
@@ -87,37 +152,43 @@ def epoch_batches(count: int, batch_size: int, seed: int) -> Iterator[list[NDArr
         waiting = waiting[whole * batch_size :]
 
 
-def train_task(
-    network: MultiHead,
-    task: str,
-    data: Dataset,
-    parameters: Parameters,
-    objective: Objective,
-    recipe: Recipe,
-    batch_norm: BatchNorm,
-    seed: int,
-    progress: Progress,
-    *,
-    first_task: bool,
+@dataclass(frozen=True)
+class Training:
+    """How to train.
+
+    Attributes:
+        first_task: batch-norm moves its running statistics.
+        say: told after every epoch: epochs done, and at most.
+    """
+
+    recipe: Recipe
+    batch_norm: BatchNorm
+    seed: int
+    first_task: bool
+    say: Progress
+
+
+def train(
+    network: MultiHead, material: Material, parameters: Parameters, objective: Objective, how: Training
 ) -> int:
-    """Train `parameters` in place to the epoch of the least validation loss; gives the number of epochs.
+    """Train `parameters` in place, to the epoch of the least validation loss; gives the number of epochs.
 
     Raises:
         NumericalError: if the loss is no number.
     """
-    plateau, best = Plateau(recipe), network.state()
-    batches = epoch_batches(len(data.train), min(recipe.batch_size, len(data.train)), seed)
-    for epoch in range(1, recipe.epochs + 1):
-        set_training(network, batch_norm, first_task=first_task)
-        for rows in next(batches):
-            batch = Batch(*tensors_of(data.train, rows), task)
-            step(network, batch, parameters, objective, plateau.rate)
-        loss, _ = evaluate(network, task, data.validation, batch_norm)
-        if plateau.improves(loss):
-            best = network.state()
-        progress(epoch, recipe.epochs)
-        if plateau.has_ended:
-            break
+    recipe, plateau, best = how.recipe, Plateau(how.recipe), network.state()
+    batches = epoch_batches(material.count, min(recipe.batch_size, material.count), how.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)  # of dropout
+        for epoch in range(1, recipe.epochs + 1):
+            set_training(network, how.batch_norm, first_task=how.first_task)
+            for rows in next(batches):
+                step(network, material.batch(rows), parameters, objective, plateau.rate)
+            if plateau.improves(material.validation_loss(network, how.batch_norm)):
+                best = network.state()
+            how.say(epoch, recipe.epochs)
+            if plateau.has_ended:
+                break
     network.load(best)
     return epoch
 
@@ -133,7 +204,7 @@ def step(network: MultiHead, batch: Batch, parameters: Parameters, objective: Ob
     loss = objective.gradients(network, batch, parameters)
     if not math.isfinite(loss):
         raise NumericalError(
-            f"task {batch.task}: the loss is {loss}; the learning rate {rate:g} is too large: lower it with --lr"
+            f"task {batch.tasks[0]}: the loss is {loss}; a learning rate of {rate:g} is too large: lower --lr"
         )
     with torch.no_grad():
         for parameter in parameters.values():

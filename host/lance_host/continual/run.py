@@ -1,0 +1,184 @@
+"""The benchmark: tasks, methods and seeds, one after the other, going on where it was broken off."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lance_edge.errors import LanceError
+from lance_host.continual.benchmarks import choose_benchmark
+from lance_host.continual.job import Job, Learnt
+from lance_host.continual.methods import METHODS
+from lance_host.continual.multi_head import evaluate, network_of
+from lance_host.continual.protocol import BatchNorm, Preset
+from lance_host.continual.records import (
+    CARRY,
+    STATE,
+    Settings,
+    TaskRecord,
+    keep_settings,
+    read_record,
+    task_folder,
+    write_record,
+)
+from lance_host.continual.report import write_results
+from lance_host.continual.state import write_state
+from lance_host.continual.tasks import Task, make_tasks
+
+FIRST = "first-task"
+LEAST_TASKS = 2
+
+
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """What somebody asks for.
+
+    Attributes:
+        network: `None` takes the benchmark's own.
+        relax: 0 protects strictly.
+    """
+
+    benchmark: str
+    methods: tuple[str, ...]
+    data: Path
+    out: Path
+    preset: Preset
+    seeds: int
+    network: str | None = None
+    batch_norm: BatchNorm = "running"
+    relax: float = 0.0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How the benchmark talks: a line, and epochs `(done, at most)` of the task that is learnt."""
+
+    say: Callable[[str], None]
+    progress: Callable[[int, int], None]
+
+
+def run_benchmark(request: BenchmarkRequest, voice: Voice) -> Path:
+    """Learn what is not learnt yet, and write the results after every task; gives their folder.
+
+    Raises:
+        LanceError: for anything that data or options do not allow; what was learnt before stays.
+    """
+    benchmark = choose_benchmark(request.benchmark)
+    tasks = make_tasks(benchmark, request.data, request.out / "tasks", request.preset.per_class, voice.say)
+    if len(tasks) < LEAST_TASKS:
+        raise LanceError(f"{request.data}: found one task of {benchmark.name}, expected two or more; add data sets")
+    settings = settings_of(request, request.network or benchmark.network, tasks)
+    folder = request.out / settings.folder
+    keep_settings(folder, settings)
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    for seed in range(request.seeds):
+        for method in request.methods:
+            _run(request, settings, folder, tasks, method, seed, voice)
+    write_results(folder, settings)
+    return folder
+
+
+def settings_of(request: BenchmarkRequest, network: str, tasks: tuple[Task, ...]) -> Settings:
+    """What the results have in common."""
+    preset = request.preset
+    return Settings(
+        benchmark=request.benchmark,
+        network=network,
+        preset=preset.name,
+        epochs=preset.recipe.epochs,
+        lr=preset.recipe.lr,
+        gpm_lr=preset.gpm_lr,
+        per_class=preset.per_class or (),
+        batch_norm=request.batch_norm,
+        tasks=tuple(task.name for task in tasks),
+    )
+
+
+def label_of(method: str, relax: float) -> str:
+    """The name of a method with its options: of its folder, and in the results."""
+    return f"{method}-relax-{relax:g}" if relax else method
+
+
+def _run(
+    request: BenchmarkRequest,
+    settings: Settings,
+    folder: Path,
+    tasks: tuple[Task, ...],
+    method: str,
+    seed: int,
+    voice: Voice,
+) -> None:
+    """All tasks of one method and seed."""
+    label = label_of(method, request.relax)
+    numbers = [len(tasks) - 1] if METHODS[method].is_joint else range(len(tasks))
+    for number in numbers:
+        own = task_folder(folder, label, seed, number)
+        if read_record(own) is not None:
+            continue
+        voice.say(f"{label}, seed {seed}, task {number + 1} of {len(tasks)}: {tasks[number].name}")
+        job = Job(
+            network=settings.network,
+            preset=request.preset,
+            method=method,
+            batch_norm=request.batch_norm,
+            tasks=tasks,
+            number=number,
+            seed=seed,
+            folder=own,
+            before=task_folder(folder, label, seed, number - 1) if number else None,
+            first=folder / FIRST,
+            relax=request.relax,
+            threads=request.threads,
+            say=voice.say,
+            progress=voice.progress,
+        )
+        record = replace(_learn(job), method=label)
+        voice.say("  accuracy: " + ", ".join(f"{100 * accuracy:.1f} %" for accuracy in record.accuracies))
+        write_results(folder, settings)
+
+
+def _learn(job: Job) -> TaskRecord:
+    """Learn a task, evaluate on all tasks so far, and leave its folder complete."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    learnt = METHODS[job.method].learn(job)
+    write_state(job.folder / STATE, learnt.state)
+    record = TaskRecord(
+        method=job.method,
+        seed=job.seed,
+        after=job.number,
+        task=job.task.name,
+        accuracies=accuracies(job, learnt),
+        epochs=learnt.epochs,
+        activation_bytes=learnt.activation_bytes,
+        seconds=time.perf_counter() - start,
+        ranks=dict(learnt.ranks),
+        kept_bytes={**learnt.kept_bytes, "heads": learnt.state.head_bytes},
+    )
+    write_record(job.folder, record)
+    _tidy(job)
+    return record
+
+
+def accuracies(job: Job, learnt: Learnt) -> tuple[float, ...]:
+    """On the test images of every task so far, each with its own head."""
+    network = network_of(job.network, learnt.state)
+    known = job.tasks[: job.number + 1]
+    return tuple(evaluate(network, task.name, task.open().test, job.batch_norm)[1] for task in known)
+
+
+def _tidy(job: Job) -> None:
+    """Remove what no later task reads: package and run of this one, state of the one before."""
+    for path in job.folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix == ".tar":
+            path.unlink()
+    if job.before is not None:
+        for name in (STATE, CARRY):
+            (job.before / name).unlink(missing_ok=True)
