@@ -29,7 +29,12 @@ SIDE = 32
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 WHOLE = Split(seed=0, test_fraction=0.25, validation_fraction=0.0)  # class folders bring train/ and test/
-IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 IDX_BYTES = 0x08  # the type code of unsigned bytes
 MAX_IDX_VALUES = 1 << 30
 

@@ -16,7 +16,6 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
 from lance_edge.errors import Interrupted, LanceError
 from lance_edge.files import atomic_writer
-
 from lance_host.build import calibrate
 from lance_host.continual.in_pytorch import learn_first
 from lance_host.continual.job import Job, Learnt, bp_activation_bytes
@@ -79,7 +78,15 @@ def train_package(job: Job, *more: str | Path) -> Learnt:
     command += ["--artifact", job.folder / PACKAGE, "--data", job.task.path, "--out", run, "--resume-or-start"]
     command += ["--epochs", str(recipe.epochs), "--lr", repr(recipe.lr), "--momentum", "0", "--clip", "0"]
     command += ["--schedule", "plateau", "--patience", str(recipe.patience), "--min-lr", repr(recipe.least_lr)]
-    command += ["--micro-batch", str(recipe.batch_size), "--seed", str(job.task_seed), "--cache", "off", "--quiet"]
+    command += [
+        "--micro-batch",
+        str(recipe.batch_size),
+        "--seed",
+        str(job.task_seed),
+        "--cache",
+        "off",
+        "--quiet",
+    ]
     command += ["--threads", str(job.threads)] if job.threads else []
     run_device([*map(str, command), *map(str, more)])
     with Bundle(job.folder / PACKAGE) as bundle:
@@ -112,5 +119,3 @@ def run_device(command: Sequence[str]) -> None:
 def _epochs(run: Path) -> int:
     """Rows of the run's history."""
     return len((run / "history.csv").read_text().splitlines()) - 1
-
-

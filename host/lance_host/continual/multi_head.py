@@ -145,5 +145,3 @@ def tensors_of(part: Part, rows: NDArray[np.int64]) -> tuple[torch.Tensor, torch
     """Images `[n, 3, 32, 32]` and labels `[n]` of some rows of a part of float32 arrays."""
     images = load_batch(part, rows, ArrayInput((3, 32, 32)))
     return torch.from_numpy(images), torch.from_numpy(part.labels[rows])
-
-

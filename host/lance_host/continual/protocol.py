@@ -114,3 +114,15 @@ def choose_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise LanceError(f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}")
     return PRESETS[name]
+
+
+def as_batch_norm(name: str) -> BatchNorm:
+    """One of `BATCH_NORMS` by name.
+
+    Raises:
+        LanceError: if it is none.
+    """
+    for one in BATCH_NORMS:
+        if one == name:
+            return one
+    raise LanceError(f"--batch-norm: expected one of {', '.join(BATCH_NORMS)}, found {name!r}")

@@ -1,7 +1,7 @@
 """What a benchmark leaves on disk: a record for every task that was learnt, in folders that say of what.
 
-    out/split-cifar10-alexnet-quick/settings.json        what all runs below have in common
-    out/split-cifar10-alexnet-quick/lance/seed-0/task-1/record.json
+out/split-cifar10-alexnet-quick/settings.json        what all runs below have in common
+out/split-cifar10-alexnet-quick/lance/seed-0/task-1/record.json
 """
 
 import json
@@ -118,12 +118,16 @@ def read_record(folder: Path) -> TaskRecord | None:
     try:
         return from_json(TaskRecord, value)
     except RecordError as error:
-        raise LanceError(f"{folder / RECORD}: damaged ({error}); remove the folder: its task is learnt again") from None
+        raise LanceError(
+            f"{folder / RECORD}: damaged ({error}); remove the folder: its task is learnt again"
+        ) from None
 
 
 def read_records(folder: Path) -> dict[str, list[TaskRecord]]:
     """All records below a folder of results, by method, in the order of seeds and tasks."""
-    found = [record for path in folder.glob(f"*/seed-*/task-*/{RECORD}") if (record := read_record(path.parent))]
+    found = [
+        record for path in folder.glob(f"*/seed-*/task-*/{RECORD}") if (record := read_record(path.parent))
+    ]
     ordered = sorted(found, key=lambda record: (record.method, record.seed, record.after))
     return {name: [r for r in ordered if r.method == name] for name in dict.fromkeys(r.method for r in ordered)}
 

@@ -61,8 +61,8 @@ class Voice:
     progress: Callable[[int, int], None]
 
 
-def run_benchmark(request: BenchmarkRequest, voice: Voice) -> Path:
-    """Learn what is not learnt yet, and write the results after every task; gives their folder.
+def run_benchmark(request: BenchmarkRequest, voice: Voice) -> tuple[Path, Settings]:
+    """Learn what is not learnt yet, and write the results after every task; gives their folder and settings.
 
     Raises:
         LanceError: for anything that data or options do not allow; what was learnt before stays.
@@ -70,7 +70,9 @@ def run_benchmark(request: BenchmarkRequest, voice: Voice) -> Path:
     benchmark = choose_benchmark(request.benchmark)
     tasks = make_tasks(benchmark, request.data, request.out / "tasks", request.preset.per_class, voice.say)
     if len(tasks) < LEAST_TASKS:
-        raise LanceError(f"{request.data}: found one task of {benchmark.name}, expected two or more; add data sets")
+        raise LanceError(
+            f"{request.data}: found one task of {benchmark.name}, expected two or more; add data sets"
+        )
     settings = settings_of(request, request.network or benchmark.network, tasks)
     folder = request.out / settings.folder
     keep_settings(folder, settings)
@@ -80,7 +82,7 @@ def run_benchmark(request: BenchmarkRequest, voice: Voice) -> Path:
         for method in request.methods:
             _run(request, settings, folder, tasks, method, seed, voice)
     write_results(folder, settings)
-    return folder
+    return folder, settings
 
 
 def settings_of(request: BenchmarkRequest, network: str, tasks: tuple[Task, ...]) -> Settings:

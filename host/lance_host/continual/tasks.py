@@ -16,7 +16,7 @@ from lance_edge.datasets import Dataset, open_dataset
 from lance_edge.errors import DataError
 from lance_edge.files import atomic_writer
 from lance_host.continual.benchmarks import Benchmark, Source
-from lance_host.continual.image_sets import ImageSet, Images, Pixels, find_set
+from lance_host.continual.image_sets import Images, ImageSet, Pixels, find_set
 from lance_host.continual.protocol import SPLIT
 
 Say = Callable[[str], None]
@@ -79,7 +79,11 @@ def describe_task(
 ) -> Task:
     """The task of these labels of a data set."""
     classes = tuple(found.classes[label] for label in labels)
-    name = found.source.name if len(labels) == found.source.classes else f"{found.source.name}-{labels[0]}-{labels[-1]}"
+    name = (
+        found.source.name
+        if len(labels) == found.source.classes
+        else f"{found.source.name}-{labels[0]}-{labels[-1]}"
+    )
     amount = "all" if per_class is None else "{}-{}".format(*per_class)
     return Task(number, name, classes, folder / f"{name}-{amount}.npz")
 
