@@ -1,4 +1,4 @@
-"""The command line of the workstation: only it, `cli_export` and `cli_continual` print, and know click."""
+"""The command line of the workstation: only it, `cli_export` and `cli_benchmark` print, and know click."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ import click
 
 from lance_edge import __version__
 from lance_edge.errors import LanceError
-from lance_host.cli_continual import continual
+from lance_host.cli_benchmark import continual
 from lance_host.cli_export import export_ort
 
 FILE = click.Path(path_type=Path)

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from lance_edge.datasets import Dataset, open_dataset
 from lance_edge.errors import DataError
 from lance_edge.files import atomic_writer
-from lance_host.continual.benchmarks import Benchmark, Source
-from lance_host.continual.image_sets import Images, ImageSet, Pixels, find_set
-from lance_host.continual.protocol import SPLIT
+from lance_host.continual_benchmark.benchmarks import Benchmark, Source
+from lance_host.continual_benchmark.image_sets import Images, ImageSet, Pixels, find_set
+from lance_host.continual_benchmark.protocol import SPLIT
 
 Say = Callable[[str], None]
 

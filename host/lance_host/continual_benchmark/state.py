@@ -10,7 +10,7 @@ import torch
 
 from lance_edge.errors import CheckpointError
 from lance_edge.files import atomic_writer
-from lance_host.continual.protocol import HEAD
+from lance_host.continual_benchmark.protocol import HEAD
 
 WEIGHT = f"{HEAD}.weight"
 HEADS = "heads/"
@@ -71,6 +71,6 @@ def read_state(path: Path) -> NetworkState:
         heads = {task: tensors[f"{HEADS}{task}"] for task in tasks if task}
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: not a readable state of a benchmark ({error}); remove its folder: the task is learnt again"
+            f"{path}: not a readable state of a benchmark ({error}); remove its folder and learn again"
         ) from None
     return NetworkState({n: t for n, t in tensors.items() if not n.startswith(HEADS)}, heads)

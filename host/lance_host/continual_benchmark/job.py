@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from lance_edge.errors import CheckpointError
 from lance_edge.files import atomic_writer
 from lance_edge.sealed import write_sealed
-from lance_host.continual.protocol import BatchNorm, Preset
-from lance_host.continual.records import CARRY, STATE
-from lance_host.continual.state import NetworkState, read_state
-from lance_host.continual.tasks import Task
-from lance_host.continual.trainer import Progress
+from lance_host.continual_benchmark.protocol import BatchNorm, Preset
+from lance_host.continual_benchmark.records import CARRY, STATE
+from lance_host.continual_benchmark.state import NetworkState, read_state
+from lance_host.continual_benchmark.tasks import Task
+from lance_host.continual_benchmark.trainer import Progress
 from lance_host.layers import list_layers
 from lance_host.zoo import ZOO
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from lance_edge.images import Part
-from lance_host.continual.multi_head import MultiHead, set_evaluation, tensors_of
-from lance_host.continual.trainer import Batch, Parameters, backward
+from lance_host.continual_benchmark.multi_head import MultiHead, set_evaluation, tensors_of
+from lance_host.continual_benchmark.trainer import Batch, Parameters, backward
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -40,7 +40,7 @@ class Baseline(Protocol):
 
 
 class Replay:
-    """Images of earlier tasks, chosen by reservoir sampling (Vitter 1985): each that was seen equally likely."""
+    """Images of earlier tasks, chosen by reservoir sampling (Vitter 1985): all equally likely."""
 
     def __init__(self, capacity: int, seed: int) -> None:
         self._capacity, self._seed = capacity, seed
@@ -119,7 +119,7 @@ class _Replaying:
 
 
 class ExperienceReplay(_Replaying):
-    """ER (Chaudhry et al. 2019, arXiv 1902.10486): the mean loss over the batch joined with as many kept images.
+    """ER (Chaudhry et al. 2019, arXiv 1902.10486): the mean loss over the batch and as many kept images.
 
     Not in the engine: a step there has the images of one data set and the logits of one head.
     """

@@ -3,13 +3,19 @@
 from collections.abc import Callable
 
 from lance_edge.files import atomic_writer
-from lance_host.continual.baselines import AveragedGem, Baseline, ElasticWeights, ExperienceReplay
-from lance_host.continual.job import Job, Learnt, bp_activation_bytes, read_carry, write_carry
-from lance_host.continual.multi_head import MultiHead, body_parameters, network_of, new_head, new_network
-from lance_host.continual.protocol import Preset
-from lance_host.continual.records import STATE
-from lance_host.continual.state import NetworkState, read_state, write_state
-from lance_host.continual.trainer import (
+from lance_host.continual_benchmark.baselines import AveragedGem, Baseline, ElasticWeights, ExperienceReplay
+from lance_host.continual_benchmark.job import Job, Learnt, bp_activation_bytes, read_carry, write_carry
+from lance_host.continual_benchmark.multi_head import (
+    MultiHead,
+    body_parameters,
+    network_of,
+    new_head,
+    new_network,
+)
+from lance_host.continual_benchmark.protocol import Preset
+from lance_host.continual_benchmark.records import STATE
+from lance_host.continual_benchmark.state import NetworkState, read_state, write_state
+from lance_host.continual_benchmark.trainer import (
     AllTasks,
     CrossEntropy,
     Objective,

@@ -17,9 +17,9 @@ from lance_edge.checkpoints import read_weights
 from lance_edge.errors import Interrupted, LanceError
 from lance_edge.files import atomic_writer
 from lance_host.build import calibrate
-from lance_host.continual.in_pytorch import learn_first
-from lance_host.continual.job import Job, Learnt, bp_activation_bytes
-from lance_host.continual.protocol import SPLIT
+from lance_host.continual_benchmark.in_pytorch import learn_first
+from lance_host.continual_benchmark.job import Job, Learnt, bp_activation_bytes
+from lance_host.continual_benchmark.protocol import SPLIT
 from lance_host.merge import merged_state
 from lance_host.request import Feedback, Request
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from lance_edge.datasets import Dataset
 from lance_edge.errors import NumericalError
-from lance_host.continual.multi_head import MultiHead, evaluate, set_training, tensors_of
-from lance_host.continual.protocol import BatchNorm, Recipe
+from lance_host.continual_benchmark.multi_head import MultiHead, evaluate, set_training, tensors_of
+from lance_host.continual_benchmark.protocol import BatchNorm, Recipe
 
 Parameters = Mapping[str, nn.Parameter]
 Progress = Callable[[int, int], None]

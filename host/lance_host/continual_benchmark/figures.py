@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_edge.files import atomic_writer
-from lance_host.continual.records import Settings, TaskRecord, read_records
+from lance_host.continual_benchmark.records import Settings, TaskRecord, read_records
 
 HEATMAP, CURVES = "heatmap.png", "curves.png"
 DOTS_PER_INCH = 120

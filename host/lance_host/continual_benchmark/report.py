@@ -13,8 +13,8 @@ from pathlib import Path
 
 from lance_edge.accuracy_matrix import AccuracyMatrix, AfterTask, write_matrix
 from lance_edge.files import atomic_writer
-from lance_host.continual.literature import PUBLISHED, PublishedValue
-from lance_host.continual.records import Settings, TaskRecord, read_records
+from lance_host.continual_benchmark.literature import PUBLISHED, PublishedValue
+from lance_host.continual_benchmark.records import Settings, TaskRecord, read_records
 
 RESULTS, SUMMARY, COSTS, TABLE = "results.csv", "summary.csv", "costs.csv", "table.md"
 

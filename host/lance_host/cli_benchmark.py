@@ -15,7 +15,8 @@ PATH = click.Path(path_type=Path)
     "--method",
     default="finetune,gpm,lance",
     show_default=True,
-    help="Comma-separated, or all: lance, gpm, finetune (trained by the device runtime); multitask, er, ewc, agem.",
+    help="Comma-separated, or all: lance, gpm, finetune (all three trained by the device runtime), multitask,"
+    " er, ewc, agem.",
 )
 @click.option(
     "--network", help="alexnet or resnet18-reduced. Default: the one that the benchmark is published with."
@@ -29,7 +30,8 @@ PATH = click.Path(path_type=Path)
     "--preset",
     default="quick",
     show_default=True,
-    help="quick: part of the images and few epochs, the order of methods in half an hour; paper: all, for hours.",
+    help="quick: part of the images and few epochs, the order of methods within half an hour; paper: all of it,"
+    " for hours.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="At most, of each task. Default: the preset's.")
 @click.option("--lr", type=float, help="Learning rate at the start of each task. Default: the preset's.")
@@ -70,14 +72,14 @@ def continual(
     lance-host continual --benchmark split-fashion --method all --data sets/ --out results/
     lance-host continual --benchmark split-cifar100 --method lance --data sets/ --preset paper --out results/
 
-    Writes results.csv (every accuracy), summary.csv and table.md (mean and deviation over seeds), heatmap.png and
-    curves.png. The same command goes on where it was broken off.
+    Writes results.csv (every accuracy), summary.csv and table.md (mean and deviation over seeds), heatmap.png
+    and curves.png. The same command goes on where it was broken off.
     """
-    from lance_host.continual.figures import can_draw, write_figures
-    from lance_host.continual.methods import choose_methods
-    from lance_host.continual.protocol import as_batch_norm, choose_preset
-    from lance_host.continual.report import TABLE
-    from lance_host.continual.run import BenchmarkRequest, Voice, run_benchmark
+    from lance_host.continual_benchmark.figures import can_draw, write_figures
+    from lance_host.continual_benchmark.methods import choose_methods
+    from lance_host.continual_benchmark.protocol import as_batch_norm, choose_preset
+    from lance_host.continual_benchmark.report import TABLE
+    from lance_host.continual_benchmark.run import BenchmarkRequest, Voice, run_benchmark
 
     chosen = choose_preset(preset)
     recipe = replace(chosen.recipe, epochs=epochs or chosen.recipe.epochs, lr=lr or chosen.recipe.lr)

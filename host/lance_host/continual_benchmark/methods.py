@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lance_edge.errors import LanceError
-from lance_host.continual.in_engine import learn_finetune
-from lance_host.continual.in_pytorch import learn_baseline, learn_jointly
-from lance_host.continual.job import Job, Learnt
+from lance_host.continual_benchmark.in_engine import learn_finetune
+from lance_host.continual_benchmark.in_pytorch import learn_baseline, learn_jointly
+from lance_host.continual_benchmark.job import Job, Learnt
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from lance_edge.errors import LanceError
-from lance_host.continual.benchmarks import choose_benchmark
-from lance_host.continual.job import Job, Learnt
-from lance_host.continual.methods import METHODS
-from lance_host.continual.multi_head import evaluate, network_of
-from lance_host.continual.protocol import BatchNorm, Preset
-from lance_host.continual.records import (
+from lance_host.continual_benchmark.benchmarks import choose_benchmark
+from lance_host.continual_benchmark.job import Job, Learnt
+from lance_host.continual_benchmark.methods import METHODS
+from lance_host.continual_benchmark.multi_head import evaluate, network_of
+from lance_host.continual_benchmark.protocol import BatchNorm, Preset
+from lance_host.continual_benchmark.records import (
     CARRY,
     STATE,
     Settings,
@@ -24,9 +24,9 @@ from lance_host.continual.records import (
     task_folder,
     write_record,
 )
-from lance_host.continual.report import write_results
-from lance_host.continual.state import write_state
-from lance_host.continual.tasks import Task, make_tasks
+from lance_host.continual_benchmark.report import write_results
+from lance_host.continual_benchmark.state import write_state
+from lance_host.continual_benchmark.tasks import Task, make_tasks
 
 FIRST = "first-task"
 LEAST_TASKS = 2

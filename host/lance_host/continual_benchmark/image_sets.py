@@ -23,7 +23,7 @@ from lance_edge.errors import DataError
 from lance_edge.images import Part
 from lance_edge.manifest import Split
 from lance_edge.npz_data import ArrayPart, read_npz
-from lance_host.continual.benchmarks import Source
+from lance_host.continual_benchmark.benchmarks import Source
 
 SIDE = 32
 Pixels = NDArray[np.uint8]

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from lance_edge.images import Part, load_batch
 from lance_edge.manifest import ArrayInput
-from lance_host.continual.protocol import HEAD, BatchNorm
-from lance_host.continual.state import NetworkState
+from lance_host.continual_benchmark.protocol import HEAD, BatchNorm
+from lance_host.continual_benchmark.state import NetworkState
 from lance_host.zoo import ZOO
 
 EVALUATION_BATCH = 64  # the protocol's; with batch statistics the result depends on it
