@@ -2,54 +2,94 @@
 
 From the second task on: all convolutions and linear layers and a new head, batch-norm frozen as the first task
 left it.  The runtime is a process of its own, as on a board; nothing of it is imported.
+
+    finetune   plain backpropagation, nothing protected
+    gpm        plain backpropagation, gradients projected off the memory by the runtime (--protect)
+    lance      activations compressed onto the null space of the memory
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import safetensors.torch
+import numpy as np
 import torch
 
 from lance_edge.bundle import Bundle
-from lance_edge.checkpoints import read_weights
+from lance_edge.checkpoints import META, SCHEMA_VERSION, read_weights
 from lance_edge.errors import Interrupted, LanceError
 from lance_edge.files import atomic_writer
+from lance_edge.manifest import WEIGHTS_MEMBER
+from lance_edge.memory import write_memory
+from lance_edge.sealed import write_sealed
 from lance_host.build import calibrate
+from lance_host.continual import calibrate_next
 from lance_host.continual_benchmark.in_pytorch import learn_first
 from lance_host.continual_benchmark.job import Job, Learnt, bp_activation_bytes
+from lance_host.continual_benchmark.protected import Kept, extend, read_kept, write_kept
 from lance_host.continual_benchmark.protocol import SPLIT
+from lance_host.continual_benchmark.records import PACKAGE, TRAINED
+from lance_host.continual_benchmark.relax import relaxed
+from lance_host.continual_benchmark.state import NetworkState
 from lance_host.merge import merged_state
-from lance_host.request import Feedback, Request
+from lance_host.model_source import ProvidedWeights
+from lance_host.request import After, Feedback, Request
 
-PACKAGE, RUN, WEIGHTS = "pkg.tar", "run", "before.safetensors"
+RUN, PROTECTED_BY = "run", "protected-by.npz"
 
 
 def learn_finetune(job: Job) -> Learnt:
     """Plain backpropagation on every task, with nothing protected: how much is forgotten then."""
     if job.number == 0:
         state, epochs = learn_first(job)
-        return Learnt(state, epochs, bp_activation_bytes(job.network, job.preset.recipe.batch_size))
-    make_package(job, "bp")
+        return Learnt(state, epochs, _bp_bytes(job))
+    make_package(job, job.state_before().single(job.tasks[job.number - 1].name))
     return train_package(job)
 
 
-def make_package(job: Job, method: str) -> None:
-    """`calibrate` on the task's images, unless its package is there."""
-    package = job.folder / PACKAGE
-    if package.exists():
-        return
-    weights = job.folder / WEIGHTS
-    before = job.state_before()
-    last = list(before.heads)[-1]  # of the right shape or not: the head becomes new
-    with atomic_writer(weights) as file:
-        file.write(safetensors.torch.save({n: t.contiguous() for n, t in before.single(last).items()}))
-    request = Request(
+def learn_gpm(job: Job) -> Learnt:
+    """GPM: every gradient loses what lies in the memory."""
+    if job.number == 0:
+        return _learn_first_protected(job)
+    make_package(job, job.state_before().single(job.tasks[job.number - 1].name))
+    return _with_memory(job, train_package(job, "--protect", _memory_for(job)))
+
+
+def learn_lance(job: Job) -> Learnt:
+    """LANCE: gradients come from activations projected on what the memory leaves free."""
+    if job.number == 0:
+        return _learn_first_protected(job)
+    assert job.before is not None
+    memory = _memory_for(job)
+    if not (job.folder / PACKAGE).exists():
+        after = After(checkpoint=job.before / TRAINED, artifact=job.before / PACKAGE, memory=memory)
+        own = replace(_request(job, "lance"), model="", layers="", mode="patch", after=after)
+        calibrate_next(own, after, _silent())
+    return _with_memory(job, train_package(job))
+
+
+def _bp_bytes(job: Job) -> int:
+    return bp_activation_bytes(job.network, job.preset.recipe.batch_size)
+
+
+# --- packages -----------------------------------------------------------------------------------------
+
+
+def make_package(job: Job, weights: dict[str, torch.Tensor]) -> None:
+    """A package that trains everything by plain backpropagation, unless it is there."""
+    if not (job.folder / PACKAGE).exists():
+        provided = ProvidedWeights(weights, f"benchmark, before {job.task.name}")
+        calibrate(replace(_request(job, "bp"), weights=provided), _silent())
+
+
+def _request(job: Job, method: str) -> Request:
+    return Request(
         model=job.network,
         data=job.task.path,
-        output=package,
-        weights=str(weights),
+        output=job.folder / PACKAGE,
         layers="all",
         methods=(method,),
         energy=job.preset.energy,
@@ -58,13 +98,62 @@ def make_package(job: Job, method: str) -> None:
         seed=job.task_seed,
         split=SPLIT,
         threads=job.threads,
+        task=job.task.name,
     )
-    calibrate(request, Feedback(say=_nothing, progress=lambda name, done, total: None))
-    weights.unlink()
 
 
-def _nothing(text: str) -> None:
+def _silent() -> Feedback:
     """What a calibration says is of no interest in a benchmark."""
+    return Feedback(say=lambda text: None, progress=lambda name, done, total: None)
+
+
+def write_trained(job: Job, state: NetworkState) -> None:
+    """A checkpoint of the task's package with the weights that PyTorch gave it."""
+    with Bundle(job.folder / PACKAGE) as bundle:
+        variant = bundle.manifest.variant("bp")
+        single = state.single(job.task.name)
+        meta = {
+            "schema_version": SCHEMA_VERSION,
+            "artifact_sha256": bundle.sha256,
+            "model": bundle.manifest.model,
+            "method": variant.method,
+            "layers": len(variant.layers),
+        }
+        arrays = {name: single[name].numpy() for name in variant.parameters}
+    with atomic_writer(job.folder / TRAINED) as file:
+        write_sealed(file, {META: np.array(json.dumps(meta)), **arrays})
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+
+def _learn_first_protected(job: Job) -> Learnt:
+    """The first task as everybody, then a package of it, from which the memory follows."""
+    state, epochs = learn_first(job)
+    make_package(job, state.single(job.task.name))
+    write_trained(job, state)
+    return _with_memory(job, Learnt(state, epochs, _bp_bytes(job)))
+
+
+def _with_memory(job: Job, learnt: Learnt) -> Learnt:
+    """Extend the memory by the task that was learnt."""
+    before = None if job.before is None else read_kept(job.before)
+    kept = extend(job, before)
+    sizes = write_kept(job.folder, kept, with_moments=job.relax > 0)
+    ranks = {name: sum(layer.ranks) for name, layer in kept.memory.layers.items()}
+    return replace(learnt, ranks=ranks, kept_bytes=sizes)
+
+
+def _memory_for(job: Job) -> Path:
+    """The memory that protects while this task is learnt: that of the tasks before, or what is left of it."""
+    assert job.before is not None
+    path = job.folder / PROTECTED_BY
+    kept: Kept = read_kept(job.before)
+    write_memory(path, relaxed(job, kept) if job.relax else kept.memory)
+    return path
+
+
+# --- the runtime --------------------------------------------------------------------------------------
 
 
 def train_package(job: Job, *more: str | Path) -> Learnt:
@@ -78,26 +167,24 @@ def train_package(job: Job, *more: str | Path) -> Learnt:
     command += ["--artifact", job.folder / PACKAGE, "--data", job.task.path, "--out", run, "--resume-or-start"]
     command += ["--epochs", str(recipe.epochs), "--lr", repr(recipe.lr), "--momentum", "0", "--clip", "0"]
     command += ["--schedule", "plateau", "--patience", str(recipe.patience), "--min-lr", repr(recipe.least_lr)]
-    command += [
-        "--micro-batch",
-        str(recipe.batch_size),
-        "--seed",
-        str(job.task_seed),
-        "--cache",
-        "off",
-        "--quiet",
-    ]
-    command += ["--threads", str(job.threads)] if job.threads else []
+    command += ["--micro-batch", str(recipe.batch_size), "--seed", str(job.task_seed)]
+    command += ["--cache", "off", "--quiet", "--threads", str(job.threads)] if job.threads else ["--quiet"]
     run_device([*map(str, command), *map(str, more)])
+    (run / "best.npz").replace(job.folder / TRAINED)
     with Bundle(job.folder / PACKAGE) as bundle:
-        checkpoint = run / "best.npz"
-        trained = read_weights(checkpoint if checkpoint.exists() else run / "last.npz", bundle)
-        state = {name: torch.from_numpy(array) for name, array in merged_state(bundle, trained.weights).items()}
+        trained = read_weights(job.folder / TRAINED, bundle)
+        whole = merged_state(bundle, trained.weights)
+        stored = {name: torch.from_numpy(whole[name].copy()) for name in _own_names(bundle, job)}
         return Learnt(
-            state=job.state_before().with_task(job.task.name, state),
+            state=job.state_before().with_task(job.task.name, stored),
             epochs=_epochs(run),
             activation_bytes=trained.variant.activation_bytes,
         )
+
+
+def _own_names(bundle: Bundle, job: Job) -> list[str]:
+    """The network's own arrays, without the heads of earlier tasks."""
+    return [name for name in bundle.arrays(WEIGHTS_MEMBER) if not name.startswith("heads/")]
 
 
 def run_device(command: Sequence[str]) -> None:

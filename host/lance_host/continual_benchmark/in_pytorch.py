@@ -63,7 +63,7 @@ def _train(job: Job, network: MultiHead, objective: Objective, *, first_task: bo
 
 def _how(job: Job, *, first_task: bool) -> Training:
     recipe = job.preset.recipe_of(job.method)
-    return Training(recipe, job.batch_norm, job.task_seed, first_task, job.progress)
+    return Training(recipe, job.batch_norm, job.task_seed, first_task, job.preset.dropout, job.progress)
 
 
 def _trained(network: MultiHead, task: str, *, first_task: bool) -> Parameters:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lance_edge.errors import LanceError
-from lance_host.continual_benchmark.in_engine import learn_finetune
+from lance_host.continual_benchmark.in_engine import learn_finetune, learn_gpm, learn_lance
 from lance_host.continual_benchmark.in_pytorch import learn_baseline, learn_jointly
 from lance_host.continual_benchmark.job import Job, Learnt
 
@@ -18,16 +18,20 @@ class Method:
         learn: learns a task.
         where: `engine` (package and device runtime) or `torch`.
         is_joint: learns all tasks at once.
+        relaxes: has a protection that `--relax` loosens.
     """
 
     learn: Callable[[Job], Learnt]
     where: str
     is_joint: bool = False
+    relaxes: bool = False
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "finetune": Method(learn_finetune, "engine"),
+        "gpm": Method(learn_gpm, "engine", relaxes=True),
+        "lance": Method(learn_lance, "engine", relaxes=True),
         "ewc": Method(learn_baseline, "torch"),
         "agem": Method(learn_baseline, "torch"),
         "er": Method(learn_baseline, "torch"),

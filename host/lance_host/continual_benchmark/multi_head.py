@@ -1,7 +1,6 @@
 """A network with a head for each task, as PyTorch trains and evaluates it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ class MultiHead(nn.Module):
 
     def head(self, task: str) -> nn.Linear:
         """The head of a task."""
-        head: Any = self.heads[self.tasks.index(task)]
+        head = self.heads[self.tasks.index(task)]
         assert isinstance(head, nn.Linear)
         return head
 
@@ -89,10 +88,11 @@ def network_of(name: str, state: NetworkState) -> MultiHead:
 
 def new_head(network: str, classes: int, seed: int) -> nn.Linear:
     """A head with PyTorch's default initialisation, the same as `weights.load_weights` makes."""
-    features = int(ZOO[network].build(2).get_submodule(HEAD).weight.shape[1])  # type: ignore[union-attr]
+    old = ZOO[network].build(2).get_submodule(HEAD)
+    assert isinstance(old, nn.Linear)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(features, classes, bias=False)
+        return nn.Linear(old.in_features, classes, bias=False)
 
 
 def body_parameters(network: MultiHead, *, with_norms: bool) -> dict[str, nn.Parameter]:
@@ -102,9 +102,12 @@ def body_parameters(network: MultiHead, *, with_norms: bool) -> dict[str, nn.Par
     return {name: p for name, p in named if with_norms or id(p) not in norms}
 
 
-def set_training(network: MultiHead, batch_norm: BatchNorm, *, first_task: bool) -> None:
-    """Dropout on; batch-norm with the statistics of the batch, or with running ones that are frozen."""
+def set_training(network: MultiHead, batch_norm: BatchNorm, *, first_task: bool, dropout: bool) -> None:
+    """Batch-norm with the statistics of the batch, or with running ones, frozen after the first task."""
     network.train()
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.train(dropout)
     for module in _norms(network):
         module.track_running_stats = True
         module.train(batch_norm == "batch" or first_task)

@@ -63,6 +63,7 @@ class Preset:
         gpm_samples: images that GPM's memory is built from.
         replay: images that ER and A-GEM keep of all earlier tasks together.
         fisher_samples: images that EWC's Fisher information is a mean over.
+        dropout: whether the networks' dropout is on while they train.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Preset:
     gpm_samples: int
     replay: int
     fisher_samples: int
+    dropout: bool
     energy: float = 0.98
     ewc_penalty: float = 5000.0
 
@@ -91,6 +93,7 @@ PAPER = Preset(
     gpm_samples=125,
     replay=2000,
     fisher_samples=1000,
+    dropout=True,
 )
 QUICK = Preset(
     name="quick",
@@ -101,6 +104,7 @@ QUICK = Preset(
     gpm_samples=125,
     replay=200,
     fisher_samples=200,
+    dropout=False,
 )
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in (QUICK, PAPER)})
 

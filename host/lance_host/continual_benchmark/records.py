@@ -15,6 +15,7 @@ from lance_edge.records import RecordError, from_json, to_json
 
 SCHEMA_VERSION = 1
 RECORD, SETTINGS, STATE, CARRY = "record.json", "settings.json", "state.safetensors", "carry.npz"
+PACKAGE, TRAINED = "pkg.tar", "trained.npz"  # of methods that train in the engine
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Settings:
     Attributes:
         lr, gpm_lr: learning rates; GPM's own may differ.
         batch_norm: `running` statistics, frozen after task 1, or those of the `batch`, also at test.
-        dropout: whether the tasks after the first are trained with the protocol's dropout.
+        dropout: whether the networks' dropout is on while they train.
     """
 
     benchmark: str
@@ -35,6 +36,7 @@ class Settings:
     gpm_lr: float
     per_class: tuple[int, ...]
     batch_norm: str
+    dropout: bool
     tasks: tuple[str, ...]
     schema_version: int = SCHEMA_VERSION
 

@@ -15,7 +15,7 @@ from lance_host.continual_benchmark.methods import METHODS
 from lance_host.continual_benchmark.multi_head import evaluate, network_of
 from lance_host.continual_benchmark.protocol import BatchNorm, Preset
 from lance_host.continual_benchmark.records import (
-    CARRY,
+    RECORD,
     STATE,
     Settings,
     TaskRecord,
@@ -97,6 +97,7 @@ def settings_of(request: BenchmarkRequest, network: str, tasks: tuple[Task, ...]
         gpm_lr=preset.gpm_lr,
         per_class=preset.per_class or (),
         batch_norm=request.batch_norm,
+        dropout=preset.dropout,
         tasks=tuple(task.name for task in tasks),
     )
 
@@ -179,8 +180,7 @@ def _tidy(job: Job) -> None:
     for path in job.folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.suffix == ".tar":
-            path.unlink()
     if job.before is not None:
-        for name in (STATE, CARRY):
-            (job.before / name).unlink(missing_ok=True)
+        for path in job.before.iterdir():
+            if path.name != RECORD:
+                path.unlink()

@@ -165,6 +165,7 @@ class Training:
     batch_norm: BatchNorm
     seed: int
     first_task: bool
+    dropout: bool
     say: Progress
 
 
@@ -181,7 +182,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(how.seed)  # of dropout
         for epoch in range(1, recipe.epochs + 1):
-            set_training(network, how.batch_norm, first_task=how.first_task)
+            set_training(network, how.batch_norm, first_task=how.first_task, dropout=how.dropout)
             for rows in next(batches):
                 step(network, material.batch(rows), parameters, objective, plateau.rate)
             if plateau.improves(material.validation_loss(network, how.batch_norm)):
@@ -209,4 +210,4 @@ def step(network: MultiHead, batch: Batch, parameters: Parameters, objective: Ob
     with torch.no_grad():
         for parameter in parameters.values():
             if parameter.grad is not None:
-                parameter -= rate * parameter.grad
+                parameter.sub_(rate * parameter.grad)
