@@ -178,16 +178,6 @@ def drift(change: NDArray[np.floating], layer: LayerMemory) -> float:
     return float(np.linalg.norm(rows @ layer.bases)) / norm if norm else 0.0
 
 
-def outside_of(gradient: Float, layer: LayerMemory) -> Float:
-    """`G - G M M^T`: a weight's gradient without what would touch the memory (GPM, arXiv 2103.09762)."""
-    rows = _rows(gradient, layer)
-    outside: Float = rows - (rows @ layer.bases) @ layer.bases.transpose(0, 2, 1)
-    if _is_by_channel(gradient, layer):
-        outputs, channels, *taps = gradient.shape
-        return np.ascontiguousarray(np.moveaxis(outside.reshape(outputs, *taps, channels), -1, 1))
-    return outside.reshape(gradient.shape)
-
-
 def _rows(change: NDArray[Any], layer: LayerMemory) -> NDArray[Any]:
     """What meets the columns of M: `[groups, O / groups, D]`, in channel mode `[1, O k_h k_w, C]`."""
     if _is_by_channel(change, layer):

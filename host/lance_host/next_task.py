@@ -113,6 +113,8 @@ def open_material(
     """
     if after.statistics is None:
         dataset = open_images(request, feedback)
+        if request.batch_size is None and past.manifest.batch_size <= len(dataset.train):
+            request = replace(request, batch_size=past.manifest.batch_size)
         return Material(dataset.classes, choose_batch(request, dataset, feedback), dataset, None)
     where, found = str(after.statistics), read_statistics(after.statistics)
     check_statistics(found, where, past)
