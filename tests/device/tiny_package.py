@@ -391,6 +391,7 @@ def tiny_manifest(contents: dict[str, bytes], **fields) -> Manifest:
         mode="channel",
         energy=0.7,
         calibration_batches=1,
+        head=("head.weight", "head.bias"),
         members=tuple(describe(name, data) for name, data in contents.items()),
         **fields,
     )
