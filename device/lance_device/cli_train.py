@@ -66,7 +66,7 @@ from lance_device.cli_types import Number, byte_count, class_weights, minutes_or
     "--protect",
     metavar="MEMORY.NPZ|package",
     help="Keep off the subspaces that earlier tasks need: every gradient is projected (GPM). A file of"
-    " lance-host memory, or what the package holds; for --method bp, for the package's own lance keeps off them already.",
+    " lance-host memory, or what the package holds; for --method bp: the package's lance needs none.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of order and flips; moves no image.")
 @click.option("--threads", **AUTO, help="auto: what the board advises, else its cores.")

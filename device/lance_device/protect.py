@@ -118,7 +118,8 @@ def protect_again(
         began = "another memory" if options.protect else "no --protect"
         raise CheckpointError(
             f"{folder.path}: this run was started with {began}; a resumed run keeps its options, so that it"
-            " ends as it would have without the break: leave --protect out, or start a new run with another --out"
+            " ends as it would have without the break: leave --protect out, or start a new run"
+            " with another --out"
         )
     if not options.protect:
         return None
@@ -181,7 +182,8 @@ def _bases(layer: Layer, memory: Memory) -> Float:
 
 def _outside(rows: Float, bases: Float) -> Float:
     """`G - G M M^T` of every group: `[groups, n, D]` and `[groups, D, m] -> [groups, n, D]`."""
-    left: Float = rows - (rows @ bases) @ bases.transpose(0, 2, 1)
+    transposed = bases.transpose(0, 2, 1)
+    left: Float = np.subtract(rows, (rows @ bases) @ transposed, dtype=np.float32)
     if np.linalg.norm(left) < KAHAN * np.linalg.norm(rows):
-        left -= (left @ bases) @ bases.transpose(0, 2, 1)
+        left -= (left @ bases) @ transposed
     return left
