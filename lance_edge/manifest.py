@@ -29,6 +29,8 @@ MODES: tuple[Mode, ...] = ("channel", "patch")
 # The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
 METHOD_NAMES = ("bp", "lance", "asi", "hosvd")
 BATCH_DIM = "N"
+CLASSES_DIM = "classes"  # in `predict`, which serves the heads of all tasks
+INPUTS_ROLE = "inputs"  # the graph from boundary tensors and parameters to every layer's input, `<layer>/A`
 
 # Names with a fixed meaning in the graphs' signatures.
 IMAGES = "images"  # float32 [N, 3, R, R], or arrays [N, ...], input of the prefix
@@ -224,11 +226,12 @@ class Variant:
     """One way to train: a method, the layers that it trains, and the tensors that pass between its graphs.
 
     `graphs` maps a role to the members whose bytes, one after the other, are its graph: `prefix`, `forward`,
-    `backward`, `predict`, `prepare` where something depends on the parameters alone, and `gradient` where
-    gradients are computed from accumulated statistics.  `graph_macs` is the exact multiply-add count of each
-    graph for one batch.  `boundary` are the prefix's outputs.  `saved` are the tensors that backward reads
-    from forward or from the prefix.  `statistics` are summed over the micro-batches of a batch.
-    `batch_projections` are inputs of which a micro-batch is fed its own rows; `projections` are fed whole.
+    `backward`, `predict`, `inputs` (of the trained layers), `prepare` where something depends on the parameters
+    alone, and `gradient` where gradients are computed from accumulated statistics.  `graph_macs` is the exact
+    multiply-add count of each graph for one batch.  `boundary` are the prefix's outputs.  `saved` are the
+    tensors that backward reads from forward or from the prefix.  `statistics` are summed over the
+    micro-batches of a batch.  `batch_projections` are inputs of which a micro-batch is fed its own rows;
+    `projections` are fed whole.
 
     `schedule`: in "one pass" backward follows forward in every micro-batch, so `saved` lives for one of
     them; in "two passes" all forwards come first, and backward reads the complete statistics of forward.

@@ -297,6 +297,7 @@ def write_package(
         calibration_batches=batches,
         parameters=tuple(TensorSpec(name, weights[name].shape, "float32") for name in trained),
         layers=captured.layers,
+        head=captured.head,
         variants=tuple(compiled.variant for compiled in variants),
         members=tuple(describe(name, data) for name, data in contents.items()),
     )

@@ -35,7 +35,8 @@ class Captured:
     over the micro-batch) and `logits`; `seed` is the gradient of the batch's mean loss with respect to the
     logits.  `nodes` are those of the trainable layers, `parameters` the trainable inputs in the order weights
     (module order), head weight, head bias, and the `extras`: biases, affine of norms.  `norms` has
-    for each layer whose trained norm is folded into it the norm's name.  `targets` are the inputs that say what
+    for each layer whose trained norm is folded into it the norm's name.  `head` names the parameters of the
+    classifier that are among the trainable ones.  `targets` are the inputs that say what
     the target of each class is.
     """
 
@@ -45,6 +46,7 @@ class Captured:
     nodes: tuple[ir.Node, ...]
     norms: dict[str, str]
     extras: frozenset[str]
+    head: tuple[str, ...]
     parameters: tuple[ir.Value, ...]
     labels: ir.Value
     targets: tuple[ir.Value, ...]
@@ -117,8 +119,9 @@ def capture_layers(
     graph = model.graph
     nodes = [find_node(graph, name) for name in layers]
     names = [f"{name}.weight" for name in layers]
-    if head is not None:
-        names += [name for name in (f"{head}.weight", f"{head}.bias") if name in graph.initializers]
+    of_head = () if head is None else (f"{head}.weight", f"{head}.bias")
+    of_head = tuple(name for name in of_head if name in graph.initializers)
+    names += of_head
     more = extra_parameters(graph, layers, names, extras)
     names += more
     norms = fold_batch_norm(model, frozenset(names))
@@ -133,6 +136,7 @@ def capture_layers(
         nodes=tuple(nodes),
         norms=norms,
         extras=frozenset(more),
+        head=of_head,
         parameters=parameters,
         labels=labels,
         targets=targets,

@@ -8,16 +8,28 @@ import onnx_ir as ir
 
 from lance_edge.energy import energy_kept
 from lance_edge.errors import ModelError
-from lance_edge.manifest import Layer, LayerPlan, Variant, kept_bytes
+from lance_edge.manifest import (
+    BATCH_DIM,
+    CLASSES_DIM,
+    INPUTS_ROLE,
+    Layer,
+    LayerPlan,
+    Variant,
+    activation_name,
+    kept_bytes,
+)
 from lance_host import accounting
+from lance_host.autodiff.emit import Emit, static_dim
 from lance_host.capture import Captured, clone
 from lance_host.graph_cost import graph_macs
 from lance_host.hosvd import Spectrum
+from lance_host.layer_nodes import geometry, input_of
 from lance_host.methods import METHODS, rank_names
 from lance_host.shapes import infer_specs
 from lance_host.stages import PLANNED_MICRO_BATCH, Stages, cut_stages, extract
 from lance_host.step import Step, differentiate, lower_forward, split_prefix, tidy
 
+UNCOUNTED_ROLES = ("tail", INPUTS_ROLE)  # no device runs them while it trains
 # Kernels that only the training builds of onnxruntime have; no graph of ours may need one.
 STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
 
@@ -58,7 +70,7 @@ def compile_variant(
     """
     fixed = ranks if METHODS[method].fixes_ranks else {}
     step, stages = _cheapest_schedule(captured, method, fixed, batch_size)
-    graphs = stages.graphs | inference_tails(captured)
+    graphs = stages.graphs | inference_tails(captured) | layer_inputs(captured)
     members = {role: serialise(model, f"{method} {role}") for role, model in graphs.items()}
     names = {role: f"graphs/{method}-{len(captured.layers)}/{role}.onnx" for role in members}
     whole = [value for value in step.projections if value not in step.batch_projections]
@@ -76,7 +88,9 @@ def compile_variant(
         batch_projections=tuple(str(value.name) for value in step.batch_projections),
         projections=tuple(str(value.name) for value in whole),
         graph_macs={
-            role: graph_macs(graphs[role], batch_size, _rank_sizes(ranks)) for role in graphs if role != "tail"
+            role: graph_macs(graphs[role], batch_size, _sizes(captured, ranks))
+            for role in graphs
+            if role not in UNCOUNTED_ROLES
         },
         budget_bytes=budget,
     )
@@ -101,9 +115,9 @@ def _kept_bytes(stages: Stages, batch_size: int) -> int:
     return kept_bytes(stages.schedule, stages.saved, stages.statistics, micro_batch, batch_size)
 
 
-def _rank_sizes(ranks: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """What the named dimensions of a codec's arrays are estimated to be."""
-    return {
+def _sizes(captured: Captured, ranks: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """What the named dimensions are: classes, and an estimate of those of a codec's arrays."""
+    return {CLASSES_DIM: static_dim(captured.logits, 1)} | {
         name: rank
         for layer, chosen in ranks.items()
         for name, rank in zip(rank_names(layer, len(chosen)), chosen, strict=True)
@@ -155,7 +169,45 @@ def inference_tails(captured: Captured) -> dict[str, ir.Model]:
             lower_forward(graph, copy.nodes)
             tidy(copy.model)
         tails[role] = extract(copy.model, [*boundary, *copy.parameters], [copy.logits], infer_specs(copy.model))
+    free_classes(tails["predict"].graph, captured.head)
     return tails
+
+
+def free_classes(graph: ir.Graph, head: Sequence[str]) -> None:
+    """Give the number of classes no number, so that the same graph serves heads of other tasks.
+
+    Where more than a matrix product and a bias stands between head and logits, it stays as it is.
+    """
+    (logits,) = graph.outputs
+    parameters = [value for value in graph.inputs if value.name in head]
+    node = logits.producer()
+    product = node if node is not None and node.op_type == "Gemm" else None
+    if product is None or any({use.node for use in value.uses()} != {product} for value in parameters):
+        return
+    if product.inputs[1] not in parameters or product.attributes.get_int("transB", 0) != 1:
+        return
+    for value in parameters:
+        value.shape = ir.Shape([CLASSES_DIM, *list(value.shape or ())[1:]])
+    logits.shape = ir.Shape([BATCH_DIM, CLASSES_DIM])
+
+
+def layer_inputs(captured: Captured) -> dict[str, ir.Model]:
+    """Boundary tensors and trainable parameters to the input of each layer, `<layer>/A`.
+
+    What continual learning calibrates on, on the workstation and on the board.
+    """
+    if not captured.layers:
+        return {}
+    copy = clone(captured)
+    graph = copy.model.graph
+    boundary, emit = split_prefix(graph, copy.images, copy.parameters), Emit(graph, "inputs/")
+    taps = []
+    for layer, node in zip(copy.layers, copy.nodes, strict=True):
+        taps.append(emit("Identity", input_of(emit, node, geometry(node))))
+        taps[-1].name = activation_name(layer.name)
+    graph.outputs[:] = taps
+    lower_forward(graph, copy.nodes)
+    return {INPUTS_ROLE: extract(copy.model, [*boundary, *copy.parameters], taps, infer_specs(copy.model))}
 
 
 def serialise(model: ir.Model, what: str) -> bytes:
