@@ -7,7 +7,7 @@ backward); the device feeds graphs by tensor name as written here and in `docs/a
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -210,7 +210,8 @@ class LayerPlan:
 
     `ranks` and `energy_kept` have one entry per mode of `Layer.modes_in` and are empty for plain
     backpropagation.  `activation_bytes` is the paper's figure: the input, or core and factors.
-    `forward_macs` and `weight_gradient_macs` are the paper's multiply-adds.
+    `forward_macs` and `weight_gradient_macs` are the paper's multiply-adds.  `factor_bytes` are those of
+    `activation_bytes` that projections take, where they are not all but the core `[r0, r1, ...]`.
     """
 
     layer: str
@@ -219,6 +220,14 @@ class LayerPlan:
     activation_bytes: int
     forward_macs: int
     weight_gradient_macs: int
+    factor_bytes: int | None = None
+
+    @property
+    def bytes_of_factors(self) -> int:
+        """Projections or factors U, in bytes."""
+        if self.factor_bytes is not None:
+            return self.factor_bytes
+        return self.activation_bytes - 4 * math.prod(self.ranks) if self.ranks else 0
 
 
 @dataclass(frozen=True)
@@ -282,8 +291,7 @@ class Variant:
     @property
     def factor_bytes(self) -> int:
         """Projections or factors U of all layers, in bytes."""
-        cores = sum(4 * math.prod(plan.ranks) for plan in self.layers if plan.ranks)
-        return sum(plan.activation_bytes for plan in self.layers if plan.ranks) - cores
+        return sum(plan.bytes_of_factors for plan in self.layers)
 
     def saved_bytes(self, micro_batch: int, batch_size: int) -> int:
         """The most that is alive between forward and backward: saved tensors, statistics, cores and factors.
@@ -431,6 +439,20 @@ class Manifest:
 NEW_IN_2: dict[str, Any] = {"task": "", "head": [], "tasks": [], "protected": [], "frozen": []}
 
 
+def _from_schema_1(value: dict[str, Any]) -> dict[str, Any]:
+    """The same package as schema 2 writes it, as far as it is well-formed."""
+
+    def plans(variants: Any) -> Iterator[Any]:
+        for variant in variants if isinstance(variants, list) else ():
+            layers = variant.get("layers") if isinstance(variant, dict) else None
+            yield from layers if isinstance(layers, list) else ()
+
+    for plan in plans(value.get("variants")):
+        if isinstance(plan, dict):
+            plan.setdefault("factor_bytes", None)
+    return {**NEW_IN_2, **value, "schema_version": SCHEMA_VERSION}
+
+
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: sorted nowhere, indented by one, the same for the same manifest."""
     return (json.dumps(to_json(manifest), indent=1, ensure_ascii=False) + "\n").encode()
@@ -448,7 +470,7 @@ def decode(data: bytes, where: str) -> Manifest:
         raise ArtifactError(f"{where}: manifest.json is not JSON ({error}); copy the package again") from None
     version = value.get("schema_version") if isinstance(value, dict) else None
     if version == 1:
-        value, version = {**NEW_IN_2, **value, "schema_version": SCHEMA_VERSION}, SCHEMA_VERSION
+        value, version = _from_schema_1(value), SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise ArtifactError(_schema_message(where, version))
     try:

@@ -66,13 +66,14 @@ class LearnedTask:
     """What one task did to the memory.
 
     `ranks` has, for each layer, the columns of every group after it; `explained` the share of this task's
-    energy that is inside then.
+    energy that is inside then.  `checkpoint_sha256` is the digest of the file that had the weights, or "".
     """
 
     name: str
     threshold: float
     ranks: dict[str, tuple[int, ...]]
     explained: dict[str, float]
+    checkpoint_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,11 @@ def explained_share(layer: LayerMemory, covariance: NDArray[np.floating]) -> flo
 
 
 def extend_memory(
-    memory: Memory, name: str, covariances: Mapping[str, NDArray[np.floating]], threshold: float
+    memory: Memory,
+    name: str,
+    covariances: Mapping[str, NDArray[np.floating]],
+    threshold: float,
+    checkpoint_sha256: str = "",
 ) -> Memory:
     """The memory after a task.
 
@@ -137,6 +142,7 @@ def extend_memory(
         name: of the task.
         covariances: `[groups, D, D]` of every trained layer; one that the memory does not know starts empty.
         threshold: ε_cl.
+        checkpoint_sha256: digest of the checkpoint file of the task.
 
     Raises:
         LanceError: if the task is there already, or shapes and threshold do not fit.
@@ -149,7 +155,7 @@ def extend_memory(
         layers[layer] = extend_layer(before, covariance, threshold)
     shares = {layer: explained_share(layers[layer], c) for layer, c in covariances.items()}
     ranks = {layer: one.ranks for layer, one in layers.items()}
-    learned = LearnedTask(name, threshold, ranks, shares)
+    learned = LearnedTask(name, threshold, ranks, shares, checkpoint_sha256)
     return Memory(memory.mode, memory.model, (*memory.tasks, learned), layers)
 
 
@@ -163,14 +169,25 @@ def pack(bases: list[NDArray[np.float64]]) -> LayerMemory:
 
 
 def drift(change: NDArray[np.floating], layer: LayerMemory) -> float:
-    """`||dW M|| / ||dW||` of a change of a layer's weight; 0 if there is none.  Not for channel mode.
+    """`||dW M|| / ||dW||` of a change of a layer's weight; 0 if there is none.
 
     Args:
         change: `[O, C / groups, k_h, k_w]` or `[O, F]`; its filters are divided evenly over the groups.
     """
-    rows = change.reshape(layer.groups, -1, layer.dimension).astype(np.float64)  # [groups, O / groups, D]
+    rows = _rows(change, layer).astype(np.float64)
     norm = float(np.linalg.norm(rows))
     return float(np.linalg.norm(rows @ layer.bases)) / norm if norm else 0.0
+
+
+def _rows(change: NDArray[Any], layer: LayerMemory) -> NDArray[Any]:
+    """What meets the columns of M: `[groups, O / groups, D]`, in channel mode `[1, O k_h k_w, C]`."""
+    if _is_by_channel(change, layer):
+        return np.moveaxis(change, 1, -1).reshape(1, -1, layer.dimension)
+    return change.reshape(layer.groups, -1, layer.dimension)
+
+
+def _is_by_channel(change: NDArray[np.floating], layer: LayerMemory) -> bool:
+    return layer.dimension != int(np.prod(change.shape[1:]))
 
 
 # --- the file -----------------------------------------------------------------------------------------

@@ -80,7 +80,9 @@ def starting_parameters(bundle: Bundle, variant: Variant) -> dict[str, Float]:
 
 
 def load_projections(bundle: Bundle, variant: Variant) -> dict[str, Float]:
-    """The projections `[n_mode, r_mode]` of a variant; batch modes have a row for each sample.
+    """The projections of a variant, `[n_mode, r_mode]` or of groups `[g, D, r]`.
+
+    Batch modes have a row for each sample.
 
     Raises:
         ArtifactError: if one is missing or has too few columns, or other rows than the batch.
@@ -102,12 +104,12 @@ def load_projections(bundle: Bundle, variant: Variant) -> dict[str, Float]:
 
 def _leading_columns(arrays: ArrayReader, name: str, rank: int, bundle: Bundle) -> Float:
     stored = _float_array(arrays, name, None, bundle)
-    if stored.ndim != 2 or stored.shape[1] < rank:
+    if stored.ndim not in (2, 3) or stored.shape[-1] < rank:
         raise ArtifactError(
             f"{bundle.path}: projection {name} is {list(stored.shape)}, expected {rank} or more columns, as the"
             " ranks of its layer say; rebuild the package"
         )
-    return np.ascontiguousarray(stored[:, :rank])
+    return np.ascontiguousarray(stored[..., :rank])
 
 
 def _float_array(arrays: ArrayReader, name: str, shape: tuple[int, ...] | None, bundle: Bundle) -> Float:

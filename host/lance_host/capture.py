@@ -119,8 +119,8 @@ def capture_layers(
     graph = model.graph
     nodes = [find_node(graph, name) for name in layers]
     names = [f"{name}.weight" for name in layers]
-    of_head = () if head is None else (f"{head}.weight", f"{head}.bias")
-    of_head = tuple(name for name in of_head if name in graph.initializers)
+    possible = () if head is None else (f"{head}.weight", f"{head}.bias")
+    of_head = tuple(name for name in possible if name in graph.initializers)
     names += of_head
     more = extra_parameters(graph, layers, names, extras)
     names += more

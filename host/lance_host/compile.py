@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from lance_edge.energy import energy_kept
 from lance_edge.errors import ModelError
 from lance_edge.manifest import (
     BATCH_DIM,
@@ -14,6 +13,7 @@ from lance_edge.manifest import (
     INPUTS_ROLE,
     Layer,
     LayerPlan,
+    Mode,
     Variant,
     activation_name,
     kept_bytes,
@@ -22,9 +22,10 @@ from lance_host import accounting
 from lance_host.autodiff.emit import Emit, static_dim
 from lance_host.capture import Captured, clone
 from lance_host.graph_cost import graph_macs
-from lance_host.hosvd import Spectrum
+from lance_host.hosvd import ModeSpectrum
 from lance_host.layer_nodes import geometry, input_of
 from lance_host.methods import METHODS, rank_names
+from lance_host.patch_accounting import PatchCost
 from lance_host.shapes import infer_specs
 from lance_host.stages import PLANNED_MICRO_BATCH, Stages, cut_stages, extract
 from lance_host.step import Step, differentiate, lower_forward, split_prefix, tidy
@@ -50,10 +51,11 @@ def compile_variant(
     captured: Captured,
     method: str,
     ranks: Mapping[str, tuple[int, ...]],
-    spectra: Mapping[str, Sequence[Spectrum]],
+    spectra: Mapping[str, Sequence[ModeSpectrum]],
     batch_size: int,
     energy: float | None = None,
     budget: int | None = None,
+    mode: Mode = "channel",
 ) -> Compiled:
     """Differentiate, cut and check the graphs of one method.
 
@@ -64,12 +66,13 @@ def compile_variant(
         spectra: the eigenvalues that the ranks cut, where there are ranks.
         energy: the threshold ε that they keep, of fixed ranks or at every step.
         budget: the memory budget that the ranks were chosen for, in bytes.
+        mode: which modes a convolution's input has.
 
     Raises:
         ModelError: if an operator has no backward rule or a graph is not valid.
     """
     fixed = ranks if METHODS[method].fixes_ranks else {}
-    step, stages = _cheapest_schedule(captured, method, fixed, batch_size)
+    step, stages = _cheapest_schedule(captured, method, fixed, batch_size, mode)
     graphs = stages.graphs | inference_tails(captured) | layer_inputs(captured)
     members = {role: serialise(model, f"{method} {role}") for role, model in graphs.items()}
     names = {role: f"graphs/{method}-{len(captured.layers)}/{role}.onnx" for role in members}
@@ -80,7 +83,7 @@ def compile_variant(
         schedule=stages.schedule,
         graphs={role: (name,) for role, name in names.items()},
         parameters=tuple(value.name for value in step.parameters if value.name is not None),
-        layers=tuple(_plan(layer, method, ranks, spectra, batch_size) for layer in captured.layers),
+        layers=tuple(_plan(layer, method, ranks, spectra, batch_size, mode) for layer in captured.layers),
         boundary=stages.boundary,
         activations=stages.activations,
         saved=stages.saved,
@@ -98,12 +101,12 @@ def compile_variant(
 
 
 def _cheapest_schedule(
-    captured: Captured, method: str, ranks: Mapping[str, Sequence[int]], batch_size: int
+    captured: Captured, method: str, ranks: Mapping[str, Sequence[int]], batch_size: int, mode: Mode
 ) -> tuple[Step, Stages]:
     """The schedule that keeps fewer bytes; one pass where they are equal or no batch mode is compressed."""
     candidates = []
     for schedule in METHODS[method].schedules:
-        step = differentiate(clone(captured), method, ranks, batch_size, schedule)
+        step = differentiate(clone(captured), method, ranks, batch_size, schedule, mode)
         candidates.append((step, cut_stages(step)))
         if not step.batch_projections:
             break
@@ -128,8 +131,9 @@ def _plan(
     layer: Layer,
     method: str,
     ranks: Mapping[str, tuple[int, ...]],
-    spectra: Mapping[str, Sequence[Spectrum]],
+    spectra: Mapping[str, Sequence[ModeSpectrum]],
     batch_size: int,
+    mode: Mode,
 ) -> LayerPlan:
     chosen, forward_macs = ranks.get(layer.name), METHODS[method].forward_macs
     if chosen is None or forward_macs is None:
@@ -141,11 +145,22 @@ def _plan(
             forward_macs=accounting.bp_forward_macs(layer, batch_size),
             weight_gradient_macs=accounting.bp_weight_gradient_macs(layer, batch_size),
         )
-    kept = (energy_kept(s.eigenvalues, r) for s, r in zip(spectra[layer.name], chosen, strict=True))
+    kept = tuple(one.kept(rank) for one, rank in zip(spectra[layer.name], chosen, strict=True))
+    if mode == "patch" and not layer.is_linear:
+        cost = PatchCost(layer, batch_size, chosen)
+        return LayerPlan(
+            layer=layer.name,
+            ranks=chosen,
+            energy_kept=kept,
+            activation_bytes=cost.activation_bytes,
+            forward_macs=cost.forward_macs,
+            weight_gradient_macs=cost.weight_gradient_macs,
+            factor_bytes=cost.factor_bytes,
+        )
     return LayerPlan(
         layer=layer.name,
         ranks=chosen,
-        energy_kept=tuple(kept),
+        energy_kept=kept,
         activation_bytes=accounting.factored_activation_bytes(layer, batch_size, chosen),
         forward_macs=forward_macs(layer, batch_size, chosen),
         weight_gradient_macs=accounting.lance_weight_gradient_macs(layer, batch_size, chosen),

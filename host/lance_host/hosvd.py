@@ -9,12 +9,32 @@ Source: LANCE, arXiv 2509.21617, one-shot calibration.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lance_edge.energy import energy_kept, rank_for_energy
+
 # Float64 values of an unfolding that exist at a time (8 MiB); a batch is unfolded piece by piece.
 SLAB_VALUES = 1 << 20
+
+
+class ModeSpectrum(Protocol):
+    """What ranks and projections of a mode are made from."""
+
+    @property
+    def eigenvalues(self) -> NDArray[np.float64]:
+        """Descending; of several groups a row each."""
+
+    def rank(self, energy: float) -> int:
+        """The smallest rank that keeps the share `energy` (ε)."""
+
+    def kept(self, rank: int) -> float:
+        """The share of the energy that a rank keeps."""
+
+    def projection(self, rank: int) -> NDArray[np.float32]:
+        """`U [n, rank]`, orthonormal columns."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,14 @@ class Spectrum:
         if not 0 <= rank <= size:
             raise ValueError(f"projection: expected a rank from 0 to {size}, found {rank}; cut it to the mode")
         return np.ascontiguousarray(self.eigenvectors[:, :rank], dtype=np.float32)
+
+    def rank(self, energy: float) -> int:
+        """The smallest rank that keeps the share `energy` (ε)."""
+        return rank_for_energy(self.eigenvalues, energy)
+
+    def kept(self, rank: int) -> float:
+        """The share of the energy that a rank keeps."""
+        return energy_kept(self.eigenvalues, rank)
 
 
 class ModeCovariances:
@@ -90,7 +118,7 @@ class ModeCovariances:
         Raises:
             ValueError: before the first batch.
         """
-        return tuple(_decompose(self.mean(mode)) for mode in range(len(self.shape)))
+        return tuple(decompose(self.mean(mode)) for mode in range(len(self.shape)))
 
 
 def _unfoldings(activation: NDArray[np.float32], mode: int) -> Iterator[NDArray[np.float64]]:
@@ -109,8 +137,8 @@ def _unfoldings(activation: NDArray[np.float32], mode: int) -> Iterator[NDArray[
         yield slab.reshape(len(slab), -1)
 
 
-def _decompose(covariance: NDArray[np.float64]) -> Spectrum:
-    """Eigenvalues descending, rounding below zero clipped, signs made unique.
+def decompose(covariance: NDArray[np.float64]) -> Spectrum:
+    """The spectrum of a covariance: eigenvalues descending, rounding below zero clipped, signs made unique.
 
     An eigenvector is only defined up to its sign: the entry of largest magnitude is made positive.
     """

@@ -11,7 +11,7 @@ from lance_host.extras import NOTHING_MORE, Extras, norm_modules
 from lance_host.heads import FIND, check_classes, choose_head, find_classifier, one_line, replace_head
 from lance_host.inputs import InputRequest, settle_input
 from lance_host.layers import select_layers
-from lance_host.model_source import ModelSource
+from lance_host.model_source import ModelSource, ProvidedWeights
 from lance_host.published import Progress
 from lance_host.selection import single_selections
 from lance_host.sources import open_source
@@ -27,7 +27,7 @@ class NetworkRequest:
     """Which network, with which weights, and what of it trains."""
 
     model: str
-    weights: str | None = None
+    weights: str | ProvidedWeights | None = None
     layers: str = "4"
     head: str = FIND
     train_bias: bool = False

@@ -23,6 +23,7 @@ from lance_edge.manifest import (
     TARGET_OFF,
     TARGET_ON,
     Layer,
+    LayerPlan,
     Variant,
     core_name,
     gradient_name,
@@ -31,7 +32,14 @@ from lance_edge.manifest import (
 from lance_edge.targets import Targets
 from lance_host.compile import Compiled
 from lance_host.runtime import open_session
-from lance_host.taps import as_described, module_taps, weight_gradient
+from lance_host.taps import (
+    as_described,
+    module_taps,
+    patch_output,
+    patch_weight_gradient,
+    rebuilt_patches,
+    weight_gradient,
+)
 
 Arrays = dict[str, NDArray[np.generic]]
 Samples = tuple[NDArray[np.float32], NDArray[np.int64]]  # images [n, 3, R, R] and labels [n]
@@ -66,11 +74,11 @@ def verify(
         if plan.ranks:
             bases = _bases(projections, layer)
             x, dy = tensors[layer.name]
-            rebuilt = rebuild(x, bases)
-            expected[gradient_name(layer.weight)] = weight_gradient(layer, rebuilt, dy).numpy()
+            output, gradient = literal(network, layer, x, dy, bases, is_patch_plan(layer, plan))
+            expected[gradient_name(layer.weight)] = gradient.numpy()
             if layer.name in norms:
                 norm = norms[layer.name]
-                scale = scale_gradient(network, layer, norm, rebuilt, tensors[norm][1])
+                scale = scale_gradient(network, norm, output, tensors[norm][1])
                 expected[gradient_name(f"{norm}.weight")] = scale.numpy()
     found = run_graphs(compiled, {**weights, **projections}, images, labels)
     errors = {name: _relative_error(found[name], value) for name, value in expected.items()}
@@ -81,6 +89,32 @@ def verify(
             f" expected at most {TOLERANCE:.0e}; the package was not written: please report this network"
         )
     return errors[worst]
+
+
+def is_patch_plan(layer: Layer, plan: LayerPlan) -> bool:
+    """Whether the ranks are those of patch mode."""
+    return not layer.is_linear and len(plan.ranks) == len(layer.modes_in("patch"))
+
+
+def literal(
+    network: torch.nn.Module,
+    layer: Layer,
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    bases: Mapping[int, NDArray[np.float32]],
+    is_patch: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and weight gradient of a layer whose input is projected on the bases and rebuilt."""
+    module: Any = network.get_submodule(layer.name)
+    with torch.no_grad():
+        if not is_patch:
+            rebuilt = rebuild(x, bases)
+            return module(rebuilt), weight_gradient(layer, rebuilt, dy)
+        patches = rebuilt_patches(layer, x, bases)
+        output = patch_output(layer, module.weight, patches)
+        if module.bias is not None:
+            output = output + module.bias[:, None, None]
+        return output, patch_weight_gradient(layer, patches, dy)
 
 
 def stand_in_factors(variant: Variant, layers: Sequence[Layer], samples: int) -> dict[str, NDArray[np.float32]]:
@@ -141,17 +175,15 @@ def rebuild(activation: torch.Tensor, bases: Mapping[int, NDArray[np.floating[An
     return activation
 
 
-def scale_gradient(
-    network: torch.nn.Module, layer: Layer, norm: str, rebuilt: torch.Tensor, dy: torch.Tensor
-) -> torch.Tensor:
-    """The gradient of a frozen norm's scale `[O]` behind a convolution of the rebuilt input.
+def scale_gradient(network: torch.nn.Module, norm: str, y: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """The gradient of a frozen norm's scale `[O]` behind a convolution.
 
     Args:
+        y: the output of the convolution, of the rebuilt input.
         dy: the gradient of the norm's output.
     """
     module: Any = network.get_submodule(norm)
     with torch.no_grad():
-        y = network.get_submodule(layer.name)(rebuilt)
         centred = (y - module.running_mean[:, None, None]) * dy
         gradient: torch.Tensor = centred.sum((0, 2, 3)) / (module.running_var + module.eps).sqrt()
     return gradient
