@@ -62,6 +62,12 @@ from lance_device.cli_types import Number, byte_count, class_weights, minutes_or
     callback=class_weights,
     help="How much a sample of each class counts in the loss; balanced: each class as much as any other.",
 )
+@click.option(
+    "--protect",
+    metavar="MEMORY.NPZ|package",
+    help="Keep off the subspaces that earlier tasks need: every gradient is projected (GPM). A file of"
+    " lance-host memory, or what the package holds; for --method bp: the package's lance needs none.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of order and flips; moves no image.")
 @click.option("--threads", **AUTO, help="auto: what the board advises, else its cores.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: what the board advises, 8.")
@@ -131,6 +137,7 @@ def train(
     duty_cycle: float,
     nice: int | None,
     strict: bool,
+    protect: str | None,
     public_key: Path | None,
     quiet: bool,
     **values: Any,
@@ -172,6 +179,7 @@ def train(
         memory_limit=memory_limit,
         strict=strict,
         pace=PaceOptions(max_temp, duty_cycle, nice),
+        protect=protect,
     )
     result = run_training(request, Silent() if quiet else Live(sys.stderr))
     if not quiet:

@@ -41,6 +41,7 @@ class TrainOptions:
         cache_size: bytes of features on disk at most.
         cache_dir: folder of features that runs share; `None` keeps them in the run's own.
         on_nan: what to do about a step whose loss or gradients are no numbers (`numerics.py`).
+        protect: digest of the memory whose subspaces gradients are projected off; empty without one.
         patience, min_lr: of schedule `plateau`: evaluations without a lower loss before the learning rate is
             halved, and the learning rate below which the run ends.
     """
@@ -68,6 +69,7 @@ class TrainOptions:
     on_nan: str = "stop"
     patience: int = 6
     min_lr: float = 1e-5
+    protect: str = ""
 
 
 def check_options(options: TrainOptions) -> None:

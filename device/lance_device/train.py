@@ -166,6 +166,8 @@ class Training:
             outcome = self._step.run(batch, run.options.micro_batch, self._meter, stop.check)
             with self._meter.phase("update"), self._keeper.changing():
                 rate = self._learning_rate(number)
+                if run.protection is not None:
+                    run.protection.project(outcome.gradients)
                 self._sgd.update(run.parameters, run.velocity, outcome.gradients, rate)
             run.progress.skipped_in_a_row = 0
         except NumericalError as error:

@@ -1,0 +1,219 @@
+"""`next-task`: what was learned becomes protected, and the package of the next task is made, on this board.
+
+There is no compiler here.  The package's graphs take any rank and any number of classes (`takes_any_rank`), so
+the next package has the same graphs, and beside them, made here by the workstation's own code:
+
+1. the memory, extended by the finished task's second moments;
+2. projections of the next task's images outside of that memory, of the modes that the graphs compress;
+3. the network's weights as the finished task left them, a new head, and all earlier heads.
+
+A layer whose null space is used up keeps its place with a projection of zeros, so its gradient is zero.  The
+package is tried out on two images before it takes its name: shapes are taken from what the graphs give, and a
+gradient that touches the memory is refused.
+
+Memory: one pass (`moments_pass.py`), then for one layer at a time six float64 matrices D x D (up to 2,048 rows;
+beyond, the moment and three times the columns that are wanted), and the package's members.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_device.checkpoint import Checkpoint, read_checkpoint
+from lance_device.collect import open_images
+from lance_device.moments_pass import MomentsPass, PassOptions
+from lance_device.next_package import NextPackage, write_next_package
+from lance_device.protect import expect_no_extras
+from lance_edge.bundle import Bundle
+from lance_edge.datasets import Dataset
+from lance_edge.errors import ArtifactError, DataError
+from lance_edge.layer_ranks import any_ranks, layer_spectra_of, plan_layer
+from lance_edge.manifest import LayerPlan, Variant, is_task_name, projection_name
+from lance_edge.memory import (
+    LayerMemory,
+    LearnedTask,
+    Memory,
+    empty_layer,
+    empty_memory,
+    explained_share,
+    extend_layer,
+    packed_memory,
+)
+from lance_edge.moments import protected_mode, protected_shape
+
+Float = NDArray[np.float32]
+FIRST_THRESHOLD, THRESHOLD_STEP, LAST_THRESHOLD = 0.97, 0.003, 0.999  # the published protocol
+USUAL_ENERGY = 0.98
+
+
+@dataclass(frozen=True)
+class NextTaskRequest:
+    """What somebody asks for.
+
+    Attributes:
+        artifact, checkpoint: of the finished task.
+        data, next_data: the images of the finished task, and of the next one.
+        task: the next one's name.
+        finished: the finished one's, where its package has no name for it.
+        threshold: ε_cl of the memory; by default 0.97, and 0.003 more for every task before.
+        energy: ε of the next task's projections.
+    """
+
+    artifact: Path
+    checkpoint: Path
+    data: Path
+    next_data: Path
+    output: Path
+    task: str
+    options: PassOptions
+    finished: str = "task-1"
+    threshold: float | None = None
+    energy: float = USUAL_ENERGY
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class NextTask:
+    """What was made: the memory, the ranks of the next task's projections by layer, and layers with none left."""
+
+    memory: Memory
+    plans: tuple[LayerPlan, ...]
+    used_up: tuple[str, ...]
+
+
+def next_task(request: NextTaskRequest, note: Callable[[str], None]) -> NextTask:
+    """Extend the memory and write the next package.
+
+    Raises:
+        LanceError: with nothing written, for anything that package, checkpoint or images do not allow.
+    """
+    with Bundle(request.artifact) as bundle:
+        checkpoint = read_checkpoint(request.checkpoint, bundle)
+        variant = next_variant(bundle, checkpoint)
+        name = _settle_names(request, bundle)
+        finished = _finished_images(request, bundle, note)
+        following = open_images(request.next_data, bundle, request.strict, note)
+        measure = MomentsPass(bundle, variant, checkpoint.parameters, request.options)
+
+        memory = extend(packed_memory(bundle), bundle, measure, finished, name, request.threshold)
+        made = project(memory, bundle, variant, measure, following, request.energy)
+        used_up = tuple(layer for layer, rank in made.left.items() if not rank)
+        for layer in used_up:
+            note(f"warning: {layer}: nothing of its inputs is left to learn with; it stays as it is")
+        write_next_package(request.output, bundle, checkpoint, memory, following, made, request.task, name)
+        return NextTask(memory, made.plans, used_up)
+
+
+def next_variant(bundle: Bundle, checkpoint: Checkpoint) -> Variant:
+    """The variant that the next task trains by: lance with the finished run's layers.
+
+    Raises:
+        ArtifactError: if the package's graphs are for one calibration only, or more than layers and head trains.
+    """
+    variant = bundle.manifest.variant("lance", checkpoint.meta.layers)
+    if not variant.takes_any_rank or not bundle.manifest.head:
+        raise ArtifactError(
+            f"{bundle.path}: its graphs serve the ranks of one calibration only; make the first package with"
+            " lance-host calibrate --mode patch --any-rank, or the next one on the workstation"
+        )
+    expect_no_extras(bundle.manifest, variant)
+    return variant
+
+
+def _settle_names(request: NextTaskRequest, bundle: Bundle) -> str:
+    """The finished task's name, after both were checked."""
+    manifest = bundle.manifest
+    finished = manifest.task or request.finished
+    earlier = [*(task.name for task in manifest.tasks), finished]
+    if not is_task_name(request.task) or request.task in earlier:
+        raise DataError(
+            f"task {request.task!r}: expected a name of letters, digits, dots and dashes, at most 64, other than"
+            f" {', '.join(earlier)}; give one with --task"
+        )
+    return finished
+
+
+def _finished_images(request: NextTaskRequest, bundle: Bundle, note: Callable[[str], None]) -> Dataset:
+    dataset = open_images(request.data, bundle, request.strict, note)
+    if set(dataset.classes) != set(bundle.manifest.classes):
+        raise DataError(
+            f"{request.data}: classes {', '.join(dataset.classes)}, and the finished task has"
+            f" {', '.join(bundle.manifest.classes)}; give its images with --data, the next task's with --next-data"
+        )
+    return dataset
+
+
+# --- the memory -------------------------------------------------------------------------------------------
+
+
+def extend(
+    before: Memory | None,
+    bundle: Bundle,
+    measure: MomentsPass,
+    dataset: Dataset,
+    name: str,
+    threshold: float | None,
+) -> Memory:
+    """The memory with a finished task, as `memory.extend_memory` makes it, a layer at a time."""
+    manifest = bundle.manifest
+    memory = before or empty_memory(manifest.mode, manifest.model)
+    share = usual_threshold(len(memory.tasks)) if threshold is None else threshold
+    layers, shares = dict(memory.layers), dict[str, float]()
+    for layer, moments in measure.run(dataset.train, manifest.seed, protected_only=True):
+        moment = moments.pop(protected_mode(layer))
+        old = layers.get(layer.name) or empty_layer(*protected_shape(layer, manifest.mode))
+        layers[layer.name] = extend_layer(old, moment, share)
+        shares[layer.name] = explained_share(layers[layer.name], moment)
+    ranks = {layer: one.ranks for layer, one in layers.items()}
+    learned = LearnedTask(name, share, ranks, shares)
+    return Memory(memory.mode, memory.model, (*memory.tasks, learned), layers)
+
+
+def usual_threshold(tasks_before: int) -> float:
+    """ε_cl of the published protocol: 0.97 + 0.003 t, at most 0.999."""
+    return min(FIRST_THRESHOLD + THRESHOLD_STEP * tasks_before, LAST_THRESHOLD)
+
+
+# --- projections ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Projected:
+    """The next task's projections.
+
+    Attributes:
+        arrays: `<layer>/U<mode>` of the modes that the graphs compress.
+        eigenvalues: `<layer>/eigenvalues<mode>`.
+        left: by layer, the rank that the energy asks for in the protected mode: 0 where nothing is left.
+    """
+
+    plans: tuple[LayerPlan, ...]
+    arrays: Mapping[str, Float]
+    eigenvalues: Mapping[str, NDArray[np.float64]]
+    left: Mapping[str, int]
+    energy: float
+    batches: int
+
+
+def project(
+    memory: Memory, bundle: Bundle, variant: Variant, measure: MomentsPass, dataset: Dataset, energy: float
+) -> Projected:
+    """Subspaces of the next task's inputs outside of the memory, for the modes that the graphs compress."""
+    manifest = bundle.manifest
+    compressed = {*variant.projections, *variant.batch_projections}
+    plans, left = list[LayerPlan](), dict[str, int]()
+    arrays, eigenvalues = dict[str, Float](), dict[str, NDArray[np.float64]]()
+    for layer, moments in measure.run(dataset.train, manifest.seed, memory.layers):
+        known: LayerMemory = memory.layers[layer.name]
+        spectra = layer_spectra_of(layer, manifest.mode, manifest.batch_size, moments, known, energy)
+        moments.clear()
+        modes = [mode for mode in range(len(spectra)) if projection_name(layer.name, mode) in compressed]
+        ranks = any_ranks(layer, manifest.mode, manifest.batch_size, spectra, energy, modes)
+        plans.append(plan_layer(layer, manifest.mode, manifest.batch_size, spectra, ranks))
+        left[layer.name] = spectra[protected_mode(layer)].rank(energy)
+        arrays |= {projection_name(layer.name, mode): spectra[mode].projection(ranks[mode]) for mode in modes}
+        eigenvalues |= {f"{layer.name}/eigenvalues{mode}": one.eigenvalues for mode, one in enumerate(spectra)}
+    return Projected(tuple(plans), arrays, eigenvalues, left, energy, measure.batches(dataset.train))
