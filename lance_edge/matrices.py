@@ -1,10 +1,11 @@
 """Reading sealed `.npz` files of matrices (`memory.npz`, `stats.npz`) without trusting them."""
 
+import io
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,18 +83,36 @@ def open_matrices(path: Path, what: str, schema: int) -> Iterator[MatrixFile]:
         ArtifactError: for whatever a missing or damaged file makes zipfile, numpy and json raise.
     """
     try:
-        with path.open("rb") as file:
-            npz = np.load(file, allow_pickle=False)
-            if not hasattr(npz, "zip") or META not in npz.files:
-                raise ValueError(f"expected an npz with {META}")
-            check_seal(npz.zip, path.stat().st_size)
-            if npz.zip.getinfo(f"{META}.npy").file_size > MAX_META_BYTES:
-                raise ValueError(f"its {META} is larger than {MAX_META_BYTES} bytes")
-            yield MatrixFile(path, npz, what, schema)
-    except LanceError:
-        raise
+        file = path.open("rb")
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise ArtifactError(f"{path}: cannot open the {what} ({error.strerror}); check the path") from None
+    with file, _opened(file, path, what, schema) as matrices:
+        yield matrices
+
+
+@contextmanager
+def open_member(data: bytes, where: Path, what: str, schema: int) -> Iterator[MatrixFile]:
+    """The same of a file that is a member of a package.
+
+    Args:
+        where: how messages call it.
+    """
+    with _opened(io.BytesIO(data), where, what, schema) as matrices:
+        yield matrices
+
+
+@contextmanager
+def _opened(file: BinaryIO, path: Path, what: str, schema: int) -> Iterator[MatrixFile]:
+    try:
+        npz = np.load(file, allow_pickle=False)
+        if not hasattr(npz, "zip") or META not in npz.files:
+            raise ValueError(f"expected an npz with {META}")
+        check_seal(npz.zip, file.seek(0, io.SEEK_END))
+        if npz.zip.getinfo(f"{META}.npy").file_size > MAX_META_BYTES:
+            raise ValueError(f"its {META} is larger than {MAX_META_BYTES} bytes")
+        yield MatrixFile(path, npz, what, schema)
+    except LanceError:
+        raise
     except Exception as error:  # zipfile, zlib, json and numpy raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ArtifactError(

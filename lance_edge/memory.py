@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_edge import subspace
+from lance_edge.bundle import Bundle
 from lance_edge.errors import ArtifactError, LanceError
 from lance_edge.files import atomic_writer
-from lance_edge.manifest import Mode
-from lance_edge.matrices import MatrixFile, open_matrices
+from lance_edge.manifest import MEMORY_MEMBER, Mode
+from lance_edge.matrices import MatrixFile, open_matrices, open_member
 from lance_edge.records import from_json, to_json
 from lance_edge.sealed import write_sealed
 
@@ -203,13 +204,13 @@ def write_memory(path: Path, memory: Memory) -> None:
 
 
 def memory_bytes(memory: Memory) -> bytes:
-    """The content of `memory.npz`."""
+    """The content of `memory.npz`, of the file and of the member of a package alike."""
     arrays: dict[str, NDArray[Any]] = {META: _encode(memory)}
     for name, layer in memory.layers.items():
         arrays |= {f"{name}/M": layer.bases, f"{name}/ranks": np.array(layer.ranks, np.int64)}
-    buffer = io.BytesIO()
-    write_sealed(buffer, arrays)
-    return buffer.getvalue()
+    file = io.BytesIO()
+    write_sealed(file, arrays)
+    return file.getvalue()
 
 
 def _encode(memory: Memory) -> NDArray[Any]:
@@ -233,10 +234,27 @@ def read_memory(path: Path) -> Memory:
         ArtifactError: if it is missing, damaged, newer, or no memory.
     """
     with open_matrices(path, WHAT, SCHEMA_VERSION) as file:
-        meta = from_json(_Meta, file.meta())
-        names = meta.tasks[-1].ranks if meta.tasks else {}
-        layers = {name: _read_layer(file, name, ranks) for name, ranks in names.items()}
-        file.expect_no_more([f"{name}/{array}" for name in names for array in ("M", "ranks")])
+        return _read(file)
+
+
+def packed_memory(bundle: Bundle) -> Memory | None:
+    """The memory that a package holds, checked in the same way; `None` before the first task is finished.
+
+    Raises:
+        ArtifactError: if it is damaged, newer, or no memory.
+    """
+    if MEMORY_MEMBER not in {member.name for member in bundle.manifest.members}:
+        return None
+    data = bundle.read(MEMORY_MEMBER)
+    with open_member(data, bundle.path / MEMORY_MEMBER, WHAT, SCHEMA_VERSION) as file:
+        return _read(file)
+
+
+def _read(file: MatrixFile) -> Memory:
+    meta = from_json(_Meta, file.meta())
+    names = meta.tasks[-1].ranks if meta.tasks else {}
+    layers = {name: _read_layer(file, name, ranks) for name, ranks in names.items()}
+    file.expect_no_more([f"{name}/{array}" for name in names for array in ("M", "ranks")])
     return Memory(meta.mode, meta.model, meta.tasks, layers)
 
 

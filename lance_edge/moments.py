@@ -64,11 +64,19 @@ def mode_sizes(layer: Layer, mode: Mode, batch_size: int) -> tuple[int, ...]:
 class LayerMoments:
     """The running second moments of one layer's input."""
 
-    def __init__(self, layer: Layer, mode: Mode, batch_size: int, memory: LayerMemory | None = None) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        mode: Mode,
+        batch_size: int,
+        memory: LayerMemory | None = None,
+        protected_only: bool = False,
+    ) -> None:
         """Start at zero.
 
         Args:
             memory: what the modes beside the protected one are without; by default nothing.
+            protected_only: leave the other modes out: a memory is made of the protected one alone.
 
         Raises:
             LanceError: for a grouped convolution in channel mode.
@@ -81,7 +89,8 @@ class LayerMoments:
         self.batches = 0
         self._sums: Moments = {self._protected: np.zeros((groups, dimension, dimension))}
         for index, size in enumerate(self._sizes):
-            if index != self._protected and (index == 0 or size <= MOST_POSITIONS):
+            is_wanted = index != self._protected and not protected_only
+            if is_wanted and (index == 0 or size <= MOST_POSITIONS):
                 self._sums[index] = np.zeros((size, size))
 
     def add(self, activation: Float) -> None:
@@ -102,7 +111,7 @@ class LayerMoments:
         view = self._places(self._layer, activation)  # [B, g, C/g, k_h, k_w, H', W']
         for chunk in _chunks(view, axis=0):
             self._add_samples(chunk)
-        for chunk in _chunks(view, axis=5):
+        for chunk in _chunks(view, axis=5) if 0 in self._sums else ():
             self._add_batch_mode(chunk)
         self.batches += 1
 
@@ -122,11 +131,13 @@ class LayerMoments:
         rows, columns = chunk.shape[-2:]
         values = _columns(chunk)  # [g, D, n S]
         self._sums[self._protected] += values @ values.transpose(0, 2, 1)
+        space = {mode: axes for mode, axes in self._space(rows, columns).items() if mode in self._sums}
+        if not space:
+            return
         left = self._outside(values).reshape(-1, rows, columns)  # [g D n, H', W']
-        for mode, axes in self._space(rows, columns).items():
-            if mode in self._sums:
-                unfolded = left.reshape(-1, *axes)
-                self._sums[mode] += np.einsum("aib,ajb->ij", unfolded, unfolded, optimize=True)
+        for mode, axes in space.items():
+            unfolded = left.reshape(-1, *axes)
+            self._sums[mode] += np.einsum("aib,ajb->ij", unfolded, unfolded, optimize=True)
 
     def _space(self, rows: int, columns: int) -> dict[int, tuple[int, int]]:
         """The modes of space, and the last two axes of `[., n_mode, .]` that bring each into the middle."""

@@ -28,9 +28,19 @@ from lance_device.cli_types import Number, byte_count, class_weights, minutes_or
 @click.option("--clip", type=Number(min=0), default=2.0, help="Largest norm of all gradients; 0 is off.")
 @click.option(
     "--schedule",
-    type=click.Choice(["cosine", "constant"]),
+    type=click.Choice(["cosine", "constant", "plateau"]),
     default="cosine",
-    help="Learning rate over the steps; cosine ends at 1 % of --lr.",
+    help="Learning rate over the steps; cosine ends at 1 % of --lr; plateau halves it when the validation loss"
+    " falls no more.",
+)
+@click.option(
+    "--patience", type=click.IntRange(min=1), default=6, help="Of plateau: epochs without a lower loss."
+)
+@click.option(
+    "--min-lr",
+    type=Number(min=0, min_open=True),
+    default=1e-5,
+    help="Of plateau: the run ends where --lr would fall below it.",
 )
 @click.option(
     "--augment",
@@ -51,6 +61,12 @@ from lance_device.cli_types import Number, byte_count, class_weights, minutes_or
     metavar="none|balanced|W1,W2,...",
     callback=class_weights,
     help="How much a sample of each class counts in the loss; balanced: each class as much as any other.",
+)
+@click.option(
+    "--protect",
+    metavar="MEMORY.NPZ|package",
+    help="Keep off the subspaces that earlier tasks need: every gradient is projected (GPM). A file of"
+    " lance-host memory, or what the package holds; for --method bp: the package's lance needs none.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of order and flips; moves no image.")
 @click.option("--threads", **AUTO, help="auto: what the board advises, else its cores.")
@@ -121,6 +137,7 @@ def train(
     duty_cycle: float,
     nice: int | None,
     strict: bool,
+    protect: str | None,
     public_key: Path | None,
     quiet: bool,
     **values: Any,
@@ -137,6 +154,9 @@ def train(
     bit. A batch is always full: images left over at the end of an epoch join the next. A cache of features
     lies in features.cache, or in --cache-dir, where later runs on the same images find it.
     """
+    given = {name for name in values if _is_given(context, name)}
+    if not (resume or resume_or_start):  # a resumed run keeps its options
+        _check_schedule(values, given)
     require_runtime_within_memory()
     from lance_device.live import Live, Silent
     from lance_device.pace import PaceOptions
@@ -146,7 +166,6 @@ def train(
 
     check_signature(artifact, public_key)
     minutes, steps = checkpoint_every
-    given = {name for name in values if _is_given(context, name)}
     request = TrainRequest(
         artifact=artifact,
         data=data,
@@ -160,10 +179,27 @@ def train(
         memory_limit=memory_limit,
         strict=strict,
         pace=PaceOptions(max_temp, duty_cycle, nice),
+        protect=protect,
     )
     result = run_training(request, Silent() if quiet else Live(sys.stderr))
     if not quiet:
         click.echo(result_table(result))
+
+
+def _check_schedule(values: dict[str, Any], given: set[str]) -> None:
+    """What --schedule plateau needs, and what only it takes."""
+    if values["schedule"] != "plateau":
+        foreign = sorted(given & {"patience", "min_lr"})
+        if foreign:
+            raise click.UsageError(
+                f"--{foreign[0].replace('_', '-')} is of --schedule plateau; give both or none"
+            )
+    elif values["eval_every"] != 1:
+        raise click.UsageError("--schedule plateau looks at the loss after every epoch; leave out --eval-every")
+    elif values["min_lr"] > values["lr"]:
+        raise click.UsageError(
+            f"--schedule plateau: --min-lr {values['min_lr']:g} is above --lr {values['lr']:g}; lower it"
+        )
 
 
 def _is_given(context: click.Context, name: str) -> bool:

@@ -20,6 +20,7 @@ from lance_edge.manifest import (
     WEIGHTS_MEMBER,
     TensorSpec,
     Variant,
+    activation_name,
     gradient_name,
 )
 
@@ -51,6 +52,10 @@ def tensor_specs(bundle: Bundle, variant: Variant) -> dict[str, TensorSpec]:
         TensorSpec(LABELS, (BATCH_DIM,), "int64"),
         TensorSpec(LOSS, (), "float32"),
         TensorSpec(LOGITS, (BATCH_DIM, len(manifest.classes)), "float32"),
+        *(
+            TensorSpec(activation_name(layer.name), (BATCH_DIM, *layer.input_shape), "float32")
+            for layer in manifest.layers
+        ),
         *(TensorSpec(gradient_name(spec.name), spec.shape, "float32") for spec in manifest.parameters),
     )
     declared = (*variant.boundary, *variant.saved, *_statistics(variant), *variant.activations)

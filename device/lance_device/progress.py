@@ -9,6 +9,7 @@ from lance_device.live import StepView
 from lance_device.measure import PhaseCost
 from lance_device.run_log import RunLog
 from lance_device.run_setup import Run
+from lance_device.schedule import PLATEAU
 from lance_device.step_graphs import StepOutcome
 from lance_edge.profiles import HistoryRow
 
@@ -31,7 +32,7 @@ def history_row(
         best=False,
         time_s=log.seconds(),
     )
-    return dataclasses.replace(row, best=is_better(row, progress.best))
+    return dataclasses.replace(row, best=is_better(row, progress.best, run.options.schedule == PLATEAU))
 
 
 def step_view(run: Run, log: RunLog, outcome: StepOutcome, cost: PhaseCost) -> StepView:

@@ -26,7 +26,7 @@ from lance_device.run_data import Absentees, open_images
 from lance_device.run_folder import RunFolder
 from lance_device.run_log import RunLog, TrainResult
 from lance_device.run_setup import Run, TrainRequest, check_request, make_checkpoint, open_run
-from lance_device.schedule import SCHEDULES
+from lance_device.schedule import PLATEAU, SCHEDULES
 from lance_device.session import interrupt_graphs
 from lance_device.step import TrainingStep, training_step
 from lance_device.step_graphs import StepOutcome
@@ -43,6 +43,7 @@ from lance_edge.errors import (
 )
 from lance_edge.images import Part
 from lance_edge.manifest import LOGITS
+from lance_edge.profiles import HistoryRow
 from lance_edge.screening import steady
 
 Float = NDArray[np.float32]
@@ -119,7 +120,7 @@ class Training:
         self._announce()
         try:
             self._evaluate_if_due(stop)  # a run that was stopped while it evaluated
-            while self._run.progress.step < self._run.total_steps:
+            while not self._run.is_complete:
                 self._train_step(stop)
                 self._evaluate_if_due(stop)
                 self._keeper.save_if_due()
@@ -165,6 +166,8 @@ class Training:
             outcome = self._step.run(batch, run.options.micro_batch, self._meter, stop.check)
             with self._meter.phase("update"), self._keeper.changing():
                 rate = self._learning_rate(number)
+                if run.protection is not None:
+                    run.protection.project(outcome.gradients)
                 self._sgd.update(run.parameters, run.velocity, outcome.gradients, rate)
             run.progress.skipped_in_a_row = 0
         except NumericalError as error:
@@ -190,7 +193,7 @@ class Training:
         return StepOutcome(math.nan, 0, {}, 0)
 
     def _pause_if_owed(self, stop: StopRequest) -> None:
-        if self._pacer.owes_pause() and self._run.progress.step < self._run.total_steps:
+        if self._pacer.owes_pause() and not self._run.is_complete:
             with self._meter.phase("pause"):
                 self._pacer.pause(stop.check)
             self._log.pause(self._meter.take("pause"))
@@ -198,7 +201,7 @@ class Training:
     def _learning_rate(self, step: int) -> float:
         options = self._run.options
         rate = SCHEDULES[options.schedule](options.lr, step, self._run.total_steps)
-        return rate * self._run.progress.rate_factor
+        return rate * self._run.progress.rate_factor * self._run.progress.plateau.factor
 
     def _count(self, outcome: StepOutcome) -> None:
         """The step is complete: weights, momentum and progress belong together again."""
@@ -229,6 +232,7 @@ class Training:
             test = self._evaluate_part(dataset.test, stop.check)
         rate = self._learning_rate(progress.step - 1)
         row = history_row(self._run, self._log, rate, validation, test)
+        self._look_for_plateau(row)
         progress.evaluated_step = progress.step
         progress.loss_sum, progress.correct, progress.samples = 0.0, 0, 0
         progress.seconds = self._log.seconds()
@@ -238,6 +242,17 @@ class Training:
         if row.best:
             self._keeper.remember_best(row)
         self._reporter.epoch(row)
+
+    def _look_for_plateau(self, row: HistoryRow) -> None:
+        options, plateau = self._run.options, self._run.progress.plateau
+        if options.schedule != PLATEAU:
+            return
+        factor = plateau.factor
+        loss = row.train_loss if row.validation_loss is None else row.validation_loss
+        plateau.observe(loss, options.lr, options.patience, options.min_lr)
+        if plateau.is_over or plateau.factor < factor:
+            what = "the run ends here" if plateau.is_over else f"learning rate {options.lr * plateau.factor:g}"
+            self._reporter.note(f"no lower loss in {options.patience} epochs: {what}")
 
     def _evaluate_part(self, part: Part, before_each: Callable[[], None]) -> Evaluation | None:
         return evaluate(self._logits, part, self._run.options.micro_batch, before_each)

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lance_edge.errors import DataError, LanceError, ModelError, NumericalError
+from lance_edge.calibration_order import calibration_batches as calibration_batches
+from lance_edge.errors import DataError, ModelError, NumericalError
 from lance_edge.manifest import IMAGES, Layer, Mode
 from lance_edge.memory import LayerMemory
 from lance_edge.moments import LayerMoments, Moments
@@ -37,30 +38,6 @@ def choose_batch_size(train_images: int, requested: int | None) -> int:
             f" ask for {choose_batch_size(train_images, None)} or add images"
         )
     return requested
-
-
-def calibration_batches(train_images: int, batch_size: int, requested: int, seed: int) -> NDArray[np.int64]:
-    """Indices of the images of each calibration batch, `[N, B]`; `len()` says how many there are.
-
-    N is `requested`, or as many full batches as one pass over a seeded permutation gives: no image is
-    used twice, and the remainder of the permutation is left out (of calibration only).
-
-    Raises:
-        LanceError: if fewer than one batch is requested.
-        DataError: if there are fewer images than one batch.
-    """
-    if requested < 1:
-        raise LanceError(
-            f"calibration batches: expected at least 1, found {requested}; the usual number is 100"
-        )
-    if not 1 <= batch_size <= train_images:
-        raise DataError(
-            f"calibration: expected a batch size from 1 to the {train_images} training images,"
-            f" found {batch_size}; ask for a smaller one"
-        )
-    number = min(requested, train_images // batch_size)
-    order = np.random.default_rng(seed).permutation(train_images).astype(np.int64)
-    return order[: number * batch_size].reshape(number, batch_size)
 
 
 def layer_spectra(

@@ -236,7 +236,7 @@ def _append_loss(
     graph.inputs.extend([labels, on, off, scale])
     emit = Emit(graph, "loss/")
     log_probabilities = emit("LogSoftmax", logits, axis=-1)
-    depth, off_on = emit.constant([classes]), emit.constant(np.array([0, 1], np.float32))
+    depth, off_on = emit("Shape", on), emit.constant(np.array([0, 1], np.float32))  # any number of classes
     target = emit("Add", emit("Mul", emit("OneHot", labels, depth, off_on), on), off)  # [N, classes]
     loss = emit("Neg", emit("ReduceSum", emit("Mul", log_probabilities, target), keepdims=0))
     loss.name = LOSS

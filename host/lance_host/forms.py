@@ -22,8 +22,9 @@ class LayerContext:
     `projections` are graph inputs by mode: U0 (rows of this micro-batch, `[N, r0]`; absent without a batch
     mode), and for the modes i of the layer's input `[N, n1, ...]` Ui `[n_i, r_i]`; in patch mode also absent
     without a mode of positions, and U1 `[g, D, r1]` with more than one group.  `core` is one where a codec
-    gives it, `[r1, r0, ...]`.  `ranks` are empty where they differ from step to step.  `statistics` collects
-    the values that are summed over micro-batches, `activation` is what a codec compresses.
+    gives it, `[r1, r0, ...]`.  `ranks` are empty where they differ from step to step; with `takes_any_rank`
+    they only decide between ways to compute, and the graphs serve any others.  `statistics` collects the values
+    that are summed over micro-batches, `activation` is what a codec compresses.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerContext:
     schedule: Schedule = "one pass"
     mode: Mode = "channel"
     core: ir.Value | None = None
+    takes_any_rank: bool = False
     statistics: list[ir.Value] = field(default_factory=list)
     activation: ir.Value | None = None
 

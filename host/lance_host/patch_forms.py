@@ -28,7 +28,11 @@ def patch_form(layer: LayerContext, geo: ConvGeometry) -> Form[ConvGeometry]:
     """The form for a kind of convolution at these ranks (batch, inputs, positions)."""
     if keeps_input(geo, layer.ranks, is_batch_whole=0 not in layer.projections):
         return INPUT_KEPT
-    if geo.by_positions and _composed_values(geo, layer.ranks) <= MOST_COMPOSED_VALUES:
+    if (
+        geo.by_positions
+        and not layer.takes_any_rank
+        and _composed_values(geo, layer.ranks) <= MOST_COMPOSED_VALUES
+    ):
         return DEPTHWISE_COMPOSED
     return ONE_TAP if geo.is_sampling else FILTERS
 
@@ -50,7 +54,7 @@ def _filters(emit: Emit, layer: LayerContext, geo: ConvGeometry) -> ir.Value:
     """U1 as filters: `[D, r1]` or `[g, D, r1]` -> `[g r1, C/g, k_h, k_w]`."""
     basis = layer.projections[1]
     columns = emit.transpose(basis, 1, 0) if geo.groups == 1 else emit.transpose(basis, 0, 2, 1)
-    return emit.reshape(columns, geo.groups * layer.ranks[1], *geo.weight_shape[1:])
+    return emit.reshape(columns, -1, *geo.weight_shape[1:])
 
 
 def _bank(layer: LayerContext, geo: ConvGeometry) -> ConvGeometry:
@@ -69,7 +73,6 @@ def _on_positions(emit: Emit, layer: LayerContext, value: ir.Value) -> ir.Value:
 
 def _by_filters(emit: Emit, layer: LayerContext, geo: ConvGeometry, x: ir.Value) -> ir.Value:
     """K `[g r1, N, q]`: a convolution with the columns of U1, then the positions."""
-    bank = _bank(layer, geo)
     maps = emit(
         "Conv",
         x,
@@ -79,16 +82,16 @@ def _by_filters(emit: Emit, layer: LayerContext, geo: ConvGeometry, x: ir.Value)
         pads=geo.padding,
         dilations=geo.dilation,
     )  # [N, g r1, H', W']
-    return _on_positions(emit, layer, conv.by_channel(emit, maps, bank.out_channels, geo.out_positions))
+    return _on_positions(emit, layer, emit.reshape(emit.swap(maps), 0, -1, geo.out_positions))
 
 
 def _one_tap(emit: Emit, layer: LayerContext, geo: ConvGeometry, x: ir.Value) -> ir.Value:
     """K `[r1, N, q]` of a convolution with one tap: two products, in the order with fewer multiply-adds."""
     rows = conv.by_channel(emit, conv.sampled(emit, geo, x), geo.in_channels, geo.out_positions)  # [C, N, L]
     basis = layer.projections[1]
-    if projects_inputs_first(layer.ranks, geo.in_channels, geo.out_positions):
+    if layer.takes_any_rank or projects_inputs_first(layer.ranks, geo.in_channels, geo.out_positions):
         narrow = emit("Gemm", basis, emit.reshape(rows, 0, -1), transA=1)  # [r1, N L]
-        return _on_positions(emit, layer, emit.reshape(narrow, layer.ranks[1], -1, geo.out_positions))
+        return _on_positions(emit, layer, emit.reshape(narrow, 0, -1, geo.out_positions))
     short = _on_positions(emit, layer, rows)  # [C, N, q]
     narrow = emit("Gemm", basis, emit.reshape(short, 0, -1), transA=1)  # [r1, N q]
     return emit.reshape(narrow, layer.ranks[1], -1, layer.ranks[2])
@@ -133,14 +136,13 @@ def _over_samples_and_positions(
     if geo.groups == 1:
         return emit("Gemm", emit.reshape(projected, 0, -1), emit.reshape(coefficients, 0, -1), transB=1)
     per_group = geo.out_channels // geo.groups
-    outputs = _grouped(emit, projected, geo.groups, per_group)  # [g, O/g, n q]
-    inputs = _grouped(emit, coefficients, geo.groups, layer.ranks[1])  # [g, r1, n q]
-    return emit("MatMul", outputs, emit.transpose(inputs, 0, 2, 1))
-
-
-def _grouped(emit: Emit, value: ir.Value, groups: int, size: int) -> ir.Value:
-    """`[g s, n, q] -> [g, s, n q]`."""
-    return emit.reshape(value, groups, size, -1)
+    outputs = emit.reshape(projected, geo.groups, per_group, -1)  # [g, O/g, n q]
+    if not layer.takes_any_rank:
+        inputs = emit.reshape(coefficients, geo.groups, layer.ranks[1], -1)  # [g, r1, n q]
+        return emit("MatMul", outputs, emit.transpose(inputs, 0, 2, 1))
+    columns = emit.transpose(emit.reshape(coefficients, 0, -1), 1, 0)  # [n q, g r1]
+    apart = emit.reshape(columns, 0, geo.groups, -1)  # [n q, g, r1]
+    return emit("MatMul", outputs, emit.transpose(apart, 1, 0, 2))
 
 
 def _exact(

@@ -9,7 +9,7 @@ All of it is one ONNX graph first, which runs as it stands and can be checked ag
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
@@ -68,6 +68,7 @@ def differentiate(
     batch_size: int,
     schedule: Schedule = "one pass",
     mode: Mode = "channel",
+    takes_any_rank: bool = False,
 ) -> Step:
     """Append the gradients of a method to the captured graph, which this call consumes.
 
@@ -77,11 +78,15 @@ def differentiate(
         batch_size: a batch mode of this rank is not compressed.
         schedule: how micro-batches go through a method with compressed batch modes.
         mode: which modes a convolution's input has.
+        takes_any_rank: in patch mode, write graphs that serve any ranks of the modes that these compress.
     """
     graph = captured.model.graph
     boundary = split_prefix(graph, captured.images, captured.parameters)
     contexts = {
-        layer.name: _context(layer, method, ranks.get(layer.name, ()), batch_size, schedule, mode)
+        layer.name: replace(
+            _context(layer, method, ranks.get(layer.name, ()), batch_size, schedule, mode),
+            takes_any_rank=takes_any_rank,
+        )
         for layer in captured.layers
     }
     cores = [context.core for context in contexts.values() if context.core is not None]

@@ -193,8 +193,8 @@ def test_another_package_is_named(bundle, refused):
 
 
 def test_a_newer_schema_says_what_it_needs(bundle, refused):
-    message = refused(checkpoint_bytes(good_tensors(), good_meta(bundle, schema_version=3)))
-    assert "checkpoint schema 3, this runtime reads 2; install a newer lance-edge" in message
+    message = refused(checkpoint_bytes(good_tensors(), good_meta(bundle, schema_version=4)))
+    assert "checkpoint schema 4, this runtime reads 3; install a newer lance-edge" in message
 
 
 @pytest.mark.parametrize("meta", [[], 3, "text", {}, {"artifact_sha256": 3}, None])
