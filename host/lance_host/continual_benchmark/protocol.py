@@ -97,7 +97,7 @@ PAPER = Preset(
 )
 QUICK = Preset(
     name="quick",
-    recipe=Recipe(lr=0.05, epochs=5, patience=2),
+    recipe=Recipe(lr=0.05, epochs=10, patience=3),
     gpm_lr=0.05,
     per_class=(500, 200),
     memory_batches=11,
