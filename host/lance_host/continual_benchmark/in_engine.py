@@ -22,7 +22,6 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import META, SCHEMA_VERSION, read_weights
 from lance_edge.errors import Interrupted, LanceError
 from lance_edge.files import atomic_writer
-from lance_edge.manifest import WEIGHTS_MEMBER
 from lance_edge.memory import write_memory
 from lance_edge.sealed import write_sealed
 from lance_host.build import calibrate
@@ -174,17 +173,12 @@ def train_package(job: Job, *more: str | Path) -> Learnt:
     with Bundle(job.folder / PACKAGE) as bundle:
         trained = read_weights(job.folder / TRAINED, bundle)
         whole = merged_state(bundle, trained.weights)
-        stored = {name: torch.from_numpy(whole[name].copy()) for name in _own_names(bundle, job)}
+        stored = {name: torch.from_numpy(np.array(array)) for name, array in whole.items()}
         return Learnt(
             state=job.state_before().with_task(job.task.name, stored),
             epochs=_epochs(run),
             activation_bytes=trained.variant.activation_bytes,
         )
-
-
-def _own_names(bundle: Bundle, job: Job) -> list[str]:
-    """The network's own arrays, without the heads of earlier tasks."""
-    return [name for name in bundle.arrays(WEIGHTS_MEMBER) if not name.startswith("heads/")]
 
 
 def run_device(command: Sequence[str]) -> None:

@@ -67,7 +67,9 @@ def _how(job: Job, *, first_task: bool) -> Training:
 
 
 def _trained(network: MultiHead, task: str, *, first_task: bool) -> Parameters:
-    return body_parameters(network, with_norms=first_task) | {"head.weight": network.head(task).weight}
+    return body_parameters(network, with_norms=first_task) | {
+        "head.weight": network.head(task).get_parameter("weight")
+    }
 
 
 def learn_baseline(job: Job) -> Learnt:
@@ -103,7 +105,7 @@ def learn_jointly(job: Job) -> Learnt:
     network = new_network(job.network, job.task_seed)
     for task in job.tasks:
         network.add_head(task.name, new_head(job.network, len(task.classes), job.task_seed + task.number))
-    heads = {f"heads/{name}": network.head(name).weight for name in network.tasks}
+    heads = {f"heads/{name}": network.head(name).get_parameter("weight") for name in network.tasks}
     parameters = body_parameters(network, with_norms=True) | heads
     material = AllTasks([OneTask(task.name, task.open()) for task in job.tasks])
     epochs = train(network, material, parameters, CrossEntropy(), _how(job, first_task=True))

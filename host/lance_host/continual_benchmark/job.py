@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from lance_edge.errors import CheckpointError
 from lance_edge.files import atomic_writer
 from lance_edge.sealed import write_sealed
-from lance_host.continual_benchmark.protocol import BatchNorm, Preset
+from lance_host.continual_benchmark.protocol import HEAD, BatchNorm, Preset
 from lance_host.continual_benchmark.records import CARRY, STATE
 from lance_host.continual_benchmark.state import NetworkState, read_state
 from lance_host.continual_benchmark.tasks import Task
 from lance_host.continual_benchmark.trainer import Progress
 from lance_host.layers import list_layers
-from lance_host.zoo import ZOO
+from lance_host.sources import open_source
 
 Arrays = dict[str, NDArray[np.generic]]
 SEEDS_APART = 1000  # more than any benchmark has tasks
@@ -109,6 +109,6 @@ def read_carry(folder: Path) -> Arrays:
 
 def bp_activation_bytes(network: str, batch_size: int) -> int:
     """What plain backpropagation keeps of the inputs of all layers but the head."""
-    module = ZOO[network].build(2)
-    candidates = list_layers(module.eval(), (3, 32, 32), ZOO[network].head)
+    module = open_source(network).build(2)
+    candidates = list_layers(module.eval(), (3, 32, 32), HEAD)
     return sum(candidate.bp_bytes(batch_size) for candidate in candidates)

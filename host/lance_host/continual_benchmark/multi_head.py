@@ -12,7 +12,7 @@ from lance_edge.images import Part, load_batch
 from lance_edge.manifest import ArrayInput
 from lance_host.continual_benchmark.protocol import HEAD, BatchNorm
 from lance_host.continual_benchmark.state import NetworkState
-from lance_host.zoo import ZOO
+from lance_host.sources import open_source
 
 EVALUATION_BATCH = 64  # the protocol's; with batch statistics the result depends on it
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -71,10 +71,17 @@ class MultiHead(nn.Module):
 
 
 def new_network(name: str, seed: int) -> MultiHead:
-    """A network of the zoo with random weights and no head yet."""
+    """A network with random weights and no head yet.
+
+    Args:
+        name: as after `--model`; its last layer is a linear one without bias, the module `head`.
+
+    Raises:
+        ModelError: if there is no such network.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MultiHead(ZOO[name].build(2), {})
+        return MultiHead(open_source(name).build(2), {})
 
 
 def network_of(name: str, state: NetworkState) -> MultiHead:
@@ -88,7 +95,7 @@ def network_of(name: str, state: NetworkState) -> MultiHead:
 
 def new_head(network: str, classes: int, seed: int) -> nn.Linear:
     """A head with PyTorch's default initialisation, the same as `weights.load_weights` makes."""
-    old = ZOO[network].build(2).get_submodule(HEAD)
+    old = open_source(network).build(2).get_submodule(HEAD)
     assert isinstance(old, nn.Linear)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

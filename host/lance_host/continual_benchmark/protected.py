@@ -89,4 +89,4 @@ def read_kept(folder: Path) -> Kept:
     """What `write_kept` wrote."""
     memory = read_memory(folder / MEMORY)
     carried = read_carry(folder) if (folder / "carry.npz").exists() else {}
-    return Kept(memory, carried)
+    return Kept(memory, {name: np.asarray(moment, np.float64) for name, moment in carried.items()})

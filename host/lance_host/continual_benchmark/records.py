@@ -5,6 +5,7 @@ out/split-cifar10-alexnet-quick/lance/seed-0/task-1/record.json
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,8 @@ class Settings:
     @property
     def folder(self) -> str:
         """Name of the folder of these results."""
-        plain = f"{self.benchmark}-{self.network}-{self.preset}"
+        network = re.sub(r"[^\w-]+", "-", Path(self.network).name)
+        plain = f"{self.benchmark}-{network}-{self.preset}"
         return plain if self.batch_norm == "running" else f"{plain}-batch-statistics"
 
 

@@ -68,6 +68,7 @@ def run_benchmark(request: BenchmarkRequest, voice: Voice) -> tuple[Path, Settin
         LanceError: for anything that data or options do not allow; what was learnt before stays.
     """
     benchmark = choose_benchmark(request.benchmark)
+    check(request)
     tasks = make_tasks(benchmark, request.data, request.out / "tasks", request.preset.per_class, voice.say)
     if len(tasks) < LEAST_TASKS:
         raise LanceError(
@@ -83,6 +84,24 @@ def run_benchmark(request: BenchmarkRequest, voice: Voice) -> tuple[Path, Settin
             _run(request, settings, folder, tasks, method, seed, voice)
     write_results(folder, settings)
     return folder, settings
+
+
+def check(request: BenchmarkRequest) -> None:
+    """Refuse options that a method does not have, before anything is learnt.
+
+    Raises:
+        LanceError: naming the methods.
+    """
+    in_engine = [name for name in request.methods if METHODS[name].where == "engine"]
+    if request.batch_norm == "batch" and in_engine:
+        raise LanceError(
+            f"--batch-norm batch: {', '.join(in_engine)} train in the engine, where batch-norm has frozen"
+            " statistics; leave them out, or use --batch-norm running"
+        )
+    strict = [name for name in request.methods if not METHODS[name].relaxes]
+    if request.relax and strict:
+        able = ", ".join(name for name, method in METHODS.items() if method.relaxes)
+        raise LanceError(f"--relax: {', '.join(strict)} protects no directions; it is for --method {able}")
 
 
 def settings_of(request: BenchmarkRequest, network: str, tasks: tuple[Task, ...]) -> Settings:
