@@ -35,6 +35,7 @@ INPUTS_ROLE = "inputs"  # the graph from boundary tensors and parameters to ever
 # Names with a fixed meaning in the graphs' signatures.
 IMAGES = "images"  # float32 [N, 3, R, R], or arrays [N, ...], input of the prefix
 LABELS = "labels"  # int64 [N], input of forward (and of backward, where it reads them)
+DROPOUT_SEEDS = "dropout_seeds"  # int64 [N], input of forward and backward; a negative one drops nothing
 SCALE = "scale"  # float32 [], input of backward: 1 / batch size, or 1 / the sum of the samples' weights
 # Of a sample of class c the target is `off`, plus `on[c]` at c: both float32 [classes], inputs of forward and
 # backward.  Ones and zeros are plain cross-entropy; class weights and label smoothing are other numbers.

@@ -38,12 +38,14 @@ class Batch:
     Attributes:
         indices: images of `part`, `[B]`.
         flips: which of them to mirror, `[B]`.
+        seeds: of dropout, `[B]`; `None` drops nothing.
     """
 
     part: Part
     indices: NDArray[np.int64]
     flips: NDArray[np.bool_]
     preprocessing: InputSpec
+    seeds: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -51,6 +53,11 @@ class Batch:
     def images(self, rows: slice | Rows) -> Float:
         """Prepared samples, `[N, 3, R, R]` of images."""
         return load_batch(self.part, self.indices[rows], self.preprocessing, self.flips[rows])
+
+    def dropout_seeds(self, rows: slice) -> NDArray[np.int64]:
+        """What a graph with dropout is fed, `[N]`; negative ones drop nothing."""
+        seeds = np.full(len(self), -1, np.int64) if self.seeds is None else self.seeds
+        return np.ascontiguousarray(seeds[rows])
 
     def labels(self, rows: slice) -> NDArray[np.int64]:
         """Class indices `[N]`."""

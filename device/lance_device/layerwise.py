@@ -24,7 +24,7 @@ from lance_device.step_graphs import (
     micro_batches,
     total_bytes,
 )
-from lance_edge.manifest import LABELS, LOGITS, LOSS, Manifest, core_name, projection_name
+from lance_edge.manifest import DROPOUT_SEEDS, LABELS, LOGITS, LOSS, Manifest, core_name, projection_name
 
 Float = NDArray[np.float32]
 
@@ -54,7 +54,8 @@ class LayerwiseStep:
         labels = batch.labels(slice(0, len(batch)))
         with meter.phase("forward"):
             constants = graphs.constants(batch)
-        way = _Way(list(micro_batches(len(batch), micro_batch)), {LABELS: labels}, constants, before_each)
+        own = {LABELS: labels, DROPOUT_SEEDS: batch.dropout_seeds(slice(0, len(batch)))}
+        way = _Way(list(micro_batches(len(batch), micro_batch)), own, constants, before_each)
         live = self._features(batch, way, meter)
         with meter.phase("forward"):
             self._forward(live, way)
@@ -108,7 +109,7 @@ class LayerwiseStep:
             way.before_each()
             kept, rows = way.kept.pop(), way.parts[len(way.kept)]
             fed = {**way.constants, **way.compressed.rows(rows), **kept.tensors()}
-            fed |= _rows_of(graphs.backward, way.labels, rows)
+            fed |= _rows_of(graphs.backward, way.own, rows)
             graphs.accumulate(statistics, graphs.backward.run(fed))
         return statistics
 
@@ -151,12 +152,12 @@ class _Compressed:
 class _Way:
     """A batch on its way through the graphs.
 
-    `parts` are its micro-batches, and `kept` has for each of them what backward reads.  `labels` are those
-    of the whole batch, by their input's name; `constants` are the same for all samples.
+    `parts` are its micro-batches, and `kept` has for each of them what backward reads.  `own` are labels
+    and seeds of the whole batch, by their input's name; `constants` are the same for all samples.
     """
 
     parts: Sequence[slice]
-    labels: Mapping[str, Array]
+    own: Mapping[str, Array]
     constants: Mapping[str, Array]
     before_each: Callable[[], None]
     kept: list[Kept] = field(init=False)
@@ -182,7 +183,7 @@ def _run_in_parts(graph: Graph, values: Mapping[str, Array], way: _Way) -> dict[
     whole: dict[str, Array] = {}
     for rows in way.parts:
         way.before_each()
-        fed = {**way.constants, **_rows_of(graph, {**values, **way.labels}, rows)}
+        fed = {**way.constants, **_rows_of(graph, {**values, **way.own}, rows)}
         for name, array in graph.run(fed).items():
             axis = graph.batch_axes[name]
             if axis is None:

@@ -160,6 +160,7 @@ class Training:
             run.stream.indices(number),
             run.stream.flips(number),
             self._bundle.manifest.preprocessing,
+            run.stream.seeds(number),
         )
         computed = self._features.computed
         try:

@@ -20,6 +20,7 @@ from lance_edge.manifest import (
 from lance_edge.memory import LayerMemory
 from lance_edge.moments import Moments
 from lance_edge.screening import steady
+from lance_host.autodiff.dropout import drop_nothing
 from lance_host.autodiff.emit import Emit
 from lance_host.budget import check_budget
 from lance_host.calibrate import calibration_batches, choose_batch_size, layer_moments, layer_spectra
@@ -95,7 +96,7 @@ def choose_batch(request: Request, dataset: Dataset, feedback: Feedback) -> int:
 
 def capture_selections(network: Network) -> tuple[Captured, ...]:
     """The captured network for each count of trainable layers, ascending, from one export."""
-    exported = export(network.module, network.preprocessing.sample_shape)
+    exported = export(network.module, network.preprocessing.sample_shape, network.dropout)
     return tuple(
         capture_layers(exported, layers, network.head, network.extras) for layers in network.selections
     )
@@ -194,6 +195,7 @@ def tap_inputs(
 ) -> tuple[ir.Model, dict[str, str]]:
     """The network from images to the inputs of its trainable layers, weights constant."""
     copy = clone(captured)
+    drop_nothing(copy.model.graph)
     bind(copy.model, weights)
     emit = Emit(copy.model.graph, "taps/")
     inputs = {

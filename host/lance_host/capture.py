@@ -25,6 +25,8 @@ from lance_host.layer_nodes import describe, find_node
 from lance_host.simplify import simplify
 
 OPSET = 18
+# The kinds that drop single values; Dropout2d drops whole maps, which the exporter writes in another way.
+DROPOUTS = (torch.nn.Dropout,)
 
 
 @dataclass(frozen=True)
@@ -147,13 +149,17 @@ def capture_layers(
     )
 
 
-def export(network: torch.nn.Module, sample: Sequence[int]) -> ir.Model:
-    """The network as ONNX simplified, with batch-norm as it is, opset 18, dynamic batch."""
+def export(network: torch.nn.Module, sample: Sequence[int], dropout: bool = False) -> ir.Model:
+    """The network as ONNX simplified, with batch-norm as it is, opset 18, dynamic batch.
+
+    Args:
+        dropout: leave the dropout layers in; what does not train takes them out (`drop_nothing`).
+    """
     example = torch.zeros(2, *sample)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), _with_dropout(network.eval(), dropout):
             program = torch.onnx.export(
-                network.eval(),
+                network,
                 (example,),
                 dynamo=True,
                 optimize=False,
@@ -190,6 +196,18 @@ def _fold_constants(model: ir.Model, keep: Collection[str] = ()) -> None:
 
     optimizer.fold_constants(model, onnx_shape_inference=bool(keep), should_fold=should_fold)
     passes.RemoveUnusedNodesPass()(model)
+
+
+@contextlib.contextmanager
+def _with_dropout(network: torch.nn.Module, dropout: bool) -> Iterator[None]:
+    """Dropout in training mode, everything else in evaluation mode, within the block."""
+    layers = [module for module in network.modules() if isinstance(module, DROPOUTS)]
+    for layer in layers:
+        layer.train(dropout)
+    try:
+        yield
+    finally:
+        network.eval()
 
 
 @contextlib.contextmanager

@@ -103,6 +103,11 @@ HEAD = click.option(
     " all. With several counts (1-10, or 2,4) the device chooses one. Default: 4, or those of the task before.",
 )
 @HEAD
+@click.option(
+    "--dropout",
+    is_flag=True,
+    help="Leave the network's dropout on while a board trains (behind the first trained layer).",
+)
 @click.option("--train-bias", is_flag=True, help="Train the biases of these layers as well.")
 @click.option(
     "--train-norm",

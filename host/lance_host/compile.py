@@ -19,6 +19,7 @@ from lance_edge.manifest import (
     kept_bytes,
 )
 from lance_host import accounting
+from lance_host.autodiff.dropout import drop_nothing
 from lance_host.autodiff.emit import Emit, static_dim
 from lance_host.capture import Captured, clone
 from lance_host.graph_cost import graph_macs
@@ -178,6 +179,7 @@ def inference_tails(captured: Captured) -> dict[str, ir.Model]:
     for role in ("tail", "predict"):
         copy = clone(captured)
         graph = copy.model.graph
+        drop_nothing(graph)
         boundary = split_prefix(graph, copy.images, copy.parameters)
         graph.outputs[:] = [copy.logits]
         if role == "predict":
@@ -215,6 +217,7 @@ def layer_inputs(captured: Captured) -> dict[str, ir.Model]:
         return {}
     copy = clone(captured)
     graph = copy.model.graph
+    drop_nothing(graph)
     boundary, emit = split_prefix(graph, copy.images, copy.parameters), Emit(graph, "inputs/")
     taps = []
     for layer, node in zip(copy.layers, copy.nodes, strict=True):

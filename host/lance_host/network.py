@@ -34,6 +34,7 @@ class NetworkRequest:
     train_norm: bool = False
     input: InputRequest = field(default_factory=InputRequest)
     seed: int = 0
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Network:
     selections: tuple[tuple[str, ...], ...]
     head: str | None
     extras: Extras = NOTHING_MORE
+    dropout: bool = False
 
 
 def load_network(
@@ -95,7 +97,9 @@ def load_network(
     if head is None and not selections[0]:
         raise ModelError("--layers 0 --head none: nothing is left to train; ask for layers, or for a new head")
     extras = Extras(request.train_bias, norm_modules(module) if request.train_norm else ())
-    return Network(module, source.name, opened.preprocessing, loaded.source, selections, head, extras)
+    return Network(
+        module, source.name, opened.preprocessing, loaded.source, selections, head, extras, request.dropout
+    )
 
 
 def open_network(

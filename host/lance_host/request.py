@@ -42,7 +42,8 @@ class Request:
     """What the user asked for; `None` means: choose, and say what was chosen.
 
     `budgets` are bytes by method; the ranks of other methods follow from `energy`.  `data` is missing where
-    `after.statistics` stand for it; `task` is the name of what the package trains.
+    `after.statistics` stand for it; `task` is the name of what the package trains.  With `dropout` the
+    dropout layers behind the first trained layer are on while a board trains.
     """
 
     model: str
@@ -68,6 +69,7 @@ class Request:
     mode: Mode = "channel"
     task: str | None = None
     after: After | None = None
+    dropout: bool = False
 
     @property
     def network(self) -> NetworkRequest:
@@ -82,6 +84,7 @@ class Request:
             self.train_norm,
             inputs,
             self.seed,
+            self.dropout,
         )
 
 

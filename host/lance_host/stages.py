@@ -46,7 +46,7 @@ def cut_stages(step: Step) -> Stages:
     complete = [*step.compressed, *(early if step.schedule == "two passes" else [])]
     saved = _choose_saved(step, late, complete, after_loss, specs)
     crossing = [value for value in saved if value not in step.boundary and value is not step.logits]
-    fed = [*step.parameters, *step.projections, step.labels, *step.targets, step.scale]
+    fed = [*step.parameters, *step.projections, step.labels, *step.targets, step.scale, *step.seeds]
     results = [step.loss, step.logits, *crossing, *early]
     prepared = _prepared(step, [*results, *step.activations, *late])
     final = [value for value in step.gradients if value not in step.statistics]
@@ -90,7 +90,7 @@ def _choose_saved(
         for value in node.outputs
         if value.name in specs
     }
-    free = {*step.parameters, *step.projections, step.labels, *step.targets, *complete}
+    free = {*step.parameters, *step.projections, step.labels, *step.targets, *step.seeds, *complete}
     return values_to_save(reads, given=set(step.boundary), free=free, sizes=sizes)
 
 
@@ -98,7 +98,7 @@ def _prepared(step: Step, ends: Sequence[ir.Value]) -> list[ir.Value]:
     bounds = {*step.boundary, *step.statistics} - set(ends)
     return prepared_values(
         step.model.graph,
-        data=[step.images, *step.batch_projections, *step.compressed, step.labels, step.scale],
+        data=[step.images, *step.batch_projections, *step.compressed, step.labels, step.scale, *step.seeds],
         fed=[*step.parameters, *step.projections, *step.targets],
         needed=ancestors(ends, stop=lambda value: value in bounds),
     )

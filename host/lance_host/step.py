@@ -17,6 +17,7 @@ from onnx_ir.passes import common as passes
 from lance_edge.manifest import BATCH_DIM, Layer, Mode, Schedule, gradient_name
 from lance_host.autodiff import conv
 from lance_host.autodiff.conv import ConvGeometry
+from lance_host.autodiff.dropout import drop_nothing, dropouts, seed_dropouts
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.reverse import InputGradient, gradients
 from lance_host.capture import Captured
@@ -40,7 +41,8 @@ class Step:
     `boundary` are the prefix's outputs, `statistics` the sums over micro-batches, `gradients` the final
     gradient of each parameter, `projections` the inputs of a method that the package holds, of which
     `batch_projections` have a row for each sample.  `activations` are what a codec compresses, and `compressed`
-    the inputs that it gives: the core of every layer and its factors.
+    the inputs that it gives: the core of every layer and its factors.  `seeds` decide what dropout drops, one a
+    sample, where there is any.
     """
 
     model: ir.Model
@@ -59,6 +61,7 @@ class Step:
     gradients: tuple[ir.Value, ...]
     activations: tuple[ir.Value, ...]
     compressed: tuple[ir.Value, ...]
+    seeds: tuple[ir.Value, ...] = ()
 
 
 def differentiate(
@@ -81,6 +84,9 @@ def differentiate(
         takes_any_rank: in patch mode, write graphs that serve any ranks of the modes that these compress.
     """
     graph = captured.model.graph
+    tail = descendants(graph, captured.parameters)
+    drop_nothing(graph, [node for node in dropouts(graph) if node.outputs[0] not in tail])
+    seeds = seed_dropouts(graph)
     boundary = split_prefix(graph, captured.images, captured.parameters)
     contexts = {
         layer.name: replace(
@@ -129,6 +135,7 @@ def differentiate(
         gradients=tuple(own(value) for value in results),
         activations=tuple(own(value) for value in activations),
         compressed=(*cores, *factors) if cores else (),
+        seeds=() if seeds is None else (seeds,),
     )
 
 

@@ -47,6 +47,7 @@ TINY = replace(
     recipe=replace(QUICK.recipe, lr=0.1, epochs=3, batch_size=16),
     gpm_lr=0.1,
     per_class=None,
+    dropout=True,
     replay=20,
     fisher_samples=5,
 )

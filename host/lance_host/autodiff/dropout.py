@@ -12,16 +12,29 @@ and position j is kept where h2 >= ratio p.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from lance_edge.manifest import DROPOUT_SEEDS as SEEDS
 from lance_host.autodiff.emit import Emit, dims, static_dims
 from lance_host.autodiff.rules.common import constant_of, operand, optional, unsupported
 
-SEEDS = "dropout_seeds"  # int64 [N], each below PRIME, or negative
-PRIME = 2**31 - 1  # the square of what is below it fits into 63 bits
+PRIME = 2**31 - 1  # the square of what is below it fits into 63 bits; seeds are below it, or negative
 MULTIPLIER, STRIDE, INCREMENT = 48271, 69621, 1_013_904_223
+
+
+def dropouts(graph: ir.Graph) -> list[ir.Node]:
+    """The Dropout nodes in training mode."""
+    return [node for node in graph if node.op_type == "Dropout" and constant_of(optional(node, 2), False)]
+
+
+def drop_nothing(graph: ir.Graph, nodes: Sequence[ir.Node] | None = None) -> None:
+    """Take these Dropout nodes out, by default all: inference drops nothing."""
+    for node in dropouts(graph) if nodes is None else nodes:
+        ir.convenience.replace_all_uses_with(node.outputs[0], operand(node, 0), replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
 
 def seed_dropouts(graph: ir.Graph) -> ir.Value | None:
@@ -33,7 +46,7 @@ def seed_dropouts(graph: ir.Graph) -> ir.Value | None:
     Raises:
         ModelError: if the first axis of what is dropped is not the batch.
     """
-    nodes = [node for node in graph if node.op_type == "Dropout" and constant_of(optional(node, 2), False)]
+    nodes = dropouts(graph)
     if not nodes:
         return None
     seeds = ir.Value(name=SEEDS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["N"]))

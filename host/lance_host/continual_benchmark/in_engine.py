@@ -98,6 +98,7 @@ def _request(job: Job, method: str) -> Request:
         split=SPLIT,
         threads=job.threads,
         task=job.task.name,
+        dropout=job.preset.dropout,
     )
 
 
