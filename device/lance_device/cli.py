@@ -13,7 +13,7 @@ import click
 from lance_device.bench_cli import bench, bench_worker
 from lance_device.cli_board import doctor, install_service
 from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
-from lance_device.cli_tasks import collect
+from lance_device.cli_tasks import collect, next_task
 from lance_device.cli_train import train
 from lance_device.cli_types import Commands
 from lance_edge.errors import DataError
@@ -38,6 +38,7 @@ main.add_command(train)
 main.add_command(bench)
 main.add_command(bench_worker)
 main.add_command(collect)
+main.add_command(next_task)
 main.add_command(doctor)
 main.add_command(install_service)
 

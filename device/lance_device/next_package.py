@@ -107,7 +107,13 @@ def _trial_file(path: Path) -> Iterator[Path]:
 
 def _graph_members(manifest: Manifest) -> list[str]:
     """Everything of the package that stays: the graphs of the methods that know a memory, and constants."""
-    used = {name for one in manifest.variants if one.method in METHODS for names in one.graphs.values() for name in names}
+    used = {
+        name
+        for one in manifest.variants
+        if one.method in METHODS
+        for names in one.graphs.values()
+        for name in names
+    }
     return [member.name for member in manifest.members if member.name in used]
 
 
@@ -195,7 +201,12 @@ def _tried_out(bundle: Bundle, variant: Variant, dataset: Dataset, memory: Memor
 def _open(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """Of any size in every axis that does not count samples."""
     return tuple(
-        replace(spec, shape=tuple(dim if isinstance(dim, str) else f"{spec.name} {i}" for i, dim in enumerate(spec.shape)))
+        replace(
+            spec,
+            shape=tuple(
+                dim if isinstance(dim, str) else f"{spec.name} {i}" for i, dim in enumerate(spec.shape)
+            ),
+        )
         for spec in specs
     )
 
@@ -221,9 +232,7 @@ def _step(
     return shapes, graphs.gradients(totals, constants)
 
 
-def _observed(
-    specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[TensorSpec, ...]:
+def _observed(specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorSpec, ...]:
     return tuple(
         replace(
             spec,
@@ -236,9 +245,7 @@ def _observed(
     )
 
 
-def _expect_untouched(
-    bundle: Bundle, gradients: Mapping[str, NDArray[np.float32]], memory: Memory
-) -> None:
+def _expect_untouched(bundle: Bundle, gradients: Mapping[str, NDArray[np.float32]], memory: Memory) -> None:
     for layer in bundle.manifest.layers:
         touched = drift(gradients[layer.weight], memory.layers[layer.name])
         if touched > TOUCHES:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from lance_device.evaluate import Evaluation
+from lance_device.next_task import NextTask
 from lance_device.predict import Prediction
 from lance_device.run_log import TrainResult
 from lance_device.units import duration, percent, size
@@ -72,6 +73,19 @@ def evaluation_json(evaluation: Evaluation, classes: tuple[str, ...], part: str)
             for name, accuracy, correct, count in per_class
         },
     }
+
+
+def next_task_table(made: NextTask) -> str:
+    """By layer: how much of its inputs is protected now, and the ranks that the next task trains with."""
+    learned = made.memory.tasks[-1]
+    width = max(len(plan.layer) for plan in made.plans)
+    lines = [f"{learned.name} is protected to {percent(learned.threshold)} of its energy"]
+    for plan in made.plans:
+        layer = made.memory.layers[plan.layer]
+        of = f"{sum(layer.ranks)} of {layer.groups * layer.dimension} dimensions"
+        ranks = "none left" if plan.layer in made.used_up else f"ranks {' x '.join(map(str, plan.ranks))}"
+        lines.append(f"  {plan.layer:<{width}}  {of} ({percent(layer.used)}), {ranks}")
+    return "\n".join(lines)
 
 
 def prediction_line(prediction: Prediction) -> str:
