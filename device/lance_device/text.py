@@ -91,13 +91,15 @@ def next_task_table(made: NextTask) -> str:
 def prediction_line(prediction: Prediction) -> str:
     """`photos/a.jpg  cat 97.3 %  dog 2.1 %`."""
     ranking = "  ".join(f"{name} {percent(probability)}" for name, probability in prediction.ranking)
-    return f"{_printable(prediction.file)}  {ranking}"
+    task = "" if prediction.task is None else f"{prediction.task}: "
+    return f"{_printable(prediction.file)}  {task}{ranking}"
 
 
 def prediction_json(prediction: Prediction) -> dict[str, object]:
     """The same as data."""
     ranking = [{"class": name, "probability": probability} for name, probability in prediction.ranking]
-    return {"file": _printable(prediction.file), "predictions": ranking}
+    task = {} if prediction.task is None else {"task": prediction.task}
+    return {"file": _printable(prediction.file), **task, "predictions": ranking}
 
 
 def _printable(file: Path) -> str:
