@@ -16,12 +16,13 @@ from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, requ
 from lance_device.cli_tasks import collect, next_task
 from lance_device.cli_train import train
 from lance_device.cli_types import Commands
-from lance_edge.errors import DataError
+from lance_edge.errors import CheckpointError, DataError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
-TASK = click.option(
-    "--task", metavar="NAME|NUMBER", help="Of a package that has learnt several.  [default: see above]"
+RUN = click.option(
+    "--run", type=PATH, help="A folder of tasks (train --tasks), instead of package and checkpoint."
 )
+TASK = click.option("--task", metavar="NAME|NUMBER", help="Whose head answers, where several were learnt.")
 PARTS = ("test", "validation", "train")
 
 
@@ -47,9 +48,10 @@ main.add_command(install_service)
 
 
 @main.command("eval")
-@click.option("--artifact", type=PATH, required=True, help="The package that was trained from: pkg.tar.")
-@click.option("--checkpoint", type=PATH, required=True, help="run/last.npz or run/best.npz.")
-@click.option("--data", type=PATH, required=True, help="Folder with a folder of images per class, or an .npz.")
+@RUN
+@click.option("--artifact", type=PATH, help="The package that was trained from: pkg.tar.")
+@click.option("--checkpoint", type=PATH, help="run/last.npz or run/best.npz.")
+@click.option("--data", type=PATH, help="Folder with a folder of images per class, or an .npz.")
 @TASK
 @click.option("--part", type=click.Choice(PARTS), default="test", help="Which of the images.")
 @click.option("--threads", **AUTO, help="auto: the cores of this machine.")
@@ -58,9 +60,10 @@ main.add_command(install_service)
 @click.option("--strict", is_flag=True, help="Refuse images that cannot be read, instead of leaving them out.")
 @SIGNATURE
 def evaluate_command(
-    artifact: Path,
-    checkpoint: Path,
-    data: Path,
+    run: Path | None,
+    artifact: Path | None,
+    checkpoint: Path | None,
+    data: Path | None,
     task: str | None,
     part: str,
     threads: int | None,
@@ -73,8 +76,16 @@ def evaluate_command(
 
     \b
     lance-device eval --artifact pkg.tar --checkpoint run/best.npz --data photos
+    lance-device eval --run tasks/ --task animals
+
+    Without --task, of the task that was trained last.
     """
     require_runtime_within_memory()
+    if run is not None:
+        artifact, checkpoint, images_of = _in_folder(run, artifact, checkpoint, task)
+        data = data or images_of
+    if artifact is None or checkpoint is None or data is None:
+        raise click.UsageError("give --artifact, --checkpoint and --data, or --run of a folder of tasks")
     from lance_device.classifier import from_package
     from lance_device.evaluate import evaluate, on_images
     from lance_device.options import DEFAULT_MICRO_BATCH, available_cores
@@ -104,6 +115,7 @@ def evaluate_command(
 
 
 @main.command()
+@RUN
 @click.option("--artifact", type=PATH, help="The package that was trained from: pkg.tar.")
 @click.option("--checkpoint", type=PATH, help="run/last.npz or run/best.npz.")
 @click.option("--model", type=PATH, help="Instead of these two: an ONNX model of lance-host merge.")
@@ -115,6 +127,7 @@ def evaluate_command(
 @SIGNATURE
 @click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILES_OR_FOLDERS...")
 def predict(
+    run: Path | None,
     artifact: Path | None,
     checkpoint: Path | None,
     model: Path | None,
@@ -135,9 +148,11 @@ def predict(
     Where the package has learnt several tasks and no --task is given, the head that is surest of its first
     class answers. No head knows what it does not know, so this is a guess: give the task where it is known.
     """
+    if run is not None:
+        artifact, checkpoint, _ = _in_folder(run, artifact, checkpoint, None)
     is_package = artifact is not None and checkpoint is not None
     if (model is None) != is_package or (model is not None and (artifact or checkpoint)):
-        raise click.UsageError("give --artifact and --checkpoint, or --model alone")
+        raise click.UsageError("give --artifact and --checkpoint, or --model alone, or --run")
     if model is not None and task is not None:
         raise click.UsageError("--task is of a package; an exported model has one head")
     require_runtime_within_memory()
@@ -173,6 +188,23 @@ def compare(runs: tuple[Path, ...]) -> None:
     from lance_device.compare import comparison_table
 
     click.echo(comparison_table(runs))
+
+
+def _in_folder(
+    run: Path, artifact: Path | None, checkpoint: Path | None, task: str | None
+) -> tuple[Path, Path, Path]:
+    """Package and checkpoint of the last finished task in a folder of tasks, and where a task's images are."""
+    from lance_device.task_folder import TaskFolder, find_place
+
+    if artifact is not None or checkpoint is not None:
+        raise click.UsageError("--run says --artifact and --checkpoint; leave them out")
+    places = TaskFolder(run).learned()
+    if not places:
+        raise CheckpointError(
+            f"{run}: no finished task here; give a folder that lance-device train --tasks made"
+        )
+    wanted = places[-1] if task is None else find_place(places, task, run)
+    return places[-1].package, places[-1].checkpoint, Path(wanted.record.data)
 
 
 def _open_network(

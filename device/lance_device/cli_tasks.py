@@ -119,11 +119,14 @@ class _Progress:
 
 
 @click.command("next-task")
-@click.option("--artifact", type=PATH, required=True, help="The package of the finished task.")
-@click.option("--checkpoint", type=PATH, required=True, help="Its run/last.npz or run/best.npz.")
-@click.option("--data", type=PATH, required=True, help="The finished task's images.")
+@click.option(
+    "--run", type=PATH, help="A folder of tasks (train --tasks): says all but the next task's images."
+)
+@click.option("--artifact", type=PATH, help="The package of the finished task.")
+@click.option("--checkpoint", type=PATH, help="Its run/last.npz or run/best.npz.")
+@click.option("--data", type=PATH, help="The finished task's images.  [default: with --run, where they were]")
 @click.option("--next-data", type=PATH, required=True, help="The next task's images; any classes.")
-@click.option("-o", "--output", type=PATH, required=True, help="The next task's package to write.")
+@click.option("-o", "--output", type=PATH, help="The next task's package to write.")
 @click.option("--task", metavar="NAME", help="The next task's name.  [default: after --next-data]")
 @click.option(
     "--threshold",
@@ -144,7 +147,11 @@ class _Progress:
 @click.option("--strict", is_flag=True, help="Refuse images that cannot be read, instead of leaving them out.")
 @SIGNATURE
 def next_task(
-    artifact: Path,
+    run: Path | None,
+    artifact: Path | None,
+    checkpoint: Path | None,
+    data: Path | None,
+    output: Path | None,
     next_data: Path,
     task: str | None,
     pass_memory: int,
@@ -156,30 +163,61 @@ def next_task(
     """Protect a finished task, and make the next task's package, without a workstation.
 
     \b
-    lance-device next-task --artifact pkg.tar --checkpoint run/last.npz --data animals \\
-        --next-data plants -o plants.tar
-    lance-device train --artifact plants.tar --data plants --out run-plants/
+    lance-device train --artifact pkg.tar --data animals --out tasks/ --tasks
+    lance-device next-task --run tasks/ --next-data plants
+    lance-device train --data plants --out tasks/
 
     The first package comes from lance-host calibrate --mode patch --any-rank. The new one keeps the heads of
     all tasks (eval --task, predict) and the memory of what they need, which training leaves alone.
     """
     require_runtime_within_memory()
     from lance_device.moments_pass import PassOptions
-    from lance_device.next_task import NextTaskRequest
+    from lance_device.next_task import NextTaskRequest, continue_folder
     from lance_device.next_task import next_task as make_next_task
     from lance_device.options import DEFAULT_MICRO_BATCH, available_cores
+    from lance_device.task_folder import TaskFolder
     from lance_device.text import next_task_table
 
-    check_signature(artifact, public_key)
+    name = task or task_after(next_data)
     options = PassOptions(
         threads=threads or available_cores(),
         micro_batch=micro_batch or DEFAULT_MICRO_BATCH,
         limit_bytes=pass_memory,
         progress=_show_progress(),
     )
-    request = NextTaskRequest(
-        artifact=artifact, next_data=next_data, task=task or task_after(next_data), options=options, **values
-    )
-    made = make_next_task(request, lambda text: click.echo(text, err=True))
-    click.echo(next_task_table(made))
-    click.echo(f"wrote {request.output} ({request.output.stat().st_size / 2**20:.1f} MiB)")
+    places = _places(run, artifact, checkpoint, data, output)
+    check_signature(places["artifact"], public_key)
+    request = NextTaskRequest(**places, next_data=next_data, task=name, options=options, **values)
+
+    def note(text: str) -> None:
+        click.echo(text, err=True)
+
+    if run is None:
+        click.echo(next_task_table(make_next_task(request, note)))
+        click.echo(f"wrote {request.output}")
+    else:
+        place, made = continue_folder(TaskFolder(run), request, note)
+        click.echo(next_task_table(made))
+        click.echo(f"wrote {place.package}; go on with: lance-device train --out {run} --data {next_data}")
+
+
+def _places(
+    run: Path | None, artifact: Path | None, checkpoint: Path | None, data: Path | None, output: Path | None
+) -> dict[str, Any]:
+    """Package, checkpoint and images of the finished task, and where the next package goes."""
+    from lance_device.task_folder import TaskFolder
+
+    if run is None:
+        if artifact is None or checkpoint is None or data is None or output is None:
+            raise click.UsageError("give --run, or --artifact, --checkpoint, --data and --output")
+        return {"artifact": artifact, "checkpoint": checkpoint, "data": data, "output": output}
+    if artifact is not None or checkpoint is not None or output is not None:
+        raise click.UsageError("--run says --artifact, --checkpoint and --output; leave them out")
+    place = TaskFolder(run).current()
+    return {
+        "artifact": place.package,
+        "checkpoint": place.checkpoint,
+        "data": data or Path(place.record.data),
+        "output": place.path,
+        "finished": place.record.task,
+    }

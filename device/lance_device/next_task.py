@@ -27,9 +27,11 @@ from lance_device.collect import MEMORY_BATCHES, PROJECTION_BATCHES, open_images
 from lance_device.moments_pass import MomentsPass, PassOptions
 from lance_device.next_package import write_next_package
 from lance_device.protect import expect_no_extras
+from lance_device.remeasure import remeasure
+from lance_device.task_folder import TaskFolder, TaskPlace, TaskRecord
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
-from lance_edge.errors import ArtifactError, DataError
+from lance_edge.errors import ArtifactError, CheckpointError, DataError
 from lance_edge.files import file_digest
 from lance_edge.images import Part
 from lance_edge.layer_plan import any_ranks, plan_layer
@@ -114,6 +116,30 @@ def next_task(request: NextTaskRequest, note: Callable[[str], None]) -> NextTask
             note(f"warning: {layer}: nothing of its inputs is left to learn with; it stays as it is")
         write_next_package(request.output, bundle, checkpoint, memory, following, made, request.task, name)
         return NextTask(memory, made.plans, used_up)
+
+
+def continue_folder(
+    folder: TaskFolder, request: NextTaskRequest, note: Callable[[str], None]
+) -> tuple[TaskPlace, NextTask]:
+    """The same in a folder of tasks, where the next one begins with its package.
+
+    Raises:
+        CheckpointError: if the current task is not finished.
+    """
+    place = folder.current()
+    if not place.is_finished:
+        raise CheckpointError(
+            f"{place.path}: task {place.record.task} is not finished; train it first: lance-device train --out"
+            f" {folder.root} --data {place.record.data} --resume-or-start"
+        )
+    remeasure(folder, note)  # where training was ended by hand, it was not done yet
+    made: list[NextTask] = []
+
+    def make(path: Path) -> None:
+        made.append(next_task(replace(request, output=path), note))
+
+    record = TaskRecord(request.task, str(request.next_data.absolute()), place.record.result)
+    return folder.begin(record, make), made[0]
 
 
 def next_variant(bundle: Bundle, checkpoint: Checkpoint) -> Variant:

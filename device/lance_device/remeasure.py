@@ -8,7 +8,7 @@ import numpy as np
 from lance_device.classifier import Classifier, all_heads
 from lance_device.evaluate import evaluate, on_images
 from lance_device.heads import find_task
-from lance_device.options import available_cores
+from lance_device.options import DEFAULT_MICRO_BATCH, available_cores
 from lance_device.task_folder import TaskFolder, TaskPlace
 from lance_edge.accuracy_matrix import AccuracyMatrix, AfterTask, read_matrix, write_matrix
 from lance_edge.bundle import Bundle
@@ -21,20 +21,20 @@ from lance_edge.screening import find_bad, without
 HEADS = "heads/"
 
 
-def remeasure(
-    folder: TaskFolder, threads: int, micro_batch: int, note: Callable[[str], None]
-) -> AccuracyMatrix:
+def remeasure(folder: TaskFolder, note: Callable[[str], None]) -> AccuracyMatrix:
     """Add the rows that are missing: of every finished task, on its test images and those of all before.
 
-    Rows that are there are kept: their images may be gone by now.
-
-    Raises:
-        DataError: if a task's images are gone, or it has none to test on.
+    Rows that are there are kept: their images may be gone by now.  Where a task cannot be measured, because its
+    images are gone or none of them is to test on, that is noted, and the row waits for the next time.
     """
     places = folder.learned()
     matrix = _known(folder.matrix, places, note)
     for place in places[len(matrix.rows) :]:
-        matrix = matrix.plus(_row(place, places, threads, micro_batch))
+        try:
+            matrix = matrix.plus(_row(place, places))
+        except DataError as error:
+            note(f"warning: {folder.matrix}: nothing is known after {place.record.task} yet: {error}")
+            break
         write_matrix(folder.matrix, matrix)
     return matrix
 
@@ -54,10 +54,10 @@ def _known(path: Path, places: tuple[TaskPlace, ...], note: Callable[[str], None
     return matrix
 
 
-def _row(place: TaskPlace, places: tuple[TaskPlace, ...], threads: int, micro_batch: int) -> AfterTask:
+def _row(place: TaskPlace, places: tuple[TaskPlace, ...]) -> AfterTask:
     """What the network knows after one task, and what is kept by then."""
     with Bundle(place.package) as bundle:
-        network = all_heads(bundle, place.checkpoint, threads)
+        network = all_heads(bundle, place.checkpoint, available_cores())
         accuracies = []
         for earlier in places[: place.number]:
             is_own = earlier.number == place.number
@@ -65,7 +65,7 @@ def _row(place: TaskPlace, places: tuple[TaskPlace, ...], threads: int, micro_ba
                 network.heads[-1] if is_own else find_task(network.heads, earlier.record.task, str(bundle.path))
             )
             classifier = network.of_task(head)
-            accuracies.append(_accuracy(bundle, Path(earlier.record.data), classifier, micro_batch))
+            accuracies.append(_accuracy(bundle, Path(earlier.record.data), classifier))
         memory = packed_memory(bundle)
         layers = memory.layers if memory is not None else {}
         names = [layer.name for layer in bundle.manifest.layers]
@@ -88,10 +88,10 @@ def kept_bytes(bundle: Bundle) -> dict[str, int]:
     return {"memory": 4 * sum(columns), "heads": heads, "weights": sum(sizes.values()) - heads}
 
 
-def _accuracy(bundle: Bundle, data: Path, classifier: Classifier, micro_batch: int) -> float:
+def _accuracy(bundle: Bundle, data: Path, classifier: Classifier) -> float:
     dataset = open_dataset(data, bundle.manifest.split, classifier.classes)
     dataset = without(dataset, {row.name for row in find_bad(dataset, available_cores(), ("test",))})
-    result = evaluate(on_images(classifier.logits, classifier.preprocessing), dataset.test, micro_batch)
+    result = evaluate(on_images(classifier.logits, classifier.preprocessing), dataset.test, DEFAULT_MICRO_BATCH)
     if result is None:
         raise DataError(f"{data}: has no test images, so nobody can say what is still known of it; add test/")
     return result.accuracy

@@ -27,6 +27,7 @@ from lance_edge.records import RecordError, from_json, to_json
 FOLDER = re.compile(r"([1-9]\d{0,3})-(.+)")
 PACKAGE, RECORD, MATRIX = "pkg.tar", "task.json", "accuracy_matrix.csv"
 CHECKPOINTS = ("last", "best")
+FIRST_NAME = "task-1"  # of a package that has no name for its task, as the workstation has it
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class TaskFolder:
         places = self.tasks()
         if not places:
             raise CheckpointError(
-                f"{self.root}: no task here; begin with lance-device train --artifact pkg.tar --task NAME"
+                f"{self.root}: no task here; begin with lance-device train --artifact pkg.tar --tasks"
             )
         return places[-1]
 
@@ -116,15 +117,21 @@ class TaskFolder:
         """The tasks whose training is finished: all, or all but the last."""
         return tuple(place for place in self.tasks() if place.is_finished)
 
-    def begin_first(self, artifact: Path, record: TaskRecord) -> TaskPlace:
-        """The folder of the first task, with a copy of the package."""
+    def begin_first(self, artifact: Path, data: Path, result: str) -> TaskPlace:
+        """The folder of the first task, with a copy of the package, whose name for the task it has.
+
+        Raises:
+            ArtifactError: if the package is not sound.
+            StorageError: if it cannot be written; nothing is left behind.
+        """
 
         def copy(target: Path) -> None:
             with artifact.open("rb") as source, atomic_writer(target) as file:
                 shutil.copyfileobj(source, file, CHUNK_BYTES)
 
-        with Bundle(artifact):  # sound, or nothing is begun
-            return self.begin(record, copy)
+        with Bundle(artifact) as bundle:
+            name = bundle.manifest.task or FIRST_NAME
+            return self.begin(TaskRecord(name, str(data.absolute()), result), copy)
 
     def begin(self, record: TaskRecord, make_package: Callable[[Path], object]) -> TaskPlace:
         """The folder of a further task, complete when it has its name.
@@ -168,6 +175,26 @@ class TaskFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def open_place(root: Path, artifact: Path | None, data: Path, result: str) -> TaskPlace:
+    """Where to train: the folder's current task, or in an empty folder the first.
+
+    Raises:
+        CheckpointError: if there is a package, and the folder has one already.
+        DataError: if there is none at all.
+    """
+    folder = TaskFolder(root)
+    if not folder.has_tasks:
+        if artifact is None:
+            raise DataError(f"{root}: no task here yet; give the first one's package with --artifact")
+        return folder.begin_first(artifact, data, result)
+    place = folder.current()
+    if artifact is not None:
+        raise CheckpointError(
+            f"{root}: task {place.record.task} has its own package, {place.package}; leave --artifact out"
+        )
+    return place
+
+
 def find_place(places: tuple[TaskPlace, ...], wanted: str, where: Path) -> TaskPlace:
     """A task by its name, or by its number from 1.
 
@@ -184,8 +211,8 @@ def find_place(places: tuple[TaskPlace, ...], wanted: str, where: Path) -> TaskP
 def _check_name(name: str, taken: list[str]) -> None:
     if not is_task_name(name) or name in taken:
         raise DataError(
-            f"task {name!r}: expected a name of letters, digits, dots and dashes, at most 64, that no task here has"
-            f" ({', '.join(taken) or 'none'}); give another with --task"
+            f"task {name!r}: expected a name of letters, digits, dots and dashes, at most 64, that no task here"
+            f" has ({', '.join(taken) or 'none'}); give another with --task"
         )
 
 

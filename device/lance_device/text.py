@@ -8,6 +8,7 @@ from lance_device.next_task import NextTask
 from lance_device.predict import Prediction
 from lance_device.run_log import TrainResult
 from lance_device.units import duration, percent, size
+from lance_edge.accuracy_matrix import AccuracyMatrix
 
 
 def result_table(result: TrainResult) -> str:
@@ -86,6 +87,16 @@ def next_task_table(made: NextTask) -> str:
         ranks = "none left" if plan.layer in made.used_up else f"ranks {' x '.join(map(str, plan.ranks))}"
         lines.append(f"  {plan.layer:<{width}}  {of} ({percent(layer.used)}), {ranks}")
     return "\n".join(lines)
+
+
+def matrix_table(matrix: AccuracyMatrix) -> str:
+    """What is still known of each task, and the figures of `accuracy_matrix.csv`."""
+    if not matrix.rows:
+        return "accuracy matrix: nothing measured yet"
+    known = zip(matrix.tasks, matrix.rows[-1].accuracies, strict=True)
+    figures = [f"{name.upper().replace('_', ' ')} {percent(value)}" for name, value in matrix.figures.items()]
+    tasks = ", ".join(f"{task} {percent(accuracy)}" for task, accuracy in known)
+    return f"after {matrix.tasks[-1]}: {tasks}\n{', '.join(figures)}"
 
 
 def prediction_line(prediction: Prediction) -> str:
