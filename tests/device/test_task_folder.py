@@ -146,7 +146,7 @@ def test_a_first_task_is_a_run_in_a_folder_of_its_own(package, images, tmp_path)
     assert place.record == TaskRecord("task-1", str(images), "last")
     assert place.is_finished
     matrix = read_matrix(root / "accuracy_matrix.csv")
-    history = [row for row in csv.DictReader((place.path / "history.csv").open())][-1]
+    history = list(csv.DictReader((place.path / "history.csv").open()))[-1]
     assert matrix.rows[0].accuracies == (pytest.approx(float(history["test_accuracy"])),)
     assert matrix.rows[0].ranks == {"conv": 0}
     sizes = sum(value.nbytes for value in package.weights.values())
