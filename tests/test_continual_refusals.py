@@ -144,8 +144,8 @@ def test_layers_that_no_memory_knows(story, refused, lance_host, lance_device, t
     lance_device("train", "--artifact", tmp_path / "small.tar", *words)
     words = ("--checkpoint", tmp_path / "run/last.npz", "--data", story / "two.npz", "--layers", "all")
     assert refused("calibrate", "--model", model, *words) == (
-        "--layers all: body.0 was not trained by the task before, so nothing is known of what earlier tasks need"
-        " of it; choose among body.8, hidden"
+        "--layers all: body.0 was not trained by the task before, so nothing is known of what earlier tasks"
+        " need of it; choose among body.8, hidden"
     )
 
 
@@ -175,8 +175,8 @@ def test_packages_that_nothing_can_follow(story, refused, tmp_path):
         (headless, "trains no head, so no other task can follow; calibrate it again without --head none"),
         (
             untapped,
-            "has no graph to the inputs of its layers; calibrate and train the first task again with this version"
-            " of lance-edge",
+            "has no graph to the inputs of its layers; calibrate and train the first task again with this"
+            " version of lance-edge",
         ),
     ):
         write_bundle(tmp_path / "pkg.tar", changed, contents)
