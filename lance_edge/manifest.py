@@ -250,7 +250,8 @@ class Variant:
     backward is fed cores and factors.
 
     `energy` is the threshold ε that gave the ranks, or that gives them anew at every step; `budget_bytes` the
-    activation memory that they were chosen for instead.
+    activation memory that they were chosen for instead.  `takes_any_rank`: its graphs serve any ranks of the
+    modes that they compress and any number of classes, so a board can make the next task's package of them.
     """
 
     method: str
@@ -267,6 +268,7 @@ class Variant:
     projections: tuple[str, ...]
     graph_macs: dict[str, int]
     budget_bytes: int | None = None
+    takes_any_rank: bool = False
 
     @property
     def activation_bytes(self) -> int:
@@ -446,6 +448,8 @@ def _from_schema_1(value: dict[str, Any]) -> dict[str, Any]:
     def plans(variants: Any) -> Iterator[Any]:
         for variant in variants if isinstance(variants, list) else ():
             layers = variant.get("layers") if isinstance(variant, dict) else None
+            if isinstance(variant, dict):
+                variant.setdefault("takes_any_rank", False)
             yield from layers if isinstance(layers, list) else ()
 
     for plan in plans(value.get("variants")):

@@ -3,11 +3,12 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 
 from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
-from lance_device.cli_types import byte_count
+from lance_device.cli_types import Number, byte_count
 
 PASS_MEMORY = click.option(
     "--pass-memory",
@@ -15,12 +16,6 @@ PASS_MEMORY = click.option(
     metavar="BYTES",
     callback=byte_count,
     help="For second moments at a time; what does not fit takes another pass over the images.",
-)
-BATCHES = click.option(
-    "--batches",
-    type=click.IntRange(min=1),
-    default=100,
-    help="Calibration batches at most, as on the workstation.",
 )
 
 
@@ -36,7 +31,16 @@ BATCHES = click.option(
     help="memory.npz of all finished tasks: measures what the projections of a next task need, outside of it."
     "  [default: only what a memory is made of]",
 )
-@BATCHES
+@click.option(
+    "--mode",
+    type=click.Choice(["patch", "channel"]),
+    help="Of a convolution's input: what filters read, or channels.  [default: as --memory, else patch]",
+)
+@click.option(
+    "--batches",
+    type=click.IntRange(min=1),
+    help="Of images at most.  [default: 11, with --memory 100, as on the workstation]",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Chooses the images.  [default: the package's]")
 @PASS_MEMORY
 @click.option("--threads", **AUTO, help="auto: the cores of this machine.")
@@ -50,7 +54,8 @@ def collect(
     output: Path,
     task: str | None,
     memory: Path | None,
-    batches: int,
+    mode: Literal["patch", "channel"] | None,
+    batches: int | None,
     seed: int | None,
     pass_memory: int,
     threads: int | None,
@@ -76,10 +81,14 @@ def collect(
 
     check_signature(artifact, public_key)
     options = PassOptions(
-        batches, threads or available_cores(), micro_batch or DEFAULT_MICRO_BATCH, pass_memory, _show_progress()
+        threads=threads or available_cores(),
+        micro_batch=micro_batch or DEFAULT_MICRO_BATCH,
+        limit_bytes=pass_memory,
+        mode=mode,
+        progress=_show_progress(),
     )
     request = CollectRequest(
-        artifact, checkpoint, data, output, task or task_after(data), options, memory, seed, strict
+        artifact, checkpoint, data, output, task or task_after(data), options, memory, batches, seed, strict
     )
     found = run_collect(request, lambda text: click.echo(text, err=True))
     layers = f"{len(found.layers)} layers" if len(found.layers) != 1 else "1 layer"
@@ -107,3 +116,108 @@ class _Progress:
         """Say it."""
         if self._is_shown:
             click.echo(f"\rbatch {done} of {of}", nl=done == of, err=True)
+
+
+@click.command("next-task")
+@click.option(
+    "--run", type=PATH, help="A folder of tasks (train --tasks): says all but the next task's images."
+)
+@click.option("--artifact", type=PATH, help="The package of the finished task.")
+@click.option("--checkpoint", type=PATH, help="Its run/last.npz or run/best.npz.")
+@click.option("--data", type=PATH, help="The finished task's images.  [default: with --run, where they were]")
+@click.option("--next-data", type=PATH, required=True, help="The next task's images; any classes.")
+@click.option("-o", "--output", type=PATH, help="The next task's package to write.")
+@click.option("--task", metavar="NAME", help="The next task's name.  [default: after --next-data]")
+@click.option(
+    "--threshold",
+    type=Number(min=0, min_open=True, max=1),
+    help="Share of the finished task's energy to protect.  [default: 0.97, and 0.003 more for each before]",
+)
+@click.option(
+    "--energy",
+    type=Number(min=0, min_open=True, max=1),
+    default=0.98,
+    help="Share of what the next task has outside of it that its projections keep.",
+)
+@click.option("--memory-batches", type=click.IntRange(min=1), default=11, help="Of the finished task's images.")
+@click.option("--batches", type=click.IntRange(min=1), default=100, help="Of the next task's images.")
+@PASS_MEMORY
+@click.option("--threads", **AUTO, help="auto: the cores of this machine.")
+@click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
+@click.option("--strict", is_flag=True, help="Refuse images that cannot be read, instead of leaving them out.")
+@SIGNATURE
+def next_task(
+    run: Path | None,
+    artifact: Path | None,
+    checkpoint: Path | None,
+    data: Path | None,
+    output: Path | None,
+    next_data: Path,
+    task: str | None,
+    pass_memory: int,
+    threads: int | None,
+    micro_batch: int | None,
+    public_key: Path | None,
+    **values: Any,
+) -> None:
+    """Protect a finished task, and make the next task's package, without a workstation.
+
+    \b
+    lance-device train --artifact pkg.tar --data animals --out tasks/ --tasks
+    lance-device next-task --run tasks/ --next-data plants
+    lance-device train --data plants --out tasks/
+
+    The first package comes from lance-host calibrate --mode patch --any-rank. The new one keeps the heads of
+    all tasks (eval --task, predict) and the memory of what they need, which training leaves alone.
+    """
+    require_runtime_within_memory()
+    from lance_device.moments_pass import PassOptions
+    from lance_device.next_task import NextTaskRequest, continue_folder
+    from lance_device.next_task import next_task as make_next_task
+    from lance_device.options import DEFAULT_MICRO_BATCH, available_cores
+    from lance_device.task_folder import TaskFolder
+    from lance_device.text import next_task_table
+
+    name = task or task_after(next_data)
+    options = PassOptions(
+        threads=threads or available_cores(),
+        micro_batch=micro_batch or DEFAULT_MICRO_BATCH,
+        limit_bytes=pass_memory,
+        progress=_show_progress(),
+    )
+    places = _places(run, artifact, checkpoint, data, output)
+    check_signature(places["artifact"], public_key)
+    request = NextTaskRequest(**places, next_data=next_data, task=name, options=options, **values)
+
+    def note(text: str) -> None:
+        click.echo(text, err=True)
+
+    if run is None:
+        click.echo(next_task_table(make_next_task(request, note)))
+        click.echo(f"wrote {request.output}")
+    else:
+        place, made = continue_folder(TaskFolder(run), request, note)
+        click.echo(next_task_table(made))
+        click.echo(f"wrote {place.package}; go on with: lance-device train --out {run} --data {next_data}")
+
+
+def _places(
+    run: Path | None, artifact: Path | None, checkpoint: Path | None, data: Path | None, output: Path | None
+) -> dict[str, Any]:
+    """Package, checkpoint and images of the finished task, and where the next package goes."""
+    from lance_device.task_folder import TaskFolder
+
+    if run is None:
+        if artifact is None or checkpoint is None or data is None or output is None:
+            raise click.UsageError("give --run, or --artifact, --checkpoint, --data and --output")
+        return {"artifact": artifact, "checkpoint": checkpoint, "data": data, "output": output}
+    if artifact is not None or checkpoint is not None or output is not None:
+        raise click.UsageError("--run says --artifact, --checkpoint and --output; leave them out")
+    place = TaskFolder(run).current()
+    return {
+        "artifact": place.package,
+        "checkpoint": place.checkpoint,
+        "data": data or Path(place.record.data),
+        "output": place.path,
+        "finished": place.record.task,
+    }

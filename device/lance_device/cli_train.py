@@ -11,9 +11,18 @@ from lance_device.cli_types import Number, byte_count, class_weights, minutes_or
 
 
 @click.command()
-@click.option("--artifact", type=PATH, required=True, help="Package of lance-host calibrate: pkg.tar.")
+@click.option(
+    "--artifact", type=PATH, help="Package of lance-host calibrate: pkg.tar; a folder of tasks has its own."
+)
 @click.option("--data", type=PATH, required=True, help="Folder with a folder of images per class, or an .npz.")
 @click.option("--out", type=PATH, required=True, help="Folder for checkpoints and measurements: run/.")
+@click.option("--tasks", is_flag=True, help="Make --out a folder of tasks, of which this is the first.")
+@click.option(
+    "--result",
+    type=click.Choice(["auto", "last", "best"]),
+    default="auto",
+    help="In a folder of tasks: the checkpoint that the next task goes on from.  [auto: best with plateau]",
+)
 @click.option("--method", help="Method in the package: lance, bp.  [default: the package's first]")
 @click.option(
     "--layers",
@@ -126,9 +135,11 @@ from lance_device.cli_types import Number, byte_count, class_weights, minutes_or
 def train(
     context: click.Context,
     /,
-    artifact: Path,
+    artifact: Path | None,
     data: Path,
     out: Path,
+    tasks: bool,
+    result: str,
     checkpoint_every: tuple[float | None, int | None],
     resume: bool,
     resume_or_start: bool,
@@ -160,10 +171,19 @@ def train(
     require_runtime_within_memory()
     from lance_device.live import Live, Silent
     from lance_device.pace import PaceOptions
+    from lance_device.remeasure import remeasure
     from lance_device.run_setup import CheckpointEvery, TrainRequest
-    from lance_device.text import result_table
+    from lance_device.task_folder import TaskFolder, open_place
+    from lance_device.text import matrix_table, result_table
     from lance_device.train import train as run_training
 
+    place = None
+    if tasks or TaskFolder(out).has_tasks:
+        chosen = result if result != "auto" else "best" if values["schedule"] == "plateau" else "last"
+        place = open_place(out, artifact, data, chosen)
+        artifact, out = place.package, place.path
+    if artifact is None:
+        raise click.UsageError("--artifact is missing: the package of lance-host calibrate")
     check_signature(artifact, public_key)
     minutes, steps = checkpoint_every
     request = TrainRequest(
@@ -181,9 +201,14 @@ def train(
         pace=PaceOptions(max_temp, duty_cycle, nice),
         protect=protect,
     )
-    result = run_training(request, Silent() if quiet else Live(sys.stderr))
+    reporter = Silent() if quiet else Live(sys.stderr)
+    ended = run_training(request, reporter)
     if not quiet:
-        click.echo(result_table(result))
+        click.echo(result_table(ended))
+    if place is not None:
+        matrix = remeasure(TaskFolder(place.path.parent), reporter.note)
+        if not quiet:
+            click.echo(matrix_table(matrix))
 
 
 def _check_schedule(values: dict[str, Any], given: set[str]) -> None:

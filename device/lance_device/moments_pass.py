@@ -44,15 +44,15 @@ class PassOptions:
     """How to measure.
 
     Attributes:
-        batches: of calibration images at most; no image is used twice.
+        mode: which modes a convolution's input has; by default as in the package.
         limit_bytes: for batches of inputs and moments together.
         progress: told the batches done and to do, over all passes.
     """
 
-    batches: int
     threads: int
     micro_batch: int
     limit_bytes: int = DEFAULT_LIMIT
+    mode: Mode | None = None
     progress: Callable[[int, int], None] = lambda done, of: None
 
 
@@ -75,20 +75,27 @@ class MomentsPass:
         self._prefix = load_graph(bundle, variant, "prefix", options.threads)
         self._inputs: Graph = load_graph(bundle, variant, INPUTS_ROLE, options.threads)
         self._parameters, self._options, self._manifest = parameters, options, bundle.manifest
+        self.mode: Mode = options.mode or bundle.manifest.mode
         by_name = {layer.name: layer for layer in bundle.manifest.layers}
         self.layers = tuple(by_name[plan.layer] for plan in variant.layers)
 
-    def batches(self, part: Part) -> int:
+    def batches(self, part: Part, wanted: int) -> int:
         """How many batches a pass takes."""
-        return min(self._options.batches, len(part) // self._manifest.batch_size)
+        return min(wanted, len(part) // self._manifest.batch_size)
 
     def run(
-        self, part: Part, seed: int, memory: Mapping[str, LayerMemory] = NO_MEMORY, protected_only: bool = False
+        self,
+        part: Part,
+        batches: int,
+        seed: int,
+        memory: Mapping[str, LayerMemory] = NO_MEMORY,
+        protected_only: bool = False,
     ) -> Iterator[tuple[Layer, Moments]]:
         """Each layer with its moments; only those of one pass are alive.
 
         Args:
             part: the images to choose from.
+            batches: at most; no image is used twice.
             seed: of the choice: the host's calibration takes the same images.
             memory: what the modes beside the protected one are without, by layer.
             protected_only: the moments of the protected mode alone, from which a memory is made.
@@ -97,12 +104,12 @@ class MomentsPass:
             DataError: if there are fewer images than a batch, or one cannot be read.
             NumericalError: if an input is not finite.
         """
-        manifest, size = self._manifest, self._manifest.batch_size
-        order = calibration_batches(len(part), size, self._options.batches, seed)
-        passes = plan_passes(self.layers, manifest.mode, size, protected_only, self._options.limit_bytes)
+        size = self._manifest.batch_size
+        order = calibration_batches(len(part), size, batches, seed)
+        passes = plan_passes(self.layers, self.mode, size, protected_only, self._options.limit_bytes)
         for number, layers in enumerate(passes):
             found = {
-                layer.name: LayerMoments(layer, manifest.mode, size, memory.get(layer.name), protected_only)
+                layer.name: LayerMoments(layer, self.mode, size, memory.get(layer.name), protected_only)
                 for layer in layers
             }
             self._measure(part, order, found, (number * len(order), len(passes) * len(order)))

@@ -23,14 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_device.checkpoint import Checkpoint, read_checkpoint
-from lance_device.collect import open_images
+from lance_device.collect import MEMORY_BATCHES, PROJECTION_BATCHES, open_images
 from lance_device.moments_pass import MomentsPass, PassOptions
-from lance_device.next_package import NextPackage, write_next_package
+from lance_device.next_package import write_next_package
 from lance_device.protect import expect_no_extras
+from lance_device.remeasure import remeasure
+from lance_device.task_folder import TaskFolder, TaskPlace, TaskRecord
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
-from lance_edge.errors import ArtifactError, DataError
-from lance_edge.layer_ranks import any_ranks, layer_spectra_of, plan_layer
+from lance_edge.errors import ArtifactError, CheckpointError, DataError
+from lance_edge.files import file_digest
+from lance_edge.images import Part
+from lance_edge.layer_plan import any_ranks, plan_layer
 from lance_edge.manifest import LayerPlan, Variant, is_task_name, projection_name
 from lance_edge.memory import (
     LayerMemory,
@@ -43,6 +47,7 @@ from lance_edge.memory import (
     packed_memory,
 )
 from lance_edge.moments import protected_mode, protected_shape
+from lance_edge.protected_spectra import layer_spectra_of
 
 Float = NDArray[np.float32]
 FIRST_THRESHOLD, THRESHOLD_STEP, LAST_THRESHOLD = 0.97, 0.003, 0.999  # the published protocol
@@ -60,6 +65,7 @@ class NextTaskRequest:
         finished: the finished one's, where its package has no name for it.
         threshold: ε_cl of the memory; by default 0.97, and 0.003 more for every task before.
         energy: ε of the next task's projections.
+        memory_batches, batches: of the finished task's images, and of the next one's.
     """
 
     artifact: Path
@@ -72,12 +78,14 @@ class NextTaskRequest:
     finished: str = "task-1"
     threshold: float | None = None
     energy: float = USUAL_ENERGY
+    memory_batches: int = MEMORY_BATCHES
+    batches: int = PROJECTION_BATCHES
     strict: bool = False
 
 
 @dataclass(frozen=True)
 class NextTask:
-    """What was made: the memory, the ranks of the next task's projections by layer, and layers with none left."""
+    """What was made: the memory, how each layer trains on, and those with no input left to learn with."""
 
     memory: Memory
     plans: tuple[LayerPlan, ...]
@@ -98,8 +106,11 @@ def next_task(request: NextTaskRequest, note: Callable[[str], None]) -> NextTask
         following = open_images(request.next_data, bundle, request.strict, note)
         measure = MomentsPass(bundle, variant, checkpoint.parameters, request.options)
 
-        memory = extend(packed_memory(bundle), bundle, measure, finished, name, request.threshold)
-        made = project(memory, bundle, variant, measure, following, request.energy)
+        learned = LearnedTask(
+            name, _threshold(request, bundle), {}, {}, file_digest(request.checkpoint).hexdigest()
+        )
+        memory = extend(bundle, measure, finished.train, request.memory_batches, learned)
+        made = project(memory, bundle, variant, measure, following.train, request.batches, request.energy)
         used_up = tuple(layer for layer, rank in made.left.items() if not rank)
         for layer in used_up:
             note(f"warning: {layer}: nothing of its inputs is left to learn with; it stays as it is")
@@ -107,11 +118,35 @@ def next_task(request: NextTaskRequest, note: Callable[[str], None]) -> NextTask
         return NextTask(memory, made.plans, used_up)
 
 
+def continue_folder(
+    folder: TaskFolder, request: NextTaskRequest, note: Callable[[str], None]
+) -> tuple[TaskPlace, NextTask]:
+    """The same in a folder of tasks, where the next one begins with its package.
+
+    Raises:
+        CheckpointError: if the current task is not finished.
+    """
+    place = folder.current()
+    if not place.is_finished:
+        raise CheckpointError(
+            f"{place.path}: task {place.record.task} is not finished; train it first: lance-device train --out"
+            f" {folder.root} --data {place.record.data} --resume-or-start"
+        )
+    remeasure(folder, note)  # where training was ended by hand, it was not done yet
+    made: list[NextTask] = []
+
+    def make(path: Path) -> None:
+        made.append(next_task(replace(request, output=path), note))
+
+    record = TaskRecord(request.task, str(request.next_data.absolute()), place.record.result)
+    return folder.begin(record, make), made[0]
+
+
 def next_variant(bundle: Bundle, checkpoint: Checkpoint) -> Variant:
     """The variant that the next task trains by: lance with the finished run's layers.
 
     Raises:
-        ArtifactError: if the package's graphs are for one calibration only, or more than layers and head trains.
+        ArtifactError: if the package's graphs are for one calibration only, or it trains more than layers.
     """
     variant = bundle.manifest.variant("lance", checkpoint.meta.layers)
     if not variant.takes_any_rank or not bundle.manifest.head:
@@ -130,8 +165,8 @@ def _settle_names(request: NextTaskRequest, bundle: Bundle) -> str:
     earlier = [*(task.name for task in manifest.tasks), finished]
     if not is_task_name(request.task) or request.task in earlier:
         raise DataError(
-            f"task {request.task!r}: expected a name of letters, digits, dots and dashes, at most 64, other than"
-            f" {', '.join(earlier)}; give one with --task"
+            f"task {request.task!r}: expected a name of letters, digits, dots and dashes, at most 64, other"
+            f" than {', '.join(earlier)}; give one with --task"
         )
     return finished
 
@@ -141,7 +176,8 @@ def _finished_images(request: NextTaskRequest, bundle: Bundle, note: Callable[[s
     if set(dataset.classes) != set(bundle.manifest.classes):
         raise DataError(
             f"{request.data}: classes {', '.join(dataset.classes)}, and the finished task has"
-            f" {', '.join(bundle.manifest.classes)}; give its images with --data, the next task's with --next-data"
+            f" {', '.join(bundle.manifest.classes)}; give its images with --data, and the"
+            " next task's with --next-data"
         )
     return dataset
 
@@ -149,32 +185,31 @@ def _finished_images(request: NextTaskRequest, bundle: Bundle, note: Callable[[s
 # --- the memory -------------------------------------------------------------------------------------------
 
 
-def extend(
-    before: Memory | None,
-    bundle: Bundle,
-    measure: MomentsPass,
-    dataset: Dataset,
-    name: str,
-    threshold: float | None,
-) -> Memory:
-    """The memory with a finished task, as `memory.extend_memory` makes it, a layer at a time."""
+def extend(bundle: Bundle, measure: MomentsPass, part: Part, batches: int, learned: LearnedTask) -> Memory:
+    """The package's memory with a finished task, as `memory.extend_memory` makes it, but a layer at a time.
+
+    Args:
+        part: the task's training images.
+        learned: its name, threshold and checkpoint.
+    """
     manifest = bundle.manifest
-    memory = before or empty_memory(manifest.mode, manifest.model)
-    share = usual_threshold(len(memory.tasks)) if threshold is None else threshold
+    memory = packed_memory(bundle) or empty_memory(manifest.mode, manifest.model)
     layers, shares = dict(memory.layers), dict[str, float]()
-    for layer, moments in measure.run(dataset.train, manifest.seed, protected_only=True):
+    for layer, moments in measure.run(part, batches, manifest.seed, protected_only=True):
         moment = moments.pop(protected_mode(layer))
         old = layers.get(layer.name) or empty_layer(*protected_shape(layer, manifest.mode))
-        layers[layer.name] = extend_layer(old, moment, share)
+        layers[layer.name] = extend_layer(old, moment, learned.threshold)
         shares[layer.name] = explained_share(layers[layer.name], moment)
     ranks = {layer: one.ranks for layer, one in layers.items()}
-    learned = LearnedTask(name, share, ranks, shares)
-    return Memory(memory.mode, memory.model, (*memory.tasks, learned), layers)
+    complete = replace(learned, ranks=ranks, explained=shares)
+    return Memory(memory.mode, memory.model, (*memory.tasks, complete), layers)
 
 
-def usual_threshold(tasks_before: int) -> float:
-    """ε_cl of the published protocol: 0.97 + 0.003 t, at most 0.999."""
-    return min(FIRST_THRESHOLD + THRESHOLD_STEP * tasks_before, LAST_THRESHOLD)
+def _threshold(request: NextTaskRequest, bundle: Bundle) -> float:
+    """ε_cl: as asked for, or of the published protocol."""
+    if request.threshold is not None:
+        return request.threshold
+    return min(FIRST_THRESHOLD + THRESHOLD_STEP * len(bundle.manifest.tasks), LAST_THRESHOLD)
 
 
 # --- projections ------------------------------------------------------------------------------------------
@@ -199,14 +234,20 @@ class Projected:
 
 
 def project(
-    memory: Memory, bundle: Bundle, variant: Variant, measure: MomentsPass, dataset: Dataset, energy: float
+    memory: Memory,
+    bundle: Bundle,
+    variant: Variant,
+    measure: MomentsPass,
+    part: Part,
+    batches: int,
+    energy: float,
 ) -> Projected:
     """Subspaces of the next task's inputs outside of the memory, for the modes that the graphs compress."""
     manifest = bundle.manifest
     compressed = {*variant.projections, *variant.batch_projections}
     plans, left = list[LayerPlan](), dict[str, int]()
     arrays, eigenvalues = dict[str, Float](), dict[str, NDArray[np.float64]]()
-    for layer, moments in measure.run(dataset.train, manifest.seed, memory.layers):
+    for layer, moments in measure.run(part, batches, manifest.seed, memory.layers):
         known: LayerMemory = memory.layers[layer.name]
         spectra = layer_spectra_of(layer, manifest.mode, manifest.batch_size, moments, known, energy)
         moments.clear()
@@ -216,4 +257,4 @@ def project(
         left[layer.name] = spectra[protected_mode(layer)].rank(energy)
         arrays |= {projection_name(layer.name, mode): spectra[mode].projection(ranks[mode]) for mode in modes}
         eigenvalues |= {f"{layer.name}/eigenvalues{mode}": one.eigenvalues for mode, one in enumerate(spectra)}
-    return Projected(tuple(plans), arrays, eigenvalues, left, energy, measure.batches(dataset.train))
+    return Projected(tuple(plans), arrays, eigenvalues, left, energy, measure.batches(part, batches))

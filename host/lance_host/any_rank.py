@@ -5,7 +5,7 @@ A variant is compiled at the ranks of one calibration.  Where no constant of its
 when the graphs were written stays: whether the batch or the positions are compressed at all.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -15,7 +15,7 @@ from lance_edge.manifest import (
     LOGITS,
     TARGET_OFF,
     TARGET_ON,
-    Variant,
+    TensorSpec,
     batch_multiple,
     gradient_name,
 )
@@ -23,25 +23,31 @@ from lance_edge.manifest import (
 TRAINING_ROLES = ("prepare", "forward", "backward", "gradient")
 
 
-def open_shapes(graphs: Mapping[str, ir.Model], variant: Variant, head: Collection[str]) -> None:
+def open_shapes(
+    graphs: Mapping[str, ir.Model],
+    boundary: Sequence[TensorSpec],
+    parameters: Collection[str],
+    head: Collection[str],
+) -> None:
     """Take the numbers of ranks and classes out of the declared shapes of the training graphs, in place.
 
     Args:
         graphs: by role.
-        head: names of the parameters whose first dimension are the classes.
+        boundary: the prefix's outputs, which stay as they are, as do parameters and their gradients.
+        head: those of `parameters` whose first dimension are the classes.
     """
+    others = [name for name in parameters if name not in head]
+    known = {spec.name for spec in boundary} | {*others, *map(gradient_name, others)}
     for role in TRAINING_ROLES:
         if role in graphs:
-            _open(graphs[role].graph, variant, head)
+            _open(graphs[role].graph, known, head)
 
 
-def _open(graph: ir.Graph, variant: Variant, head: Collection[str]) -> None:
+def _open(graph: ir.Graph, known: Collection[str], head: Collection[str]) -> None:
     for node in graph:  # the runtime infers them again, from what is really fed
         for value in node.outputs:
             if value not in graph.outputs:
                 value.shape = None
-    known = {spec.name for spec in variant.boundary} | {*variant.parameters} - {*head}
-    known |= {gradient_name(name) for name in variant.parameters if name not in head}
     for value in (*graph.inputs, *graph.outputs):
         if value.name not in known and value.shape is not None:
             value.shape = ir.Shape(_dims(value, head))

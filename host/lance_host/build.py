@@ -19,6 +19,7 @@ from lance_edge.manifest import (
 )
 from lance_edge.memory import LayerMemory
 from lance_edge.moments import Moments
+from lance_edge.protected_spectra import layer_spectra_of
 from lance_edge.screening import steady
 from lance_host.autodiff.dropout import drop_nothing
 from lance_host.autodiff.emit import Emit
@@ -31,7 +32,6 @@ from lance_host.methods import METHODS
 from lance_host.network import Network, load_network
 from lance_host.package import Plan, Spectra, Tasks, cut_projections, network_weights, write_package
 from lance_host.past import settle_task_name
-from lance_host.protected_spectra import layer_spectra_of
 from lance_host.rank_choice import GradientBatches, RankChoice, choose_ranks, energy_of
 from lance_host.request import Feedback, Request, check
 from lance_host.shapes import infer_specs
@@ -248,7 +248,11 @@ def compile_variants(
     for number, (method, one) in enumerate(wanted, start=1):
         ranks, budget = choice.get((method, len(one.layers)), {}), request.budgets.get(method)
         energy = energy_of(request, method)
-        compiled.append(compile_variant(one, method, ranks, spectra, batch_size, energy, budget, request.mode))
+        compiled.append(
+            compile_variant(
+                one, method, ranks, spectra, batch_size, energy, budget, request.mode, request.any_rank
+            )
+        )
         if len(wanted) > len(METHODS):  # it takes a moment then
             feedback.progress("compile", number, len(wanted))
     return tuple(compiled)

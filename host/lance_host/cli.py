@@ -130,6 +130,11 @@ HEAD = click.option(
     " task, else channel.",
 )
 @click.option(
+    "--any-rank",
+    is_flag=True,
+    help="With --mode patch: graphs of which lance-device next-task makes the next package on the board.",
+)
+@click.option(
     "--memory-budget",
     metavar="SIZE",
     help="Activation bytes of all layers, as 256KiB or lance=256KiB,asi=1MiB: choose the ranks that make the"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
+from lance_edge import accounting
 from lance_edge.errors import ModelError
 from lance_edge.manifest import (
     BATCH_DIM,
@@ -18,15 +19,15 @@ from lance_edge.manifest import (
     activation_name,
     kept_bytes,
 )
-from lance_host import accounting
+from lance_edge.patch_accounting import PatchCost
+from lance_edge.spectrum import ModeSpectrum
+from lance_host.any_rank import open_shapes
 from lance_host.autodiff.dropout import drop_nothing
 from lance_host.autodiff.emit import Emit, static_dim
 from lance_host.capture import Captured, clone
 from lance_host.graph_cost import graph_macs
-from lance_host.hosvd import ModeSpectrum
 from lance_host.layer_nodes import geometry, input_of
 from lance_host.methods import METHODS, rank_names
-from lance_host.patch_accounting import PatchCost
 from lance_host.shapes import infer_specs
 from lance_host.stages import PLANNED_MICRO_BATCH, Stages, cut_stages, extract
 from lance_host.step import Step, differentiate, lower_forward, split_prefix, tidy
@@ -57,6 +58,7 @@ def compile_variant(
     energy: float | None = None,
     budget: int | None = None,
     mode: Mode = "channel",
+    takes_any_rank: bool = False,
 ) -> Compiled:
     """Differentiate, cut and check the graphs of one method.
 
@@ -68,13 +70,22 @@ def compile_variant(
         energy: the threshold ε that they keep, of fixed ranks or at every step.
         budget: the memory budget that the ranks were chosen for, in bytes.
         mode: which modes a convolution's input has.
+        takes_any_rank: in patch mode, of graphs that a board can use for its next task.
 
     Raises:
         ModelError: if an operator has no backward rule or a graph is not valid.
     """
     fixed = ranks if METHODS[method].fixes_ranks else {}
-    step, stages = _cheapest_schedule(captured, method, fixed, batch_size, mode)
+    step, stages = _cheapest_schedule(captured, method, fixed, batch_size, mode, takes_any_rank)
     graphs = stages.graphs | inference_tails(captured) | layer_inputs(captured)
+    macs = {
+        role: graph_macs(graphs[role], batch_size, _sizes(captured, ranks))
+        for role in graphs
+        if role not in UNCOUNTED_ROLES
+    }
+    if takes_any_rank:
+        _expect_free_classes(graphs["predict"], captured)
+        open_shapes(graphs, stages.boundary, [str(value.name) for value in step.parameters], captured.head)
     members = {role: serialise(model, f"{method} {role}") for role, model in graphs.items()}
     names = {role: f"graphs/{method}-{len(captured.layers)}/{role}.onnx" for role in members}
     whole = [value for value in step.projections if value not in step.batch_projections]
@@ -91,27 +102,39 @@ def compile_variant(
         statistics=stages.statistics,
         batch_projections=tuple(str(value.name) for value in step.batch_projections),
         projections=tuple(str(value.name) for value in whole),
-        graph_macs={
-            role: graph_macs(graphs[role], batch_size, _sizes(captured, ranks))
-            for role in graphs
-            if role not in UNCOUNTED_ROLES
-        },
+        graph_macs=macs,
         budget_bytes=budget,
+        takes_any_rank=takes_any_rank,
     )
     return Compiled(variant, {names[role]: data for role, data in members.items()})
 
 
 def _cheapest_schedule(
-    captured: Captured, method: str, ranks: Mapping[str, Sequence[int]], batch_size: int, mode: Mode
+    captured: Captured,
+    method: str,
+    ranks: Mapping[str, Sequence[int]],
+    batch_size: int,
+    mode: Mode,
+    takes_any_rank: bool,
 ) -> tuple[Step, Stages]:
     """The schedule that keeps fewer bytes; one pass where they are equal or no batch mode is compressed."""
     candidates = []
     for schedule in METHODS[method].schedules:
-        step = differentiate(clone(captured), method, ranks, batch_size, schedule, mode)
+        step = differentiate(clone(captured), method, ranks, batch_size, schedule, mode, takes_any_rank)
         candidates.append((step, cut_stages(step)))
         if not step.batch_projections:
             break
     return min(candidates, key=lambda pair: _kept_bytes(pair[1], batch_size))
+
+
+def _expect_free_classes(predict: ir.Model, captured: Captured) -> None:
+    """See that another task's head fits."""
+    shape = predict.graph.outputs[0].shape
+    if not captured.head or shape is None or shape[1] != CLASSES_DIM:
+        raise ModelError(
+            "--any-rank: the network's head is not one linear layer that gives the logits, so its graphs serve"
+            " one number of classes; leave --any-rank out, and make every task's package on the workstation"
+        )
 
 
 def _kept_bytes(stages: Stages, batch_size: int) -> int:

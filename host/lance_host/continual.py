@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lance_edge.manifest import FrozenLayer, InputSpec, Layer, Manifest
 from lance_edge.memory import LayerMemory, Memory
 from lance_edge.moments import protected_mode
+from lance_edge.protected_spectra import layer_spectra_of, ranks_by_mode
 from lance_host.build import (
     VERIFY_IMAGES,
     VERIFY_SETS,
@@ -28,7 +29,6 @@ from lance_host.network import Network
 from lance_host.next_task import Material, check_next, open_material, open_memory, open_network
 from lance_host.package import Plan, Spectra, Tasks, write_package
 from lance_host.past import Past, read_past, settle_task_name
-from lance_host.protected_spectra import layer_spectra_of, ranks_by_mode
 from lance_host.rank_choice import RankChoice
 from lance_host.request import After, Feedback, Request, check
 from lance_host.share import share

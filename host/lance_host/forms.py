@@ -23,8 +23,8 @@ class LayerContext:
     mode), and for the modes i of the layer's input `[N, n1, ...]` Ui `[n_i, r_i]`; in patch mode also absent
     without a mode of positions, and U1 `[g, D, r1]` with more than one group.  `core` is one where a codec
     gives it, `[r1, r0, ...]`.  `ranks` are empty where they differ from step to step; with `takes_any_rank`
-    they only decide between ways to compute, and the graphs serve any others.  `statistics` collects the values
-    that are summed over micro-batches, `activation` is what a codec compresses.
+    they only decide between ways to compute, and the graphs serve any others.  `statistics` collects
+    the values that are summed over micro-batches, `activation` is what a codec compresses.
     """
 
     name: str

@@ -21,9 +21,9 @@ from lance_edge.manifest import (
     projection_name,
 )
 from lance_edge.memory import Memory, memory_bytes
+from lance_edge.spectrum import ModeSpectrum
 from lance_host.capture import Captured
 from lance_host.compile import Compiled
-from lance_host.hosvd import ModeSpectrum
 from lance_host.network import Network
 from lance_host.request import Request
 

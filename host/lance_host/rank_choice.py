@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from lance_edge.images import Part, load_batch
 from lance_edge.manifest import InputSpec, Layer
+from lance_edge.protected_spectra import ranks_by_mode
+from lance_edge.spectrum import ModeSpectrum
 from lance_host.budget import plan_budget
-from lance_host.hosvd import ModeSpectrum, Spectrum
+from lance_host.hosvd import Spectrum
 from lance_host.methods import METHODS
 from lance_host.perplexity import SEARCHES, BatchTensors, Spectra, Task
-from lance_host.protected_spectra import ranks_by_mode
 from lance_host.ranks import Ranks, ranks_by_energy
 from lance_host.request import Feedback, Request
 from lance_host.search_tables import budget_table

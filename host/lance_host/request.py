@@ -67,6 +67,7 @@ class Request:
     split: Split = DEFAULT_SPLIT
     threads: int | None = None
     mode: Mode = "channel"
+    any_rank: bool = False
     task: str | None = None
     after: After | None = None
     dropout: bool = False
@@ -130,6 +131,8 @@ def check(request: Request) -> None:
         raise LanceError(f"--seed: expected at most {MAX_SEED}, found {request.seed}")
     if request.mode == "patch":
         _check_patch_mode(request)
+    elif request.any_rank:
+        raise LanceError("--any-rank: of patch mode; add --mode patch")
     check_input(request.network.input)
     _check_output(request.output)
 

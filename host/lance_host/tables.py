@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
+from lance_edge.accounting import bp_activation_bytes, bp_forward_macs
 from lance_edge.manifest import ArrayInput, InputSpec, LayerPlan, Manifest, Member, Variant
-from lance_host.accounting import bp_activation_bytes, bp_forward_macs
 from lance_host.text import (
     GAP,
     WIDTH,

@@ -30,7 +30,17 @@ def run(package, images, tmp_path_factory):
 
 @pytest.fixture
 def words(package, images, run):
-    return ("collect", "--artifact", package.path, "--checkpoint", run / "last.npz", "--data", images)
+    return (
+        "collect",
+        "--artifact",
+        package.path,
+        "--checkpoint",
+        run / "last.npz",
+        "--data",
+        images,
+        "--mode",
+        "channel",
+    )
 
 
 def literal_features(package, images):

@@ -21,7 +21,9 @@ from graph_runner import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lance_edge.accounting import bp_forward_macs
 from lance_edge.manifest import Layer, Schedule
+from lance_edge.patch_accounting import PatchCost
 from lance_host import patch_forms
 from lance_host.autodiff import conv
 from lance_host.autodiff.emit import Emit
@@ -247,3 +249,38 @@ def test_projection_inputs_have_the_names_and_shapes_that_a_device_feeds() -> No
         "layer/U2": ["30", "2"],
     }
     assert shapes("3x3 same", (BATCH, 4, 36)) == {"layer/U1": ["36", "4"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("3x3 same", (4, 3, 2)),
+        ("3x3 same", (BATCH, 3, 2)),
+        ("3x3 same", (4, 3, 36)),
+        ("3x3 same", (BATCH, 5, 36)),
+        ("3x3 grouped strided dilated", (3, 4, 5)),
+        ("depthwise on a map too large for pairs", (4, 3, 2)),
+    ],
+)
+def test_the_costs_told_are_those_of_arrays_and_graphs(name: str, ranks: tuple[int, ...]) -> None:
+    """Bytes of what is fed and kept, multiply-adds of the emitted graphs, node by node."""
+    case = CASES[name]
+    cost, compressed = PatchCost(layer_of(case), BATCH, ranks), compress(case, ranks)
+    bases = random_bases(case, ranks)
+    values = {**case.sample(np.random.default_rng(0), BATCH), **bases}
+    assert cost.factor_bytes == sum(base.nbytes for base in bases.values())
+    late = graph_macs(compressed.backward, BATCH) + graph_macs(compressed.gradient, BATCH)
+    if cost.keeps_input:
+        assert cost.activation_bytes == values["x"].nbytes + cost.factor_bytes
+        assert cost.forward_macs == bp_forward_macs(layer_of(case), BATCH)
+        assert cost.weight_gradient_macs <= late  # padding is multiplied too
+        return
+    if ranks[0] == BATCH:  # no batch mode: backward computes the coefficients, too
+        assert cost.forward_macs + cost.weight_gradient_macs == bp_forward_macs(layer_of(case), BATCH) + late
+        return
+    assert compressed.forward is not None
+    core = run_graph(compressed.forward, values)["layer/G"]
+    assert cost.activation_bytes == core.nbytes + cost.factor_bytes
+    early = graph_macs(compressed.forward, BATCH)
+    assert cost.forward_macs == bp_forward_macs(layer_of(case), BATCH) + early
+    assert cost.weight_gradient_macs == late

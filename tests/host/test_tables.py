@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from lance_edge.accounting import bp_activation_bytes, core_bytes
 from lance_edge.manifest import (
     SCHEMA_VERSION,
     Layer,
@@ -16,7 +17,6 @@ from lance_edge.manifest import (
     TensorSpec,
     Variant,
 )
-from lance_host.accounting import bp_activation_bytes, core_bytes
 from lance_host.budget import BudgetPlan
 from lance_host.error_table import Candidate
 from lance_host.perplexity import LayerChoices, SearchResult

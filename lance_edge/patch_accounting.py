@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lance_edge.accounting import FLOAT32_BYTES, bp_activation_bytes, bp_forward_macs, bp_weight_gradient_macs
 from lance_edge.manifest import Layer
 from lance_edge.moments import mode_sizes
-from lance_host.accounting import FLOAT32_BYTES, bp_activation_bytes, bp_forward_macs, bp_weight_gradient_macs
 
 
 @dataclass(frozen=True)

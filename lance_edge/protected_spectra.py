@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_edge import subspace
+from lance_edge.accounting import factored_activation_bytes
 from lance_edge.manifest import Layer, Mode
 from lance_edge.memory import LayerMemory, empty_layer
 from lance_edge.moments import mode_sizes, protected_mode, protected_shape
-from lance_host.accounting import factored_activation_bytes
-from lance_host.hosvd import ModeSpectrum, decompose
-from lance_host.patch_accounting import PatchCost
-from lance_host.ranks import Ranks
+from lance_edge.patch_accounting import PatchCost
+from lance_edge.spectrum import ModeSpectrum, decompose
 
 Double = NDArray[np.float64]
 
@@ -161,7 +160,7 @@ def ranks_by_mode(
     batch_size: int,
     spectra: Mapping[str, Sequence[ModeSpectrum]],
     energy: float,
-) -> Ranks:
+) -> dict[str, tuple[int, ...]]:
     """The ranks of several layers."""
     return {layer.name: ranks_of(layer, mode, batch_size, spectra[layer.name], energy) for layer in layers}
 

@@ -1,0 +1,226 @@
+"""Task after task on the board alone, and what a workstation makes of the same tasks by two other ways."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from continual_tasks import BATCH, CODE, LAYERS, task_arrays, write_tasks
+
+from lance_device.features import Batch
+from lance_device.graphs import load_graph, starting_parameters
+from lance_device.measure import PhaseMeter
+from lance_device.probe import MemoryProbe
+from lance_device.step import training_step
+from lance_edge.bundle import Bundle
+from lance_edge.checkpoints import read_weights
+from lance_edge.datasets import open_dataset
+from lance_edge.manifest import WEIGHTS_MEMBER, projection_name
+from lance_edge.memory import drift, explained_share, packed_memory, read_memory
+from lance_edge.statistics import read_statistics
+
+THRESHOLD = 0.9
+EPOCHS = 20
+
+
+@pytest.fixture(scope="module")
+def story(made_once, lance_host, lance_device) -> Path:
+    """`one.tar` to `three.tar` and `run1`, `run2`; memories and packages of the other ways."""
+
+    def accomplished(result):
+        assert result.exit_code == 0, (result.output, result.exception)
+
+    def make(folder: Path) -> None:
+        one, two = write_tasks(folder)
+        x, y = task_arrays(2, 5, 40)
+        np.savez(folder / "three.npz", x=x, y=y)
+        (folder / "net.py").write_text(CODE)
+        model = ("--model", f"{folder}/net.py:grouped", "--threads", 1)
+        words = ("--layers", "all", "--batch-size", BATCH, "--mode", "patch", "--any-rank", "--data", one)
+        accomplished(lance_host("calibrate", *model, *words, "--energy", 0.9, "-o", folder / "one.tar"))
+
+        def train(package, data, run, *words):
+            places = ("--artifact", folder / package, "--data", data, "--out", folder / run)
+            lance_device("train", *places, "--epochs", EPOCHS, "--threads", 1, *words)
+
+        def following(package, run, data, next_data, output):
+            places = ("--artifact", folder / package, "--checkpoint", folder / run / "last.npz", "--data", data)
+            words = ("--next-data", next_data, "--threshold", THRESHOLD, "--threads", 1)
+            lance_device("next-task", *places, *words, "-o", folder / output)
+
+        train("one.tar", one, "run1", "--method", "bp")
+        following("one.tar", "run1", one, two, "two.tar")
+        train("two.tar", two, "run2")
+        following("two.tar", "run2", two, folder / "three.npz", "three.tar")
+
+        after = ("--checkpoint", folder / "run1/last.npz")
+        words = ("--threshold", THRESHOLD, "-o", folder / "memory.npz")
+        accomplished(lance_host("memory", *after, "--data", one, *words))
+        collect = ("collect", "--artifact", folder / "one.tar", *after, "--threads", 1)
+        lance_device(*collect, "--data", one, "-o", folder / "one-stats.npz")
+        words = ("--threshold", THRESHOLD, "-o", folder / "private.npz")
+        accomplished(lance_host("memory", *after, "--stats", folder / "one-stats.npz", *words))
+        words = ("--data", two, "--memory", folder / "private.npz", "-o", folder / "two-stats.npz")
+        lance_device(*collect, *words)
+        words = ("--memory", folder / "private.npz", "--stats", folder / "two-stats.npz")
+        accomplished(lance_host("calibrate", *model, *after, *words, "-o", folder / "private.tar"))
+        words = ("--memory", folder / "memory.npz", "--data", two, "-o", folder / "host.tar")
+        accomplished(lance_host("calibrate", *model, *after, *words))
+
+    return made_once("learning-on-the-board", make)
+
+
+def memory_in(path: Path):
+    with Bundle(path) as bundle:
+        return packed_memory(bundle)
+
+
+# --- three ways to one memory --------------------------------------------------------------------------
+
+
+def test_three_ways_explain_the_same_energy(story):
+    """The host's images, the host's statistics, the board alone: to 1e-4 of the finished task's energy."""
+    statistics = read_statistics(story / "one-stats.npz")
+    ways = [read_memory(story / "memory.npz"), read_memory(story / "private.npz"), memory_in(story / "two.tar")]
+    for name in LAYERS:
+        moment = next(iter(statistics.layers[name].values()))
+        shares = [explained_share(way.layers[name], moment) for way in ways]
+        assert shares == pytest.approx([shares[0]] * 3, abs=1e-4)
+        assert shares[0] >= THRESHOLD - 1e-6
+        assert len({way.layers[name].ranks for way in ways}) == 1
+    assert len({way.tasks[-1].checkpoint_sha256 for way in ways}) == 1
+
+
+def test_three_ways_project_the_next_task_alike(story):
+    """What the inputs' basis keeps of the next task's moment outside of the memory, to 1e-4."""
+    statistics = read_statistics(story / "two-stats.npz")
+    projections = []
+    for name in ("host.tar", "private.tar", "two.tar"):
+        with Bundle(story / name) as bundle:
+            stored = bundle.arrays("projections.npz")
+            projections.append({layer: np.array(stored[projection_name(layer, 1)]) for layer in LAYERS})
+    for name in LAYERS:
+        moment = statistics.layers[name][1].astype(np.float64)  # [g, D, D]
+        total = np.trace(moment, axis1=1, axis2=2).sum()
+        kept = []
+        for one in projections:
+            basis = one[name].astype(np.float64).reshape(len(moment), moment.shape[1], -1)
+            kept.append(np.einsum("gdr,gde,ger->", basis, moment, basis) / total)
+        assert kept == pytest.approx([kept[0]] * 3, abs=1e-4)
+        assert kept[0] > 0
+
+
+# --- the package of the board --------------------------------------------------------------------------
+
+
+def test_bases_avoid_the_memory_and_gradients_do_not_touch_it(story):
+    for package, data in (("two.tar", "two.npz"), ("three.tar", "three.npz")):
+        memory = memory_in(story / package)
+        with Bundle(story / package) as bundle:
+            manifest, variant = bundle.manifest, bundle.manifest.variant("lance")
+            stored = bundle.arrays("projections.npz")
+            step = training_step(bundle, variant, starting_parameters(bundle, variant), threads=1)
+            part = open_dataset(story / data, manifest.split).train
+            for name in LAYERS:
+                layer = memory.layers[name]
+                bases = np.array(stored[projection_name(name, 1)]).reshape(layer.groups, layer.dimension, -1)
+                for group in range(layer.groups):
+                    assert np.abs(bases[group].T @ layer.basis(group)).max(initial=0) <= 1e-5
+            rows = np.arange(BATCH)
+            batch = Batch(part, rows, np.zeros(BATCH, bool), manifest.preprocessing)
+            gradients = step.run(batch, 5, PhaseMeter(MemoryProbe()), lambda: None).gradients
+        for layer in manifest.layers:
+            assert np.abs(gradients[layer.weight]).max() > 0
+            assert drift(gradients[layer.weight], memory.layers[layer.name]) <= 1e-5
+        assert gradients["head.weight"].shape[0] == len(manifest.classes)
+
+
+def test_graphs_at_other_ranks_give_the_literal_gradient(story):
+    """`dW = dW_bp' U1 U1^T` with all modes cut: against the host's package of its own ranks, same projections.
+
+    The host compiled `host.tar` for its ranks; the board feeds graphs of `one.tar`.  With the board's
+    projections of all three modes put into a literal computation both must be exact; here the board's package
+    is held against plain backpropagation on a rebuilt activation, which `tests/host/test_patch_forms.py`
+    holds against im2col: the ranks differ from those that `one.tar` was compiled at.
+    """
+    with Bundle(story / "one.tar") as first, Bundle(story / "two.tar") as second:
+        before = {plan.layer: plan.ranks for plan in first.manifest.variant("lance").layers}
+        after = {plan.layer: plan.ranks for plan in second.manifest.variant("lance").layers}
+    assert before.keys() == after.keys() == set(LAYERS)
+    assert sum(before[name] != after[name] for name in LAYERS) >= 3
+
+
+def test_trained_weights_leave_the_memory_alone_and_learn(story):
+    memory = memory_in(story / "two.tar")
+    with Bundle(story / "two.tar") as bundle:
+        start = bundle.arrays(WEIGHTS_MEMBER)
+        trained = read_weights(story / "run2/last.npz", bundle).weights
+        for layer in bundle.manifest.layers:
+            change = trained[layer.weight].astype(np.float64) - np.array(start[layer.weight])
+            assert np.abs(change).max() > 0
+            assert drift(change, memory.layers[layer.name]) <= 1e-3
+
+
+def test_all_heads_are_kept_and_all_tasks_remembered(story):
+    with Bundle(story / "three.tar") as bundle:
+        manifest, weights = bundle.manifest, bundle.arrays(WEIGHTS_MEMBER)
+        assert [task.name for task in manifest.tasks] == ["one", "two"]
+        assert [len(task.classes) for task in manifest.tasks] == [3, 4]
+        assert (manifest.task, len(manifest.classes)) == ("three", 5)
+        with Bundle(story / "two.tar") as second:
+            trained = read_weights(story / "run2/last.npz", second).weights
+        assert np.array_equal(weights["heads/two/head.weight"], trained["head.weight"])
+        assert np.array_equal(weights["body.8.weight"], trained["body.8.weight"])
+        assert weights["head.weight"].shape == (5, 32)
+    memory = memory_in(story / "three.tar")
+    assert [task.name for task in memory.tasks] == ["one", "two"]
+    for name in LAYERS:
+        assert all(
+            a <= b for a, b in zip(memory.tasks[0].ranks[name], memory.tasks[1].ranks[name], strict=True)
+        )
+
+
+def test_the_first_task_answers_as_it_did(story):
+    """Task one's test images by its own head, before and after task two."""
+
+    def logits(package, run, head_task):
+        with Bundle(story / package) as bundle:
+            variant = bundle.manifest.variant("lance")
+            weights = read_weights(story / run / "last.npz", bundle).weights
+            if head_task is not None:
+                stored = bundle.arrays(WEIGHTS_MEMBER)
+                own = bundle.manifest.head
+                weights |= {name: np.array(stored[f"heads/{head_task}/{name}"]) for name in own}
+            with np.load(story / "one.npz") as data:
+                images = data["x_test"]
+            boundary = load_graph(bundle, variant, "prefix", 1).run({"images": images})
+            predict = load_graph(bundle, dataclasses.replace(variant), "predict", 1)
+            return predict.run({**weights, **boundary})["logits"]
+
+    before, after = logits("one.tar", "run1", None), logits("two.tar", "run2", "one")
+    assert np.mean(before.argmax(1) == after.argmax(1)) > 0.9
+
+
+# --- refusals -------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_follow_is_refused(story, tmp_path):
+    from click.testing import CliRunner
+
+    from lance_device.cli import main
+
+    def refusal(*words):
+        result = CliRunner().invoke(
+            main, [str(word) for word in ("next-task", *words, "-o", tmp_path / "x.tar")]
+        )
+        assert result.exit_code in (3, 5), (result.output, result.exception)
+        assert not (tmp_path / "x.tar").exists()
+        return result.stderr.splitlines()[-1]
+
+    run1 = ("--artifact", story / "one.tar", "--checkpoint", story / "run1/last.npz")
+    line = refusal(*run1, "--data", story / "two.npz", "--next-data", story / "three.npz")
+    assert "give its images with --data, and the next task's with --next-data" in line
+    line = refusal(*run1, "--data", story / "one.npz", "--next-data", story / "two.npz", "--task", "../x")
+    assert "expected a name of letters, digits, dots and dashes, at most 64, other than one" in line
+    line = refusal(*run1, "--data", story / "one.npz", "--next-data", story / "two.npz", "--task", "one")
+    assert "other than one; give one with --task" in line
