@@ -279,7 +279,7 @@ def test_agem_leaves_an_agreeing_gradient_alone() -> None:
 def test_agem_takes_its_reference_from_the_kept_images(network: MultiHead) -> None:
     frozen(network)
     method, batch = AveragedGem(16, 0), batch_of(8, "two", 5)
-    part = part_of(16, 5)  # the same images with the other labels: certainly a conflict
+    part = part_of(8, 5)  # the same images with the other labels: certainly a conflict
     part.labels[:] = 1 - part.labels
     method.finish(network, "two", part, trained(network))
     twin = AveragedGem(16, 0)

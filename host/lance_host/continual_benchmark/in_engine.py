@@ -65,7 +65,7 @@ def learn_lance(job: Job) -> Learnt:
     memory = _memory_for(job)
     if not (job.folder / PACKAGE).exists():
         after = After(checkpoint=job.before / TRAINED, artifact=job.before / PACKAGE, memory=memory)
-        own = replace(_request(job, "lance"), model="", layers="", mode="patch", after=after)
+        own = replace(_request(job, "lance"), layers="", mode="patch", after=after)
         calibrate_next(own, after, _silent())
     return _with_memory(job, train_package(job))
 
