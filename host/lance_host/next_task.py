@@ -130,8 +130,8 @@ def open_material(
         )
     if memory is not None and found.memory_sha256 != memory_digest(memory):
         feedback.say(
-            "warning: the statistics were collected without this memory, so the bases of batch and positions"
-            " follow the whole input: collect them with --memory"
+            "warning: the statistics were collected without this memory, so batch and positions are compressed"
+            " worse, or not at all: collect them with --memory"
         )
     feedback.say(
         f"statistics: {found.batches} batches of {found.batch_size} images, {len(found.classes)} classes"
