@@ -283,7 +283,7 @@ def test_statistics_of_something_else(story, statistics, refused, lance_host, tm
     write_statistics(path, dataclasses.replace(own, memory_sha256=""))
     words = next_words(story, "--memory", story / "memory.npz", "--stats", path)
     said = accomplished(lance_host(*words, "-o", tmp_path / "raw.tar"))
-    assert "warning: the statistics were collected without this memory, so the bases of batch and" in said
+    assert "warning: the statistics were collected without this memory, so batch and positions are" in said
 
 
 # --- a network that has no room left ------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_a_full_memory_leaves_the_head_to_train(story, lance_host, lance_device,
     words = ("--data", story / "two.npz", "--out", tmp_path / "run", "--epochs", 1, "--threads", 1)
     lance_device("train", "--artifact", tmp_path / "head.tar", *words)
     table = accomplished(lance_host("inspect", tmp_path / "memory.npz"))
-    assert "5 layers of 5 have no room for another task and would stay frozen." in table
+    assert "No room for another task: 5 layers of 5, which would stay frozen." in table
     words = ("--checkpoint", tmp_path / "run/last.npz", "--data", story / "two.npz")
     words = (*words, "--memory", tmp_path / "memory.npz", "-o", tmp_path / "after.npz")
     accomplished(lance_host("memory", *words))

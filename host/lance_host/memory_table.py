@@ -68,5 +68,7 @@ def _closing(memory: Memory) -> str:
     first = min(bounded, key=lambda name: bounded[name])
     if not bounded[first]:
         full = sum(not tasks for tasks in bounded.values())
-        return f"{count(full, 'layer')} of {len(fitting)} have no room for another task and would stay frozen."
-    return f"At the present rate {count(bounded[first], 'more task')} fit before a layer, {first}, is used up."
+        return f"No room for another task: {count(full, 'layer')} of {len(fitting)}, which would stay frozen."
+    return (
+        f"At the present rate there is room for {count(bounded[first], 'more task')}: then {first} is used up."
+    )

@@ -130,8 +130,8 @@ def open_material(
         )
     if memory is not None and found.memory_sha256 != memory_digest(memory):
         feedback.say(
-            "warning: the statistics were collected without this memory, so the bases of batch and positions"
-            " follow the whole input: collect them with --memory"
+            "warning: the statistics were collected without this memory, so batch and positions are compressed"
+            " worse, or not at all: collect them with --memory"
         )
     feedback.say(
         f"statistics: {found.batches} batches of {found.batch_size} images, {len(found.classes)} classes"
@@ -191,7 +191,6 @@ def open_network(request: Request, past: Past, material: Material, feedback: Fee
 def network_request(request: Request, past: Past) -> NetworkRequest:
     """What the user asks for; what they leave open is as it was."""
     asked, before = request.network, past.manifest.preprocessing
-    layers = asked.layers or ",".join(layer.name for layer in past.layers) or "0"
     model = asked.model or past.manifest.model
     head = past.head if asked.head == FIND else asked.head
     inputs = asked.input
@@ -202,4 +201,4 @@ def network_request(request: Request, past: Past) -> NetworkRequest:
             inputs.std or before.std,
             inputs.interpolation or before.interpolation,
         )
-    return replace(asked, model=model, weights=past.weights, layers=layers, head=head, input=inputs)
+    return replace(asked, model=model, weights=past.weights, head=head, input=inputs)

@@ -39,13 +39,13 @@ def test_a_row_for_each_layer(memory):
     assert row(text, "fc") == ["8", "/", "40", "20", "99", "no", "end"]
     assert row(text, "old") == ["5", "/", "5", "100", "frozen", "0"]
     assert row(text, "tasks") == ["cats", "(threshold", "0.97),", "dogs", "(threshold", "0.973)"]
-    assert "1 layer of 4 have no room for another task and would stay frozen." in text
+    assert "No room for another task: 1 layer of 4, which would stay frozen." in text
 
 
 def test_the_first_layer_to_be_used_up_is_named(memory):
     layers = {name: one for name, one in memory.layers.items() if name != "old"}
     text = memory_table(Memory("patch", "net", memory.tasks, layers))
-    assert "At the present rate 3 more tasks fit before a layer, conv, is used up." in text
+    assert "At the present rate there is room for 3 more tasks: then conv is used up." in text
     text = memory_table(Memory("patch", "net", memory.tasks, {"fc": layers["fc"]}))
     assert "At the present rate no layer is ever used up." in text
 
