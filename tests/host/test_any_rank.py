@@ -25,7 +25,7 @@ def any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(model: ir.Model) -> ir.Model:
-    """Without the declared ranks of projections and without inferred shapes, as `any_rank.open_shapes` leaves it."""
+    """Without declared ranks and inferred shapes, as `any_rank.open_shapes` leaves it."""
     for node in model.graph:
         for value in node.outputs:
             if value not in model.graph.outputs:
@@ -77,7 +77,7 @@ def test_a_basis_of_zeros_gives_no_gradient() -> None:
 
 def all_modes(case: ConvCase, ranks: Sequence[int]) -> dict[str, np.ndarray]:
     """Bases of all modes, also of those that such ranks leave whole: the graphs read them all."""
-    batch, inputs, positions = modes(case)
+    batch, _, positions = modes(case)
     bases = random_bases(case, (max(1, batch - 1), ranks[1], max(1, positions - 1)))
     rng = np.random.default_rng(7)
     for name, size, rank in (("layer/U0", batch, ranks[0]), ("layer/U2", positions, ranks[2])):
