@@ -45,6 +45,7 @@ def calibrate_next(request: Request, after: After, feedback: Feedback) -> Manife
     check(request)
     check_next(request, after)
     past = read_past(after.artifact, after.checkpoint)
+    request = replace(request, layers=request.layers or past.layer_names)
     memory = open_memory(request, after, past)
     material = open_material(request, after, past, memory, feedback)
     network = open_network(request, past, material, feedback)

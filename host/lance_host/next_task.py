@@ -191,7 +191,6 @@ def open_network(request: Request, past: Past, material: Material, feedback: Fee
 def network_request(request: Request, past: Past) -> NetworkRequest:
     """What the user asks for; what they leave open is as it was."""
     asked, before = request.network, past.manifest.preprocessing
-    layers = asked.layers or ",".join(layer.name for layer in past.layers) or "0"
     model = asked.model or past.manifest.model
     head = past.head if asked.head == FIND else asked.head
     inputs = asked.input
@@ -202,4 +201,4 @@ def network_request(request: Request, past: Past) -> NetworkRequest:
             inputs.std or before.std,
             inputs.interpolation or before.interpolation,
         )
-    return replace(asked, model=model, weights=past.weights, layers=layers, head=head, input=inputs)
+    return replace(asked, model=model, weights=past.weights, head=head, input=inputs)

@@ -65,6 +65,11 @@ class Past:
         return self.tasks[-1].name
 
     @property
+    def layer_names(self) -> str:
+        """The layers of the finished run as `--layers` takes them."""
+        return ",".join(layer.name for layer in self.layers) or "0"
+
+    @property
     def head(self) -> str:
         """Module name of the head."""
         return self.manifest.head[0].rpartition(".")[0]
