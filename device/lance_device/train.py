@@ -22,6 +22,7 @@ from lance_device.optimizer import SGD
 from lance_device.pace import Pacer
 from lance_device.probe import HealthProbe, MemoryProbe
 from lance_device.progress import history_row, step_view
+from lance_device.protect import warning_of
 from lance_device.run_data import Absentees, open_images
 from lance_device.run_folder import RunFolder
 from lance_device.run_log import RunLog, TrainResult
@@ -148,8 +149,10 @@ class Training:
             f" {len(dataset.validation)} validation, {len(dataset.test)} test images;"
             f" {self._run.total_steps} steps of {self._run.stream.batch_size}"
         )
-        if self._run.memory is not None:
-            self._reporter.note(str(self._run.memory))
+        forgetting = warning_of(self._bundle.manifest, self._run.variant, self._run.protection)
+        for text in (self._run.memory, forgetting):
+            if text is not None:
+                self._reporter.note(str(text))
         asked, batch = self._request.values.get("micro_batch"), self._run.stream.batch_size
         if asked is not None and asked > batch:
             self._reporter.note(f"micro-batch {batch}: a batch has no more images than that")
