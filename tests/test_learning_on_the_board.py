@@ -1,17 +1,26 @@
 """Task after task on the board alone, and what a workstation makes of the same tasks by two other ways."""
 
-import dataclasses
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from continual_tasks import BATCH, CODE, LAYERS, task_arrays, write_tasks
 
+from lance_device.classifier import all_heads
 from lance_device.features import Batch
-from lance_device.graphs import load_graph, starting_parameters
+from lance_device.graphs import starting_parameters
+from lance_device.heads import find_task
 from lance_device.measure import PhaseMeter
 from lance_device.probe import MemoryProbe
 from lance_device.step import training_step
+from lance_device.task_folder import TaskFolder
+from lance_edge.accuracy_matrix import read_matrix
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
 from lance_edge.datasets import open_dataset
@@ -20,7 +29,7 @@ from lance_edge.memory import drift, explained_share, packed_memory, read_memory
 from lance_edge.statistics import read_statistics
 
 THRESHOLD = 0.9
-EPOCHS = 20
+EPOCHS = 8
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +144,15 @@ def test_bases_avoid_the_memory_and_gradients_do_not_touch_it(story):
         assert gradients["head.weight"].shape[0] == len(manifest.classes)
 
 
-def test_graphs_at_other_ranks_give_the_literal_gradient(story):
-    """`dW = dW_bp' U1 U1^T` with all modes cut: against the host's package of its own ranks, same projections.
-
-    The host compiled `host.tar` for its ranks; the board feeds graphs of `one.tar`.  With the board's
-    projections of all three modes put into a literal computation both must be exact; here the board's package
-    is held against plain backpropagation on a rebuilt activation, which `tests/host/test_patch_forms.py`
-    holds against im2col: the ranks differ from those that `one.tar` was compiled at.
-    """
+def test_the_graphs_are_those_of_the_first_package_at_other_ranks(story):
+    """That such graphs compute the literal gradient is tested with im2col in `tests/host/test_any_rank.py`."""
     with Bundle(story / "one.tar") as first, Bundle(story / "two.tar") as second:
-        before = {plan.layer: plan.ranks for plan in first.manifest.variant("lance").layers}
-        after = {plan.layer: plan.ranks for plan in second.manifest.variant("lance").layers}
+        one, two = first.manifest.variant("lance"), second.manifest.variant("lance")
+        members = {member.name: member.sha256 for member in first.manifest.members}
+        kept = {member.name: member.sha256 for member in second.manifest.members if "graphs/" in member.name}
+    assert kept
+    assert all(members[name] == digest for name, digest in kept.items())
+    before, after = ({plan.layer: plan.ranks for plan in variant.layers} for variant in (one, two))
     assert before.keys() == after.keys() == set(LAYERS)
     assert sum(before[name] != after[name] for name in LAYERS) >= 3
 
@@ -183,21 +190,13 @@ def test_all_heads_are_kept_and_all_tasks_remembered(story):
 def test_the_first_task_answers_as_it_did(story):
     """Task one's test images by its own head, before and after task two."""
 
-    def logits(package, run, head_task):
+    def logits(package, run):
         with Bundle(story / package) as bundle:
-            variant = bundle.manifest.variant("lance")
-            weights = read_weights(story / run / "last.npz", bundle).weights
-            if head_task is not None:
-                stored = bundle.arrays(WEIGHTS_MEMBER)
-                own = bundle.manifest.head
-                weights |= {name: np.array(stored[f"heads/{head_task}/{name}"]) for name in own}
-            with np.load(story / "one.npz") as data:
-                images = data["x_test"]
-            boundary = load_graph(bundle, variant, "prefix", 1).run({"images": images})
-            predict = load_graph(bundle, dataclasses.replace(variant), "predict", 1)
-            return predict.run({**weights, **boundary})["logits"]
+            every = all_heads(bundle, story / run / "last.npz", 1)
+        with np.load(story / "one.npz") as data:
+            return every.of_task(find_task(every.heads, "one", package)).logits(data["x_test"])
 
-    before, after = logits("one.tar", "run1", None), logits("two.tar", "run2", "one")
+    before, after = logits("one.tar", "run1"), logits("two.tar", "run2")
     assert np.mean(before.argmax(1) == after.argmax(1)) > 0.9
 
 
@@ -224,3 +223,113 @@ def test_what_cannot_follow_is_refused(story, tmp_path):
     assert "expected a name of letters, digits, dots and dashes, at most 64, other than one" in line
     line = refusal(*run1, "--data", story / "one.npz", "--next-data", story / "two.npz", "--task", "one")
     assert "other than one; give one with --task" in line
+
+
+# --- a folder of tasks, and power cuts --------------------------------------------------------------------
+
+# SIGKILL at the n-th call into the operating system that changes a file; with 0 it only counts.
+KILLER = """
+import atexit, os, signal, sys
+import lance_device.next_task
+class Killer:
+    NAMES = {"write", "fsync", "replace", "rename", "unlink", "mkdir", "flush"}
+    seen = 0
+    def __call__(self, frame, event, argument):
+        if event == "c_call" and argument.__name__ in self.NAMES:
+            self.seen += 1
+            if self.seen == COUNT:
+                os.kill(os.getpid(), signal.SIGKILL)
+killer = Killer()
+atexit.register(lambda: print("calls", killer.seen))
+sys.setprofile(killer)
+from lance_device.cli import main
+main()
+"""
+
+
+def finished_folder(story: Path, root: Path) -> TaskFolder:
+    """A folder in which task one is finished."""
+    folder = TaskFolder(root)
+    place = folder.begin_first(story / "one.tar", story / "one.npz", "last")
+    for file in (story / "run1").iterdir():
+        shutil.copy(file, place.path / file.name)
+    return folder
+
+
+def next_task(root: Path, story: Path, count: int) -> subprocess.CompletedProcess[str]:
+    words = ("next-task", "--run", root, "--next-data", story / "two.npz", "--threads", 1)
+    words = (*words, "--batches", 2, "--memory-batches", 2)
+    command = [sys.executable, "-c", KILLER.replace("COUNT", str(count)), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def cut_and_go_on(story: Path, tmp_path: Path, cuts: int, seed: int) -> None:
+    whole = finished_folder(story, tmp_path / "whole")
+    result = next_task(whole.root, story, 0)
+    assert result.returncode == 0, result.stderr
+    calls = int(result.stdout.splitlines()[-1].removeprefix("calls "))
+    expected = whole.current().package.read_bytes()
+    chance = random.Random(seed)
+    for number in range(cuts):
+        folder = finished_folder(story, tmp_path / f"cut{number}")
+        killed = next_task(folder.root, story, chance.randint(1, calls))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        if len(folder.tasks()) == 1:
+            again = next_task(folder.root, story, 0)
+            assert again.returncode == 0, again.stderr
+        assert [place.record.task for place in folder.tasks()] == ["one", "two"]
+        assert folder.current().package.read_bytes() == expected
+        assert not [
+            path for path in folder.root.iterdir() if path.name.startswith(".1") or path.suffix == ".trial"
+        ]
+
+
+def test_a_power_cut_leaves_the_task_before_or_after(story, tmp_path):
+    cut_and_go_on(story, tmp_path, cuts=2, seed=0)
+
+
+@pytest.mark.slow
+def test_30_power_cuts(story, tmp_path):
+    cut_and_go_on(story, tmp_path, cuts=30, seed=1)
+
+
+def test_three_tasks_in_a_folder(story, tmp_path, lance_device):
+    """The whole way by the commands that the docs show, on the folder that train --tasks makes."""
+    root = tmp_path / "tasks"
+    common = ("--out", root, "--epochs", 2, "--threads", 1, "--quiet")
+    lance_device(
+        "train",
+        "--artifact",
+        story / "one.tar",
+        "--data",
+        story / "one.npz",
+        "--tasks",
+        "--method",
+        "bp",
+        *common,
+    )
+    for data in ("two.npz", "three.npz"):
+        batches = ("--batches", 2, "--memory-batches", 2)
+        lance_device("next-task", "--run", root, "--next-data", story / data, "--threads", 1, *batches)
+        lance_device("train", "--data", story / data, *common)
+    matrix = read_matrix(root / "accuracy_matrix.csv")
+    assert matrix.tasks == ("one", "two", "three")
+    assert [len(row.accuracies) for row in matrix.rows] == [1, 2, 3]
+    ranks = [sum(row.ranks.values()) for row in matrix.rows]
+    assert 0 == ranks[0] < ranks[1] < ranks[2]
+    assert [row.kept_bytes["heads"] for row in matrix.rows] == [0, 4 * 3 * 33, 4 * (3 + 4) * 33]
+    assert matrix.rows[1].kept_bytes["memory"] < matrix.rows[2].kept_bytes["memory"]
+    value = json.loads(lance_device("eval", "--run", root, "--task", "two", "--json").stdout)
+    assert value["accuracy"] == pytest.approx(matrix.rows[2].accuracies[1])
+    with np.load(story / "two.npz") as data:
+        np.savez(tmp_path / "some.npz", x=data["x_test"][:3])
+    found = json.loads(lance_device("predict", "--run", root, tmp_path / "some.npz", "--json").stdout)
+    assert {entry["task"] for entry in found} <= {"one", "two", "three"}
+
+
+def test_an_unfinished_task_has_no_next_one(story, tmp_path):
+    folder = TaskFolder(tmp_path / "tasks")
+    folder.begin_first(story / "one.tar", story / "one.npz", "last")
+    result = next_task(folder.root, story, 0)
+    assert result.returncode == 4
+    assert "task one is not finished; train it first: lance-device train --out" in result.stderr

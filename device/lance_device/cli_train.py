@@ -168,6 +168,8 @@ def train(
     given = {name for name in values if _is_given(context, name)}
     if not (resume or resume_or_start):  # a resumed run keeps its options
         _check_schedule(values, given)
+    if values["cache"] == "off" and values["cache_dir"] is not None:
+        raise click.UsageError("--cache-dir is for --cache on or auto; with --cache off nothing is kept")
     require_runtime_within_memory()
     from lance_device.live import Live, Silent
     from lance_device.pace import PaceOptions

@@ -132,6 +132,14 @@ def protect_again(
     return protection(memory, bundle.manifest, bundle.manifest.variant(options.method, options.layers))
 
 
+def warning_of(manifest: Manifest, variant: Variant, protected: Protection | None) -> str | None:
+    """What to say of a run that will change what earlier tasks need."""
+    if protected is not None or variant.method != "bp" or not manifest.protected:
+        return None
+    earlier = ", ".join(task.name for task in manifest.tasks)
+    return f"warning: plain bp forgets {earlier}; --protect package leaves alone what is needed of it"
+
+
 def expect_no_decay(weight_decay: float, protected: Collection[str]) -> None:
     """Refuse weight decay where layers are protected.
 

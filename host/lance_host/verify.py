@@ -81,7 +81,7 @@ def verify(
                 norm = norms[layer.name]
                 scale = scale_gradient(network, norm, output, tensors[norm][1])
                 expected[gradient_name(f"{norm}.weight")] = scale.numpy()
-    found = run_graphs(compiled, {**weights, **projections}, images, labels)
+    found = run_graphs(compiled, {**weights, **projections}, images, labels, _classes(network, images))
     errors = {name: _relative_error(found[name], value) for name, value in expected.items()}
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= TOLERANCE:  # also when it is not a number
@@ -220,8 +220,13 @@ def run_graphs(
     values: Mapping[str, NDArray[np.generic]],
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
+    classes: int = 0,
 ) -> Arrays:
-    """One step of a variant on one micro-batch, as `docs/artifact.md` says it: all tensors by name."""
+    """One step of a variant on one micro-batch, as `docs/artifact.md` says it: all tensors by name.
+
+    Args:
+        classes: their number, where the graphs take any.
+    """
     known: Arrays = dict(values)
     for name in compiled.variant.batch_projections:
         known[name] = known[name][: len(images)]
@@ -233,17 +238,23 @@ def run_graphs(
             known |= _cores(variant, known)
         if role in variant.graphs:
             session = open_session(compiled.graph(role))
-            known |= _plain_targets(session)
+            known |= _plain_targets(session, classes)
             outputs = [output.name for output in session.get_outputs()]
             feeds = {declared.name: known[declared.name] for declared in session.get_inputs()}
             known.update(zip(outputs, session.run(outputs, feeds), strict=True))
     return known
 
 
-def _plain_targets(session: Any) -> Arrays:
-    """Those of ordinary cross-entropy, for the classes that a graph declares."""
+def _plain_targets(session: Any, classes: int) -> Arrays:
+    """Those of ordinary cross-entropy, for as many classes as a graph declares, or takes any number of."""
     sizes = [declared.shape[0] for declared in session.get_inputs() if declared.name in (TARGET_ON, TARGET_OFF)]
-    return {**Targets.plain(sizes[0]).arrays()} if sizes else {}
+    size = sizes[0] if sizes and isinstance(sizes[0], int) else classes
+    return {**Targets.plain(size).arrays()} if sizes else {}
+
+
+def _classes(network: torch.nn.Module, images: NDArray[np.float32]) -> int:
+    with torch.no_grad():
+        return int(network(torch.from_numpy(images[:1])).shape[1])
 
 
 def _cores(variant: Variant, known: Mapping[str, NDArray[Any]]) -> Arrays:

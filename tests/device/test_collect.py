@@ -156,10 +156,7 @@ def test_a_package_without_the_graph_is_refused(package, images, tmp_path):
 def test_a_memory_of_another_mode_is_refused(words, tmp_path):
     write_memory(tmp_path / "memory.npz", memory_of({"conv": random_memory(1, FEATURES, [2])}))
     line = refused(lance_device(*words, "-o", tmp_path / "s.npz", "--memory", tmp_path / "memory.npz"), 3)
-    assert (
-        "a memory in patch mode, and the package is in channel mode; calibrate the package with --mode p"
-        in line
-    )
+    assert "a memory in patch mode; use --mode patch, not channel" in line
 
 
 def test_too_few_images_and_bad_ones(words, tmp_path):

@@ -221,5 +221,7 @@ def test_the_memory_of_the_package(package, images, memory, file, tmp_path):
     started(train(second, images, tmp_path / "a", *FLAGS, "--protect", "package"))
     started(train(package, images, tmp_path / "b", *FLAGS, "--protect", file))
     assert_same_arrays(tmp_path / "a/last.npz", tmp_path / "b/last.npz")
+    result = started(train(second, images, tmp_path / "d", *FLAGS))
+    assert "warning: plain bp forgets one; --protect package leaves alone what is needed of it" in result.stderr
     line = refused(train(second, images, tmp_path / "c", "--weight-decay", 0.1), 1)
     assert "--weight-decay 0.1: it would change conv" in line
