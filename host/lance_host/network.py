@@ -122,6 +122,8 @@ def open_network(
 def build(source: ModelSource, classes: int, seed: int) -> torch.nn.Module:
     """The network as its source makes it, on the CPU in float32; random weights follow from `seed`.
 
+    Every parameter asks for a gradient, also one that the source froze.
+
     Raises:
         ModelError: if the source's own code fails.
     """
@@ -138,4 +140,7 @@ def build(source: ModelSource, classes: int, seed: int) -> torch.nn.Module:
     for module in network.modules():
         if getattr(module, "inplace", None) is True:
             setattr(module, "inplace", False)  # noqa: B010 - verification reads inputs and outputs of layers
-    return network.to("cpu", torch.float32).eval()
+    network.to("cpu", torch.float32).eval()
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # `--layers` says what trains, not the factory
+    return network

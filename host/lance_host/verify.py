@@ -31,7 +31,7 @@ from lance_edge.manifest import (
 from lance_edge.targets import Targets
 from lance_host.compile import Compiled
 from lance_host.runtime import open_session
-from lance_host.taps import as_described, module_taps, weight_gradient
+from lance_host.taps import as_described, loss_gradients, module_taps, weight_gradient
 
 Arrays = dict[str, NDArray[np.generic]]
 Samples = tuple[NDArray[np.float32], NDArray[np.int64]]  # images [n, 3, R, R] and labels [n]
@@ -170,9 +170,9 @@ def _by_autograd(
     parameters = dict(network.named_parameters())
     with module_taps(network, names) as taps, torch.enable_grad():
         loss = torch.nn.functional.cross_entropy(network(torch.from_numpy(images)), torch.from_numpy(labels))
-        outputs = [taps[name][1] for name in names]
-        trained = [parameters[name] for name in compiled.variant.parameters]
-        results = torch.autograd.grad(loss, [*outputs, *trained])
+        outputs = {name: taps[name][1] for name in names}
+        trained = {name: parameters[name] for name in compiled.variant.parameters}
+        results = loss_gradients(loss, outputs | trained)
     expected = {
         gradient_name(name): gradient.numpy()
         for name, gradient in zip(compiled.variant.parameters, results[len(names) :], strict=True)

@@ -194,3 +194,33 @@ def test_the_message_names_the_tensor_and_what_to_do(case):
     assert "/grad differs from PyTorch" in message
     assert "expected at most 1e-03" in message
     assert "the package was not written: please report this network" in message
+
+
+class Cut(SmallNetwork):
+    """Its first trained layers are cut off from the loss."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(self.way != "no_grad" and torch.is_grad_enabled()):
+            x = torch.relu(self.norm(self.spatial(torch.relu(self.stem(images)))))
+        x = x.detach() if self.way == "detach" else x
+        return self.head(torch.relu(self.pointwise(torch.relu(self.depthwise(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("way", ["no_grad", "detach"])
+def test_a_layer_that_pytorch_has_no_gradient_of_is_named(case, way):
+    network = Cut(way)
+    network.load_state_dict(case.network.state_dict())
+    with pytest.raises(ModelError, match=r"^spatial: PyTorch has no gradient of it: .*leave it out of --layers"):
+        verify(
+            network.eval(),
+            case.captured.layers,
+            case.compiled["bp"],
+            case.weights,
+            case.projections,
+            case.images,
+            case.labels,
+        )
