@@ -34,10 +34,19 @@ def torchvision_source(text: str) -> ModelSource:
     weights = models.get_model_weights(name).DEFAULT
     return ModelSource(
         name=text,
-        build=lambda classes: models.get_model(name, weights=None),
+        build=lambda classes: models.get_model(name, weights=None, **_pretrained_arguments(name, weights)),
         preprocessing=_torchvision_preprocessing(weights.transforms()),
         provided=functools.partial(_provide, text, lambda: weights.get_state_dict(check_hash=True)),
     )
+
+
+def _pretrained_arguments(name: str, weights: Any) -> dict[str, Any]:
+    """What torchvision's builders set when they load the weights themselves: no state dict holds it."""
+    if name in ("googlenet", "inception_v3"):
+        return {"transform_input": True}  # trained with another mean and std than the transforms say
+    if name.startswith("vit_"):
+        return {"image_size": int(weights.transforms().crop_size[0])}  # the number of positions follows from it
+    return {}
 
 
 def timm_source(text: str) -> ModelSource:
