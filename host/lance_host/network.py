@@ -10,7 +10,7 @@ from lance_edge.manifest import InputSpec
 from lance_host.extras import NOTHING_MORE, Extras, norm_modules
 from lance_host.heads import FIND, check_classes, choose_head, find_classifier, one_line, replace_head
 from lance_host.inputs import InputRequest, settle_input
-from lance_host.layers import select_layers
+from lance_host.layers import running_layers, select_layers
 from lance_host.model_source import ModelSource
 from lance_host.published import Progress
 from lance_host.selection import single_selections
@@ -89,8 +89,10 @@ def load_network(
     say(f"weights: {loaded.source}")
     if loaded.note:
         say(loaded.note)
+    running = running_layers(module, opened.preprocessing.sample_shape)
     selections = tuple(
-        tuple(select_layers(module, one, head, opened.kept)) for one in single_selections(request.layers)
+        tuple(select_layers(module, one, head, opened.kept, among=running))
+        for one in single_selections(request.layers)
     )
     if head is None and not selections[0]:
         raise ModelError("--layers 0 --head none: nothing is left to train; ask for layers, or for a new head")
@@ -107,6 +109,7 @@ def open_network(
         ModelError: if there is no such network, or it does not give one logit for each class.
     """
     source = open_source(request.model)
+    source = source if array_shape is None else source.for_arrays()
     module = build(source, classes or MANY_CLASSES, request.seed)
     preprocessing = settle_input(source, module, request.input, array_shape, say)
     shape = preprocessing.sample_shape

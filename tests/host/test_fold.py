@@ -111,9 +111,7 @@ def test_a_frozen_block_gives_the_gradients_of_pytorch_behind_it(block: str) -> 
         assert relative_error(found[name], np.asarray(gradient)) < TOLERANCE, name
 
 
-@pytest.mark.parametrize(
-    ("block", "norms"), [("1-D", 0), ("3-D", 0), ("called twice", 0), ("weight norm", 1)]
-)
+@pytest.mark.parametrize(("block", "norms"), [("1-D", 0), ("3-D", 0), ("called twice", 0), ("weight norm", 1)])
 def test_a_norm_stays_only_where_the_weight_is_computed(block: str, norms: int) -> None:
     captured = capture(network_of(block), (CHANNELS, *BLOCKS[block][1]), ["hidden"], "head")
     assert [node.op_type for node in captured.model.graph].count("BatchNormalization") == norms

@@ -214,7 +214,9 @@ class Cut(SmallNetwork):
 def test_a_layer_that_pytorch_has_no_gradient_of_is_named(case, way):
     network = Cut(way)
     network.load_state_dict(case.network.state_dict())
-    with pytest.raises(ModelError, match=r"^spatial: PyTorch has no gradient of it: .*leave it out of --layers"):
+    with pytest.raises(
+        ModelError, match=r"^spatial: PyTorch has no gradient of it: .*leave it out of --layers"
+    ):
         verify(
             network.eval(),
             case.captured.layers,

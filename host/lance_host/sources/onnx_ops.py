@@ -23,8 +23,8 @@ Tensors = Sequence[Tensor]
 class Op:
     """One node: its known operands by position, and the positions of all that are not left out.
 
-    `dims` is the shape of its first result: `None` stands for the batch, and -1 for another dimension that
-    grows with it.
+    `dims` is the shape of its first result, `operand_dims` that of its first operand: `None` stands for the
+    batch, and -1 for another dimension that grows with it.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Op:
     present: frozenset[int]
     outputs: int
     dims: tuple[int | None, ...]
+    operand_dims: tuple[int | None, ...]
 
     def get(self, name: str, default: Any) -> Any:
         """An attribute."""
@@ -92,11 +93,11 @@ def _cast(op: Op, x: Tensors) -> Tensor:
 
 
 # The shape of their result says all that their other operands do.
-SHAPED = frozenset({"Expand", "Reshape", "Resize", "Squeeze", "Unsqueeze"})
+SHAPED = frozenset({"Expand", "Reshape", "Resize"})
 
 
 def _reshape(op: Op, x: Tensors) -> Tensor:
-    if len(op.dims) == 2 and op.dims[0] is None:
+    if len(op.dims) == 2 and op.dims[0] is None and op.operand_dims[:1] == (None,):
         return x[0].flatten(1)  # without numbers: behind a head they are those of the old classes
     growing = sum(dim is None or dim < 0 for dim in op.dims)
     if growing > 1:
@@ -104,6 +105,19 @@ def _reshape(op: Op, x: Tensors) -> Tensor:
             f"node {op.name} ({op.kind}): more than one dimension depends on the batch; reshape it once"
         )
     return x[0].reshape([-1 if dim is None else dim for dim in op.dims])
+
+
+def _squeeze(op: Op, x: Tensors) -> Tensor:
+    axes = op.integers(1)
+    return _reshape(op, x) if axes is None else x[0].squeeze(tuple(axes))
+
+
+def _unsqueeze(op: Op, x: Tensors) -> Tensor:
+    y, axes = x[0], op.integers(1) or []
+    rank = y.ndim + len(axes)
+    for axis in sorted(axis % rank for axis in axes):
+        y = y.unsqueeze(axis)
+    return y
 
 
 def _expand(op: Op, x: Tensors) -> Tensor:
@@ -328,11 +342,11 @@ OPS: dict[str, Rule] = {
     "Softplus": _each(F.softplus),
     "Split": _split,
     "Sqrt": _each(torch.sqrt),
-    "Squeeze": _reshape,
+    "Squeeze": _squeeze,
     "Sub": _each(torch.sub),
     "Sum": _fold(torch.add),
     "Tanh": _each(torch.tanh),
     "Transpose": _transpose,
-    "Unsqueeze": _reshape,
+    "Unsqueeze": _unsqueeze,
     "Where": _each(torch.where),
 }
