@@ -40,7 +40,7 @@ from lance_host.shapes import infer_specs
 from lance_host.share import share
 from lance_host.stages import bind, extract
 from lance_host.trainable import check_trainable
-from lance_host.verify import Samples, verify_on_any
+from lance_host.verify import Samples, check_samples_apart, verify_on_any
 
 VERIFY_IMAGES = 8  # a set; U0 has no rows for more than a batch
 VERIFY_SETS = 3
@@ -60,6 +60,9 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
         request.network, len(dataset.classes), feedback.say, feedback.download, dataset.array_shape
     )
     batch_size = choose_batch(request, dataset, feedback)
+    check_samples_apart(
+        network.module, verification_samples(dataset, network.preprocessing, VERIFY_IMAGES)[0][0]
+    )
 
     captured = capture_selections(network)
     check_trainable(captured[-1], request.layers)

@@ -83,6 +83,28 @@ def verify(
     return errors[worst]
 
 
+def check_samples_apart(network: torch.nn.Module, images: NDArray[np.float32]) -> None:
+    """Refuse a network in which the samples of a batch see each other: micro-batches would change its logits.
+
+    Args:
+        images: float32 `[n, 3, R, R]`, two or more.
+
+    Raises:
+        ModelError: if the logits of the images together differ from those of the images in two parts.
+    """
+    samples, first = torch.from_numpy(images), max(1, len(images) // 2)
+    with torch.no_grad():
+        whole = network(samples).numpy()
+        parts = torch.cat([network(samples[:first]), network(samples[first:])]).numpy()
+    error = _relative_error(parts, whole)
+    if error > TOLERANCE:
+        raise ModelError(
+            f"the network mixes the samples of a batch: in two parts, the logits of {len(images)} samples"
+            f" differ by {error:.1e} relative, expected at most {TOLERANCE:.0e}; look for sums, means or a"
+            " softmax over axis 0, and take them over other axes"
+        )
+
+
 def stand_in_factors(variant: Variant, layers: Sequence[Layer], samples: int) -> dict[str, NDArray[np.float32]]:
     """Random factors of the planned ranks: a graph that a codec feeds must be right for whatever it gives."""
     random, factors = np.random.default_rng(0), dict[str, NDArray[np.float32]]()
