@@ -159,6 +159,7 @@ class Training:
             run.stream.indices(number),
             run.stream.flips(number),
             self._bundle.manifest.preprocessing,
+            run.stream.dropout_seeds(number),
         )
         computed = self._features.computed
         try:

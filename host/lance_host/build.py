@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lance_edge import __version__
 from lance_edge.bundle import describe, npz_bytes, write_bundle
 from lance_edge.datasets import Dataset, open_dataset
+from lance_edge.errors import ModelError
 from lance_edge.images import Part, load_batch
 from lance_edge.manifest import (
     PROJECTIONS_MEMBER,
@@ -28,7 +29,7 @@ from lance_edge.screening import steady
 from lance_host.autodiff.emit import Emit
 from lance_host.budget import check_budget
 from lance_host.calibrate import calibration_batches, choose_batch_size, layer_spectra
-from lance_host.capture import Captured, capture_layers, clone, export
+from lance_host.capture import Captured, capture_layers, clone_of_evaluation, export
 from lance_host.compile import Compiled, compile_variant, serialise
 from lance_host.hosvd import Spectrum
 from lance_host.layer_nodes import geometry, input_of
@@ -89,10 +90,15 @@ def choose_batch(request: Request, dataset: Dataset, feedback: Feedback) -> int:
 
 def capture_selections(network: Network) -> tuple[Captured, ...]:
     """The captured network for each count of trainable layers, ascending, from one export."""
-    exported = export(network.module, network.preprocessing.sample_shape)
-    return tuple(
+    exported = export(network.module, network.preprocessing.sample_shape, network.has_dropout)
+    captured = tuple(
         capture_layers(exported, layers, network.head, network.extras) for layers in network.selections
     )
+    if network.has_dropout and captured[-1].seeds is None:
+        raise ModelError(
+            "--dropout: no nn.Dropout stands behind the first trained layer; leave it out, or train more layers"
+        )
+    return captured
 
 
 # --- phase I ------------------------------------------------------------------------------------------
@@ -149,7 +155,7 @@ def tap_inputs(
     captured: Captured, weights: Mapping[str, NDArray[np.generic]]
 ) -> tuple[ir.Model, dict[str, str]]:
     """The network from images to the inputs of its trainable layers, weights constant."""
-    copy = clone(captured)
+    copy = clone_of_evaluation(captured)
     bind(copy.model, weights)
     emit = Emit(copy.model.graph, "taps/")
     inputs = {

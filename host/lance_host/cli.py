@@ -114,6 +114,11 @@ HEAD = click.option(
     help="Train scale and shift of the norm layers from the first trained layer on; statistics stay frozen.",
 )
 @click.option(
+    "--dropout",
+    is_flag=True,
+    help="Training drops activations where the network has an nn.Dropout behind the first trained layer.",
+)
+@click.option(
     "--methods",
     default="lance,bp",
     show_default=True,

@@ -34,6 +34,7 @@ class NetworkRequest:
     train_norm: bool = False
     input: InputRequest = field(default_factory=InputRequest)
     seed: int = 0
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Network:
     """A network with its weights and a head for the user's classes.
 
     `selections` are the module names that train, one selection for each count that was asked for,
-    ascending: the last holds all others.  `extras` train beside their weights.
+    ascending: the last holds all others.  `extras` train beside their weights.  `has_dropout`: training drops
+    activations where the network has an `nn.Dropout`.
     """
 
     module: torch.nn.Module
@@ -65,6 +67,7 @@ class Network:
     selections: tuple[tuple[str, ...], ...]
     head: str | None
     extras: Extras = NOTHING_MORE
+    has_dropout: bool = False
 
 
 def load_network(
@@ -97,7 +100,9 @@ def load_network(
     if head is None and not selections[0]:
         raise ModelError("--layers 0 --head none: nothing is left to train; ask for layers, or for a new head")
     extras = Extras(request.train_bias, norm_modules(module) if request.train_norm else ())
-    return Network(module, source.name, opened.preprocessing, loaded.source, selections, head, extras)
+    return Network(
+        module, source.name, opened.preprocessing, loaded.source, selections, head, extras, request.dropout
+    )
 
 
 def open_network(

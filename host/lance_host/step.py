@@ -34,7 +34,7 @@ class Step:
     `boundary` are the prefix's outputs, `statistics` the sums over micro-batches, `gradients` the final
     gradient of each parameter, `projections` the inputs of a method that the package holds, of which
     `batch_projections` have a row for each sample.  `activations` are what a codec compresses, and `compressed`
-    the inputs that it gives: the core of every layer and its factors.
+    the inputs that it gives: the core of every layer and its factors.  `seeds` say what is dropped.
     """
 
     model: ir.Model
@@ -44,6 +44,7 @@ class Step:
     labels: ir.Value
     targets: tuple[ir.Value, ...]
     scale: ir.Value
+    seeds: ir.Value | None
     loss: ir.Value
     logits: ir.Value
     boundary: tuple[ir.Value, ...]
@@ -71,7 +72,8 @@ def differentiate(
         schedule: how micro-batches go through a method with compressed batch modes.
     """
     graph = captured.model.graph
-    boundary = split_prefix(graph, captured.images, captured.parameters)
+    fed = captured.parameters if captured.seeds is None else (*captured.parameters, captured.seeds)
+    boundary = split_prefix(graph, captured.images, fed)
     contexts = {
         layer.name: _context(layer, method, ranks.get(layer.name, ()), batch_size, schedule)
         for layer in captured.layers
@@ -105,6 +107,7 @@ def differentiate(
         labels=captured.labels,
         targets=captured.targets,
         scale=captured.scale,
+        seeds=captured.seeds,
         loss=own(captured.loss),
         logits=own(captured.logits),
         boundary=boundary,
@@ -119,12 +122,15 @@ def differentiate(
     )
 
 
-def split_prefix(graph: ir.Graph, images: ir.Value, parameters: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+def split_prefix(graph: ir.Graph, images: ir.Value, fed: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
     """The boundary tensors, `[N, ...]`: what the trainable part reads of the frozen part.
 
     Where it reads the images themselves, an Identity stands between, so that a prefix always exists.
+
+    Args:
+        fed: the parameters, and whatever else the prefix must not read.
     """
-    tail = descendants(graph, parameters)
+    tail = descendants(graph, fed)
     boundary: dict[ir.Value, None] = {}
     for node in graph:
         if any(output in tail for output in node.outputs):

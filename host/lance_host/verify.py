@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lance_edge.errors import ModelError
 from lance_edge.manifest import (
+    DROPOUT_SEEDS,
     IMAGES,
     LABELS,
     LOSS,
@@ -215,6 +216,7 @@ def run_graphs(
     for name in compiled.variant.batch_projections:
         known[name] = known[name][: len(images)]
     known |= {IMAGES: images, LABELS: labels, SCALE: np.array(1 / len(images), np.float32)}
+    known[DROPOUT_SEEDS] = np.full(len(images), -1)  # drops nothing, as the network in evaluation mode
     variant = compiled.variant
     for role in ("prefix", "prepare", *variant.forward_roles, "backward", "gradient"):
         if role == "backward":

@@ -13,7 +13,8 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import trained_shapes
 from lance_edge.errors import DataError, LanceError, ModelError, PlatformError, StorageError
 from lance_edge.files import atomic_writer
-from lance_edge.manifest import WEIGHTS_MEMBER, Variant
+from lance_edge.manifest import DROPOUT_SEEDS, WEIGHTS_MEMBER, Variant
+from lance_host.graph_file import read_graph
 from lance_host.ort_training import write_checkpoint
 from lance_host.ort_training.models import OPTIMIZERS, evaluation_model, optimizer_model, training_model
 
@@ -56,6 +57,7 @@ def export_artifacts(request: Request) -> int | None:
     with tempfile.TemporaryDirectory(prefix="lance-ort-") as name, Bundle(request.artifact) as bundle:
         folder = Path(name)
         variant = bundle.manifest.variant(request.method, request.layers)
+        _refuse_dropout(bundle, variant)
         models = {
             "training_model.onnx": training_model(bundle, variant),
             "eval_model.onnx": evaluation_model(bundle, variant),
@@ -82,6 +84,16 @@ def _check(request: Request) -> None:
         raise DataError(
             f"{request.output}: expected a new or empty folder, found files in it; name another folder"
         )
+
+
+def _refuse_dropout(bundle: Bundle, variant: Variant) -> None:
+    """Its masks follow from seeds that our runtime draws; the library has nobody who would."""
+    for role in variant.forward_roles:
+        if DROPOUT_SEEDS in [value.name for value in read_graph(bundle, variant.graphs[role]).graph.input]:
+            raise ModelError(
+                f"{bundle.path}: was made with --dropout, which onnxruntime-training cannot be fed; calibrate"
+                " without it"
+            )
 
 
 def _write_parameters(bundle: Bundle, variant: Variant, folder: Path) -> None:
