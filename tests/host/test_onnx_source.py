@@ -16,6 +16,7 @@ from torch import nn
 from lance_edge.errors import ModelError
 from lance_host.network import NetworkRequest, load_network, open_network
 from lance_host.sources import open_source
+from lance_host.sources.onnx_ops import OPS
 from lance_host.zoo import ZOO
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -422,9 +423,7 @@ def test_a_shape_that_is_left_open(tmp_path):
 
 
 def test_logits_that_differ_are_not_accepted(small_file, monkeypatch):
-    monkeypatch.setitem(
-        __import__("lance_host.sources.onnx_ops", fromlist=["OPS"]).OPS, "Add", lambda op, x: x[0]
-    )
+    monkeypatch.setitem(OPS, "Add", lambda op, x: x[0])
     with pytest.raises(
         ModelError, match=r"come out .* different in PyTorch, expected at most 1e-03; please report"
     ):

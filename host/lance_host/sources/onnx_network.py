@@ -16,7 +16,9 @@ from torch import nn
 from lance_edge.errors import ModelError
 from lance_host.shapes import PROBES, infer_shapes
 from lance_host.sources.onnx_layers import LAYERS, Weights, fuse_biases, module_path, place
-from lance_host.sources.onnx_ops import OPS, SHAPED, Op
+from lance_host.sources.onnx_ops import OPS
+from lance_host.sources.onnx_ops.op import Op
+from lance_host.sources.onnx_ops.shape import SHAPED
 
 Shapes = Mapping[str, tuple[int, ...]]
 
