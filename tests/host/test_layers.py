@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from small_networks import CONVS, HEAD, ConvHead, small_net
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from lance_edge.errors import ModelError
+from lance_host.capture import capture
 from lance_host.layers import layer_modules, list_layers, select_layers
 from lance_host.network import NetworkRequest, load_network
 from lance_host.search_tables import candidate_table
@@ -73,6 +75,29 @@ def test_counts_and_names_are_of_the_layers_that_run() -> None:
         loaded(replace(request, layers="unused"))
     with pytest.raises(ModelError, match="--layers 3: the network has only 2 such layers"):
         loaded(replace(request, layers="3"))
+
+
+class Auxiliary(nn.Module):
+    """As GoogLeNet: a second classifier in the middle, of training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 6, 3)
+        self.fc = nn.Linear(6, 5)
+        self.aux = nn.Sequential(nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.stem(x))
+        logits: torch.Tensor = self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+        return (logits, self.aux(x)) if self.training else logits
+
+
+def test_an_auxiliary_classifier_is_no_layer_and_no_head() -> None:
+    request = NetworkRequest(f"{__file__}:Auxiliary", layers="2")
+    network = load_network(request, 4, lambda line: None, lambda done, size: None)
+    assert (network.head, network.selections) == ("fc", (("stem", "conv"),))
+    captured = capture(network.module, 33, network.selections[0], network.head)
+    assert [layer.name for layer in captured.layers] == ["stem", "conv"]
 
 
 def test_a_layer_whose_weight_is_computed_is_none() -> None:
