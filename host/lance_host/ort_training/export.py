@@ -12,7 +12,6 @@ from onnx import numpy_helper
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import trained_shapes
 from lance_edge.errors import DataError, LanceError, ModelError, PlatformError, StorageError
-from lance_edge.files import atomic_writer
 from lance_edge.manifest import DROPOUT_SEEDS, WEIGHTS_MEMBER, Variant
 from lance_host.graph_file import read_graph
 from lance_host.ort_training import write_checkpoint
@@ -29,7 +28,7 @@ class Request:
     """What to export.
 
     Attributes:
-        layers: number of trained convolutions, where the package holds several.
+        layers: number of trained layers, where the package holds several.
         optimizer: a name of `OPTIMIZERS`.
         clip: largest norm of the gradient; 0 leaves it as it is.
         python: the interpreter that has onnxruntime-training.
@@ -67,9 +66,7 @@ def export_artifacts(request: Request) -> int | None:
             (folder / file).write_bytes(model.SerializeToString(deterministic=True))
         _write_parameters(bundle, variant, folder / "parameters")
         _let_the_library_write(folder, request.python)
-        for file in ARTIFACTS:
-            with atomic_writer(request.output / file) as target:
-                target.write((folder / file).read_bytes())
+        _publish(folder, request.output)
     return bundle.manifest.batch_size if variant.batch_projections else None
 
 
@@ -84,6 +81,22 @@ def _check(request: Request) -> None:
         raise DataError(
             f"{request.output}: expected a new or empty folder, found files in it; name another folder"
         )
+
+
+def _publish(folder: Path, output: Path) -> None:
+    """All artifacts or none: they are written beside the folder, absent or empty, that they then become."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{output.name}-", dir=output.parent) as name:
+            whole = Path(name) / output.name
+            whole.mkdir()
+            for file in ARTIFACTS:
+                shutil.copyfile(folder / file, whole / file)
+            whole.replace(output)
+    except OSError as error:
+        raise StorageError(
+            f"{output}: cannot write ({error.strerror}); free space there, or choose another place"
+        ) from None
 
 
 def _refuse_dropout(bundle: Bundle, variant: Variant) -> None:
