@@ -24,6 +24,7 @@ from lance_host.extras import NOTHING_MORE, Extras, extra_parameters
 from lance_host.fold import fold_batch_norm
 from lance_host.layer_nodes import describe, find_node
 from lance_host.simplify import simplify
+from lance_host.text import one_line
 from lance_host.traverse import descendants
 
 OPSET = 18
@@ -179,9 +180,9 @@ def export(network: torch.nn.Module, sample: Sequence[int], has_dropout: bool = 
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many kinds; its last line names the construct
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"this network cannot be exported to ONNX: {reason}; check that torch.export.export works on it"
+            f"this network cannot be exported to ONNX: {one_line(error)}; check that torch.export.export works"
+            " on it"
         ) from error
     assert program is not None
     model: ir.Model = program.model

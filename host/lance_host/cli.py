@@ -11,9 +11,7 @@ import click
 
 from lance_edge import __version__
 from lance_edge.errors import LanceError
-from lance_host.cli_export import export_ort
-
-FILE = click.Path(path_type=Path)
+from lance_host.cli_export import FILE, export_ort
 
 
 def numbers(context: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...] | None:

@@ -10,6 +10,8 @@ from lance_edge.manifest import Preprocessing
 
 State = Mapping[str, torch.Tensor]
 
+OTHER_WEIGHTS = "give a file as --weights FILE, or start from --weights random"
+
 
 @dataclass(frozen=True)
 class Published:
@@ -48,6 +50,7 @@ class ModelSource:
         preprocessing: what the network was trained with; `None` where nobody says.
         input_shape: of one sample, where the source says that and no more.
         head: module that is replaced for the user's classes; `None`: the one that gives the logits.
+        note: what is to be said of its preprocessing.
         published, bundled, provided: where weights are found unless the user names some; `bundled` is a
             file of `lance_host/checkpoints`.  Without any of them `build` gives a network with weights.
     """
@@ -61,6 +64,7 @@ class ModelSource:
     bundled: str | None = None
     provided: Callable[[], ProvidedWeights] | None = None
     build_for_arrays: Callable[[int], nn.Module] | None = None
+    note: str = ""
 
     def for_arrays(self) -> "ModelSource":
         """The source of the network that takes float32 arrays unchanged."""

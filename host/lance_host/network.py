@@ -8,13 +8,14 @@ import torch
 from lance_edge.errors import ModelError
 from lance_edge.manifest import InputSpec
 from lance_host.extras import NOTHING_MORE, Extras, norm_modules
-from lance_host.heads import FIND, check_classes, choose_head, find_classifier, one_line, replace_head
+from lance_host.heads import FIND, check_classes, choose_head, find_classifier, replace_head
 from lance_host.inputs import InputRequest, settle_input
 from lance_host.layers import running_layers, select_layers
 from lance_host.model_source import ModelSource
 from lance_host.published import Progress
 from lance_host.selection import single_selections
 from lance_host.sources import open_source
+from lance_host.text import one_line
 from lance_host.weights import load_weights
 
 MANY_CLASSES = 1000  # ImageNet's: what a network is built with where the user's classes are not known
@@ -116,6 +117,8 @@ def open_network(
     source = open_source(request.model)
     source = source if array_shape is None else source.for_arrays()
     module = build(source, classes or MANY_CLASSES, request.seed)
+    if source.note and array_shape is None and request.input.interpolation is None:
+        say(source.note)
     preprocessing = settle_input(source, module, request.input, array_shape, say)
     shape = preprocessing.sample_shape
     head = choose_head(module, request.head, source.head, shape)
@@ -147,7 +150,7 @@ def build(source: ModelSource, classes: int, seed: int) -> torch.nn.Module:
             ) from error
     for module in network.modules():
         if getattr(module, "inplace", None) is True:
-            setattr(module, "inplace", False)  # noqa: B010 - verification reads inputs and outputs of layers
+            setattr(module, "inplace", False)  # noqa: B010 - the first layer would overwrite the user's samples
     network.to("cpu", torch.float32).eval()
     for parameter in network.parameters():
         parameter.requires_grad_(parameter.is_floating_point())  # `--layers` says what trains, not the factory

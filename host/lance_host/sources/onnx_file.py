@@ -15,11 +15,11 @@ from onnxscript import optimizer
 from torch import nn
 
 from lance_edge.errors import ModelError
-from lance_host.heads import one_line
 from lance_host.inputs import USUAL_SIZE
 from lance_host.model_source import ModelSource
 from lance_host.runtime import open_session
 from lance_host.sources.onnx_network import OnnxNetwork
+from lance_host.text import one_line
 from lance_host.traverse import descendants
 
 OPSET = 18
