@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-FILE = click.Path(path_type=Path)
+from lance_host.cli_options import FILE
 
 
 @click.command("export-ort")

@@ -81,20 +81,8 @@ def differentiate(
     cores = [context.core for context in contexts.values() if context.core is not None]
     factors = [value for context in contexts.values() for value in context.projections.values()]
     graph.inputs.extend([*cores, *factors])
-    overrides = {
-        (node, 1): _override(METHODS[method].gradient, contexts[layer.name])
-        for layer, node in zip(captured.layers, captured.nodes, strict=True)
-    }
-    emit = Emit(graph, "grad/")
-    results = gradients(emit, captured.logits, captured.seed, captured.parameters, overrides)
-    results = [emit("Identity", v) if v in results[:i] else v for i, v in enumerate(results)]  # a name for each
-    statistics = [value for context in contexts.values() for value in context.statistics]
-    from_statistics = descendants(graph, statistics)
-    for parameter, value in zip(captured.parameters, results, strict=True):
-        assert parameter.name is not None
-        value.name = gradient_name(parameter.name)
-        if value not in from_statistics:
-            statistics.append(value)
+    results = _append_gradients(captured, method, contexts)
+    statistics = _all_statistics(captured, contexts, results)
     lower_forward(graph, captured.nodes)
     graph.outputs[:] = [captured.loss, captured.logits, *results]
     activations = [context.activation for context in contexts.values() if context.activation is not None]
@@ -120,6 +108,29 @@ def differentiate(
         activations=tuple(own(value) for value in activations),
         compressed=(*cores, *factors) if cores else (),
     )
+
+
+def _append_gradients(captured: Captured, method: str, contexts: Mapping[str, LayerContext]) -> list[ir.Value]:
+    """The gradient of each parameter, named after it; the method's own of the layers' weights."""
+    overrides = {
+        (node, 1): _override(METHODS[method].gradient, contexts[layer.name])
+        for layer, node in zip(captured.layers, captured.nodes, strict=True)
+    }
+    emit = Emit(captured.model.graph, "grad/")
+    results = gradients(emit, captured.logits, captured.seed, captured.parameters, overrides)
+    results = [emit("Identity", v) if v in results[:i] else v for i, v in enumerate(results)]  # a name for each
+    for parameter, value in zip(captured.parameters, results, strict=True):
+        value.name = gradient_name(str(parameter.name))
+    return results
+
+
+def _all_statistics(
+    captured: Captured, contexts: Mapping[str, LayerContext], results: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """Those of the method, and the gradients that are sums over micro-batches themselves."""
+    statistics = [value for context in contexts.values() for value in context.statistics]
+    from_statistics = descendants(captured.model.graph, statistics)
+    return [*statistics, *(value for value in results if value not in from_statistics)]
 
 
 def split_prefix(graph: ir.Graph, images: ir.Value, fed: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
