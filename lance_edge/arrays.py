@@ -80,10 +80,15 @@ def read_arrays(paths: Sequence[Path], shape: Sequence[int]) -> FloatPart:
         array = _read(path)
         single = array.shape == tuple(shape)
         array = array[None] if single else array
-        if array.dtype != np.float32 or array.shape[1:] != tuple(shape) or not np.isfinite(array).all():
+        if array.dtype != np.float32 or array.shape[1:] != tuple(shape):
             raise DataError(
-                f"{path}: expected finite float32 [N, {', '.join(map(str, shape))}], found {array.dtype}"
+                f"{path}: expected float32 [N, {', '.join(map(str, shape))}], found {array.dtype}"
                 f" {list(array.shape)}; convert it"
+            )
+        if not np.isfinite(array).all():
+            number = int((~np.isfinite(array)).sum())
+            raise DataError(
+                f"{path}: expected finite values, found {number} that are NaN or infinite; repair them"
             )
         values.append(array)
         names += [str(path)] if single else [f"{path}[{row}]" for row in range(len(array))]

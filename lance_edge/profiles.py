@@ -31,7 +31,7 @@ class StepRow:
     """One phase of one training step (`steps.csv`).
 
     Attributes:
-        layers: trainable convolutions.
+        layers: trained layers.
         energy: the package's energy threshold; `None` for a method that compresses nothing, or whose ranks a
             memory budget chose.
         epoch, step: from 1; the epoch in which the step's first sample lies.

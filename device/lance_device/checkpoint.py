@@ -88,7 +88,7 @@ class Meta:
     Attributes:
         artifact_sha256: identity of the package.
         data_sha256: of the training images' names and labels.
-        layers: trained convolutions; with `method`, which variant of the package this is.
+        layers: number of trained layers; with `method`, which variant of the package this is.
         best_accuracy: on the validation images, of the best evaluation so far.
     """
 

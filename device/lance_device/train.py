@@ -162,6 +162,7 @@ class Training:
             run.stream.indices(number),
             run.stream.flips(number),
             self._bundle.manifest.preprocessing,
+            run.stream.dropout_seeds(number),
         )
         computed = self._features.computed
         try:
