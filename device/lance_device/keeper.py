@@ -86,7 +86,12 @@ def is_better(row: HistoryRow, best: Best | None) -> bool:
     if best is None:
         return True
     if row.validation_accuracy is None or best.validation_accuracy is None:
-        return row.train_loss < best.train_loss or math.isnan(best.train_loss)
+        return _is_lower(row.train_loss, best.train_loss)
     if row.validation_accuracy != best.validation_accuracy:
         return row.validation_accuracy > best.validation_accuracy
-    return (row.validation_loss or 0.0) < (best.validation_loss or 0.0)
+    return _is_lower(row.validation_loss or 0.0, best.validation_loss or 0.0)
+
+
+def _is_lower(loss: float, other: float) -> bool:
+    """Any number is better than none."""
+    return loss < other or (math.isnan(other) and not math.isnan(loss))
