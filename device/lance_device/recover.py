@@ -8,6 +8,8 @@ A run saves in this order, each durable before the next begins: the rows of its 
 2. else the first of `last.npz`, `previous.npz`, `best.npz` that is whole, and damaged rows are given up;
 3. rows of later steps are dropped: those steps are about to be done again, to the same bits.
 
+What is given up is set aside (`last.npz.damaged`, `steps.csv.damaged`), not written over.
+
 Nothing here trusts a file because it is there, and being cut off here again does no harm.
 """
 
@@ -80,8 +82,25 @@ def _choose(folder: RunFolder, bundle: Bundle, notes: list[str]) -> Checkpoint:
 def _taken(choice: tuple[Path, Checkpoint], folder: RunFolder, notes: list[str]) -> Checkpoint:
     path, checkpoint = choice
     if path != folder.last:
-        notes.append(f"going on from {path.name}, step {checkpoint.meta.step}")
+        aside = _set_aside(folder.last)
+        kept = f"; last.npz is kept as {aside.name}" if aside is not None else ""
+        notes.append(f"going on from {path.name}, step {checkpoint.meta.step}{kept}")
     return checkpoint
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Give a file that is not gone on with another name; `None` if there is no such file."""
+    aside = path.with_name(path.name + ".damaged")
+    try:
+        path.replace(aside)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot rename it to {aside.name} ({error.strerror or error}); check the card and its"
+            " permissions"
+        ) from None
+    return aside
 
 
 def _read(path: Path, bundle: Bundle, notes: list[str]) -> Checkpoint | None:
@@ -120,17 +139,16 @@ def _cut_rows(folder: RunFolder, path: Path, checkpoint: Checkpoint, notes: list
     step, rows = checkpoint.meta.progress.step, checkpoint.meta.progress.rows
     if not path.exists() and path.name not in rows:
         return
-    try:
-        if _rows_are_whole(path, checkpoint):
-            mark, end = rows.get(path.name, NOTHING), _mark_at_the_end(folder, checkpoint, path.name)
-            is_end = end.size > mark.size and _begins_with(path, end)
-            _truncate(path, end.size if is_end else max(mark.size, 0))
-            return
+    if not _rows_are_whole(path, checkpoint):
         rows.pop(path.name)
-        aside = path.with_name(path.name + ".damaged")
-        if path.exists():
-            path.replace(aside)
-        notes.append(f"{path.name} is damaged: its rows up to step {step} are lost (see {aside.name})")
+        aside = _set_aside(path)
+        problem, see = ("is damaged", f" (see {aside.name})") if aside is not None else ("is missing", "")
+        notes.append(f"{path.name} {problem}: its rows up to step {step} are lost{see}")
+        return
+    mark, end = rows.get(path.name, NOTHING), _mark_at_the_end(folder, checkpoint, path.name)
+    is_end = end.size > mark.size and _begins_with(path, end)
+    try:
+        _truncate(path, end.size if is_end else max(mark.size, 0))
     except OSError as error:
         raise StorageError(
             f"{path}: cannot cut it back to step {step} ({error.strerror or error}); check the card and its"
