@@ -277,13 +277,13 @@ def test_a_size_that_is_none(package, images, tmp_path):
 def test_memory_that_runs_out_in_the_middle_keeps_the_last_step(package, images, tmp_path):
     """What a plan cannot foresee: the run ends in one line, with its state saved."""
     prelude = """
-from lance_device.run_log import RunLog
-write = RunLog.step
-def step(self, *arguments, **named):
-    write(self, *arguments, **named)
-    if self._run.progress.step == 3:
+from lance_device.step import StreamedStep
+run, calls = StreamedStep.run, iter(range(1, 99))
+def lack(*arguments, **named):
+    if next(calls) == 4:
         raise MemoryError
-RunLog.step = step
+    return run(*arguments, **named)
+StreamedStep.run = lack
 """
     process = spawn(*train_words(package, images, tmp_path / "run"), "--steps", 9, prelude=prelude)
     _, errors = process.communicate(timeout=60)

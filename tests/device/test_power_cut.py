@@ -12,7 +12,10 @@ import pytest
 from device_harness import lance_device, spawn, started, table, train_words
 from power_cut import ForgetfulDisk, assert_same_run, count_calls, run_until_killed, same_weights
 
+from lance_device import keeper
+from lance_device.train import Training
 from lance_edge.checkpoints import Archive
+from lance_edge.errors import Interrupted, StorageError
 
 LENGTH = ("--epochs", 6, "--lr", 0.2, "--checkpoint-every", 2)  # 14 steps, 6 evaluations, 7 checkpoints
 SECONDS = 0.4
@@ -310,6 +313,31 @@ def test_nothing_whole_is_left(words, stopped, tmp_path):
     assert "no checkpoint here is whole (last.npz is damaged (" in result.stderr
     assert "start a new run with another --out" in result.stderr
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_an_evaluation_that_no_checkpoint_knows_comes_again(words, whole, stopped, tmp_path, monkeypatch):
+    """The disk is full when the last evaluation is to be saved: `run.json` still fits, `last.npz` does not."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+
+    def refuse(path, *words):
+        raise StorageError(f"{path}: cannot write (No space left on device)")
+
+    def stop_before(training, stop):
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patches:
+        evaluate = Training._evaluate
+        is_end = lambda training: training._run.progress.step == training._run.total_steps  # noqa: E731
+        patches.setattr(
+            Training, "_evaluate", lambda *both: (stop_before if is_end(both[0]) else evaluate)(*both)
+        )
+        assert lance_device(*_to(words, out)).exit_code == 130
+    with monkeypatch.context() as patches:
+        patches.setattr(keeper, "write_checkpoint", refuse)
+        assert lance_device(*_to(words, out)).exit_code == 8
+    started(lance_device(*_to(words, out)))
+    assert_same_run(out, whole)
 
 
 def test_two_processes_do_not_train_into_one_folder(words, tmp_path):
