@@ -199,14 +199,17 @@ class OtherColumnsError(DataError):
     """A whole file of another kind, or of another version."""
 
 
-def read_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
+def read_rows(path: Path, kind: type[Row], undecodable: str = "strict") -> Iterator[Row]:
     """The rows of a file, one after the other.
+
+    Args:
+        undecodable: what becomes of bytes that are no UTF-8, as names of files may have: see `open`.
 
     Raises:
         DataError: naming file, line and column of the first thing that is not a row of this kind.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors=undecodable) as file:
             yield from _parse(csv.reader(file), kind, str(path))
     except OSError as error:
         raise DataError(

@@ -65,10 +65,10 @@ def without(dataset: Dataset, names: Collection[str]) -> Dataset:
     Raises:
         DataError: if a class has no image left to train on.
     """
-    leave_out = set(names)
-    if not leave_out:
+    bad = set(names)
+    if not bad:
         return dataset
-    train, validation, test = (_select(getattr(dataset, name), leave_out) for name in PARTS)
+    train, validation, test = (leave_out(getattr(dataset, name), bad) for name in PARTS)
     counts = np.bincount(train.labels, minlength=len(dataset.classes))
     for class_name, before, count in zip(
         dataset.classes, np.bincount(dataset.train.labels), counts, strict=True
@@ -166,7 +166,8 @@ def _reason(path: Path) -> str:
     return ""
 
 
-def _select(part: Part, leave_out: set[str]) -> Part:
+def leave_out(part: Part, names: set[str]) -> Part:
+    """The part without the image files of these names."""
     if not isinstance(part, FilePart):
         return part
-    return part.select(np.flatnonzero([name not in leave_out for name in part.names]))
+    return part.select(np.flatnonzero([name not in names for name in part.names]))

@@ -13,12 +13,13 @@ What is given up is set aside (`last.npz.damaged`, `steps.csv.damaged`), not wri
 Nothing here trusts a file because it is there, and being cut off here again does no harm.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lance_device.checkpoint import Checkpoint, FileMark, read_checkpoint, write_checkpoint
+from lance_device.checkpoint import Checkpoint, FileMark, read_checkpoint, read_meta, write_checkpoint
 from lance_device.run_folder import RunFolder
 from lance_device.run_record import read_record
 from lance_edge.bundle import Bundle
@@ -56,6 +57,24 @@ def recover(folder: RunFolder, bundle: Bundle) -> Recovered:
         _cut_rows(folder, path, checkpoint, notes)
     _check_best(folder, bundle, checkpoint, notes)
     return Recovered(checkpoint, tuple(notes))
+
+
+def marks_on_record(folder: RunFolder, bundle: Bundle) -> Mapping[str, FileMark]:
+    """What the newest whole checkpoint says that the files of a run held; nothing where none is whole.
+
+    Raises:
+        CheckpointError: if it belongs to another package.
+    """
+    for path in (folder.last, folder.previous, folder.best):
+        if path.exists():
+            with contextlib.suppress(DamagedCheckpointError):
+                return read_meta(path, bundle).progress.rows
+    return {}
+
+
+def is_whole(path: Path, marks: Mapping[str, FileMark]) -> bool:
+    """Whether a file begins with what is on record of it."""
+    return path.name in marks and _begins_with(path, marks[path.name])
 
 
 def _choose(folder: RunFolder, bundle: Bundle, notes: list[str]) -> Checkpoint:

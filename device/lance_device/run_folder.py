@@ -13,6 +13,7 @@ from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, StorageError
 from lance_edge.files import sync_folder
 from lance_edge.images import Part
+from lance_edge.profiles import read_rows
 
 
 @dataclass(frozen=True)
@@ -170,15 +171,24 @@ class RunFolder:
 
     def write_split(self, dataset: Dataset) -> bool:
         """Write which image is in which part; `False` if that was on record already."""
-        lines = b"".join(csv_lines(SplitRow, _split_rows(dataset)))
+        lines = b"".join(csv_lines(SplitRow, split_rows(dataset)))
         with contextlib.suppress(OSError):
             if self.split.read_bytes() == lines:
                 return False
-        write_rows(self.split, SplitRow, _split_rows(dataset))
+        write_rows(self.split, SplitRow, split_rows(dataset))
         return True
 
+    def read_split(self) -> tuple[SplitRow, ...]:
+        """What was written.
 
-def _split_rows(dataset: Dataset) -> Iterator[SplitRow]:
+        Raises:
+            DataError: if it cannot be read.
+        """
+        return tuple(read_rows(self.split, SplitRow, undecodable="surrogateescape"))
+
+
+def split_rows(dataset: Dataset) -> Iterator[SplitRow]:
+    """What `split.csv` says of a data set."""
     parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     for part_name, part in parts.items():
         for name, label in zip(part.names, part.labels, strict=True):

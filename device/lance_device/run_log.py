@@ -123,7 +123,7 @@ class RunLog:
 
     def mark(self) -> None:
         """Put on record what the rows so far are."""
-        self._run.progress.rows = {log.name: log.mark() for log in (self._steps, self._history)}
+        self._run.progress.rows |= {log.name: log.mark() for log in (self._steps, self._history)}
 
     def evaluation(self, row: HistoryRow, samples: int, cost: PhaseCost, cached: bool) -> None:
         """An evaluation of so many images."""

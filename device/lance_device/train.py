@@ -63,12 +63,13 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
         absentees = Absentees(reporter.note)
         dataset = steady(dataset, absentees.report)
         run = open_run(request, bundle, dataset)
+        absentees.take_down(run, dataset, skipped)
         with (
             stop_on_signals(reporter.note, interrupt_graphs) as stop,
             closing(_features(run, bundle, dataset, reporter)) as features,
         ):
             training = Training(request, run, bundle, dataset, features, reporter)
-            absentees.begin(run, skipped, features.stop_keeping)
+            absentees.begin(run, features.stop_keeping)
             result = training.run(stop)
             features.close(discard=run.cache.is_own)
             return result
