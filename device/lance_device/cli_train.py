@@ -8,6 +8,7 @@ import click
 
 from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
 from lance_device.cli_types import Number, byte_count, class_weights, minutes_or_steps
+from lance_device.niceness import be_nice
 
 
 @click.command()
@@ -137,6 +138,7 @@ def train(
     bit. A batch is always full: images left over at the end of an epoch join the next. A cache of features
     lies in features.cache, or in --cache-dir, where later runs on the same images find it.
     """
+    be_nice(nice)
     require_runtime_within_memory()
     from lance_device.live import Live, Silent
     from lance_device.pace import PaceOptions
