@@ -19,6 +19,7 @@ from lance_edge.errors import DataError
 from lance_edge.images import Part, load_image
 
 PARTS = ("train", "validation", "test")
+AT_A_TIME = 256  # images that wait for a thread: each is a kilobyte of Python
 Report = Callable[[str, str], None]  # name of the image, reason
 
 
@@ -40,7 +41,7 @@ def find_bad(dataset: Dataset, threads: int, parts: Sequence[str] = PARTS) -> tu
     """Decode every image file once; an `.npz` holds none.
 
     Args:
-        threads: images that are decoded at a time, where the system has room for so many threads.
+        threads: images that are decoded at a time, where there is room for so many threads and images.
     """
     found: list[SkippedRow] = []
     for part_name in parts:
@@ -54,8 +55,12 @@ def find_bad(dataset: Dataset, threads: int, parts: Sequence[str] = PARTS) -> tu
 def _reasons(paths: Sequence[Path], threads: int) -> list[str]:
     """For each file what is wrong with it, or nothing."""
     if threads > 1:
-        with suppress(RuntimeError), ThreadPoolExecutor(threads) as pool:  # no room for a thread (`ulimit -v`)
-            return list(pool.map(_reason, paths))
+        # No room for a thread (`ulimit -v`), or for so many images at a time: one by one, then.
+        with suppress(RuntimeError, MemoryError), ThreadPoolExecutor(threads) as pool:
+            reasons: list[str] = []
+            for first in range(0, len(paths), AT_A_TIME):
+                reasons += pool.map(_reason, paths[first : first + AT_A_TIME])
+            return reasons
     return [_reason(path) for path in paths]
 
 

@@ -61,9 +61,14 @@ def free_bytes() -> int:
 
 
 def group_limit_bytes() -> int | None:
-    """The tightest limit of the control groups that this process is in; `None` if there is none."""
-    limits = [limit for limit, _ in _group_memory() if limit < psutil.virtual_memory().total]
-    return min(limits, default=None)
+    """What the control groups leave to this process, the tightest of them; `None` if there is no limit.
+
+    That is a group's limit without what others in it use.
+    """
+    own = status_bytes("RssAnon") or 0
+    total = psutil.virtual_memory().total
+    left = [limit - max(0, used - own) for limit, used in _group_memory() if limit < total]
+    return max(0, min(left)) if left else None
 
 
 def _group_memory() -> Iterator[tuple[int, int]]:

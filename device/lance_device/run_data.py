@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from lance_device.checkpoint import FileMark
+from lance_device.image_memory import largest_image
 from lance_device.measure import RowLog, csv_lines, write_rows
+from lance_device.memory_plan import find_limits
 from lance_device.options import available_cores
 from lance_device.recover import is_whole, marks_on_record
 from lance_device.run_folder import RunFolder, SplitRow, split_rows
@@ -39,17 +41,29 @@ def open_images(request: TrainRequest, bundle: Bundle, note: Note) -> tuple[Data
         listing = open_dataset(request.data, bundle.manifest.split, bundle.manifest.classes)
         skipped = _skipped_before(request, marks)
         if skipped is None:
-            skipped = find_bad(listing, available_cores())
+            skipped = _find_bad(request, listing)
         dataset = without(listing, {row.name for row in skipped})
     else:
         skipped = _compare(request, bundle, dataset, _skipped_before(request, marks), note)
     if request.strict:
-        bad_now = find_bad(dataset, available_cores()) if request.takes_up else ()
+        bad_now = _find_bad(request, dataset) if request.takes_up else ()
         refuse(request.data, (*skipped, *bad_now))
     if skipped:
         where = RunFolder(request.out).skipped
         note(f"warning: {len(skipped)} images cannot be used and are left out; they are listed in {where}")
     return dataset, skipped
+
+
+def _find_bad(request: TrainRequest, dataset: Dataset) -> tuple[SkippedRow, ...]:
+    """Those that cannot be decoded; under a limit on memory one is decoded at a time, if it fits.
+
+    Raises:
+        PlatformError: if the largest does not.
+    """
+    limits = find_limits(request.memory_limit)
+    if limits:
+        largest_image(dataset).expect_room(limits)
+    return find_bad(dataset, 1 if limits else available_cores())
 
 
 def _on_record(request: TrainRequest, bundle: Bundle, marks: Mapping[str, FileMark]) -> Dataset | None:
@@ -98,7 +112,7 @@ def _compare(
         return skipped or ()
     parts = {name: leave_out(getattr(listing, name), known) for name in PARTS}
     if skipped is None:  # of those that are not in the run, the bad ones
-        skipped = find_bad(replace(listing, **parts), available_cores())
+        skipped = _find_bad(request, replace(listing, **parts))
     bad = {row.name for row in skipped}
     new = sum(name not in bad for part in parts.values() for name in part.names)
     if new:
@@ -114,7 +128,8 @@ def _expect_some_of_each_class(request: TrainRequest, dataset: Dataset) -> None:
         if not there[own].any():
             raise CheckpointError(
                 f"{request.data}: none of the {own.sum()} training images of class {name!r} is here that"
-                f" the run in {request.out} began with; give the same --data, or start a new run with another --out"
+                f" the run in {request.out} began with; give the same --data, or start a new run with another"
+                " --out"
             )
 
 
