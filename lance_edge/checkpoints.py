@@ -150,7 +150,8 @@ def open_archive(path: Path) -> Iterator[Archive]:
     except Exception as error:  # zipfile, zlib, json and numpy raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DamagedCheckpointError(
-            f"{path}: not a readable checkpoint ({reason}); it may be cut off: copy it again, or use another"
+            f"{path}: not a readable checkpoint ({reason}); it may be cut off: copy it again, or use another",
+            reason,
         ) from None
 
 

@@ -7,6 +7,7 @@ channel is dropped, not blended; 16-bit greys are scaled to 8 bits.  `datasets.p
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -83,7 +84,8 @@ def load_image(path: Path) -> Image.Image:
         reason = _reason(path, error)
     raise DataError(
         f"{path}: cannot read this image ({reason}); expected a whole JPEG, PNG, BMP, WebP or GIF file:"
-        " replace or remove it"
+        " replace or remove it",
+        reason,
     )
 
 
@@ -108,8 +110,9 @@ def decoding_bytes(path: Path) -> int:
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if path.stat().st_size == 0:
-        return "found 0 bytes"
+    with suppress(OSError):  # it may vanish at any moment
+        if path.stat().st_size == 0:
+            return "found 0 bytes"
     return str(error).replace(str(path), path.name) or type(error).__name__
 
 

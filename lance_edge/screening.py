@@ -139,7 +139,7 @@ class SteadyPart(FilePart):
             try:
                 return load_image(self.paths[candidate])
             except DataError as error:
-                self._report(candidate, reason_of(error))
+                self._report(candidate, error.reason)
                 last = error
         raise DataError(f"{last}; no other image of its class can be read either")
 
@@ -156,18 +156,12 @@ class SteadyPart(FilePart):
             self.report(self.names[index], reason)
 
 
-def reason_of(error: DataError) -> str:
-    """What stands within the outer parentheses of the message of `load_image`."""
-    text = str(error)
-    return text[text.find("(") + 1 : text.rfind(")")] if "(" in text else text
-
-
 def _reason(path: Path) -> str:
     """Why an image cannot be used; empty if it can."""
     try:
         load_image(path)
     except DataError as error:
-        return reason_of(error)
+        return error.reason
     return ""
 
 

@@ -23,7 +23,7 @@ from lance_device.checkpoint import Checkpoint, FileMark, read_checkpoint, read_
 from lance_device.run_folder import RunFolder
 from lance_device.run_record import read_record
 from lance_edge.bundle import Bundle
-from lance_edge.errors import CheckpointError, DamagedCheckpointError, DataError, StorageError
+from lance_edge.errors import DamagedCheckpointError, DataError, StorageError
 from lance_edge.files import file_digest
 from lance_edge.records import RecordError, from_json
 
@@ -130,14 +130,8 @@ def _read(path: Path, bundle: Bundle, notes: list[str]) -> Checkpoint | None:
     try:
         return read_checkpoint(path, bundle)
     except DamagedCheckpointError as error:
-        notes.append(f"{path.name} is damaged ({_reason(error)})")
+        notes.append(f"{path.name} is damaged ({error.reason})")
         return None
-
-
-def _reason(error: CheckpointError) -> str:
-    """What stands within the parentheses of a message."""
-    text = str(error)
-    return text[text.find("(") + 1 : text.rfind(")")] if "(" in text else text
 
 
 def _rows_are_whole(path: Path, checkpoint: Checkpoint) -> bool:

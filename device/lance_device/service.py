@@ -187,7 +187,7 @@ def commands(request: ServiceRequest) -> tuple[str, ...]:
 
 
 def _quoted(value: object) -> str:
-    """A word of a list in a unit (systemd.syntax(7)): quotes, C escapes; `%` is doubled, `$` in commands only."""
+    """A word of a list in a unit (systemd.syntax(7)): quotes, C escapes; `%` is doubled (`$` in commands)."""
     word = str(value)
     escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     needs_quotes = not word or not set(" \t;'\"\\").isdisjoint(word)
