@@ -154,6 +154,12 @@ def read_checkpoint(path: Path, bundle: Bundle) -> Checkpoint:
         return Checkpoint(meta, archive.weights(shapes), velocity, codec)
 
 
+def read_meta(path: Path, bundle: Bundle) -> Meta:
+    """The meta data alone of a checkpoint whose content is what was written; raises like `read_checkpoint`."""
+    with open_archive(path) as archive:
+        return _decode_meta(path, archive.meta(bundle))
+
+
 def _codec_shapes(bundle: Bundle, variant: Variant) -> dict[str, tuple[int, ...]]:
     """Of what the variant's codec remembers: the shapes of its first state."""
     if variant.schedule != "by layer":

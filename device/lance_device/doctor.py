@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from lance_device.guard import LEAST_ADDRESS_SPACE, free_bytes, group_limit_bytes
+from lance_device.address_space import LEAST_ADDRESS_SPACE
+from lance_device.guard import free_bytes, group_limit_bytes
 from lance_device.probe import HealthProbe
 from lance_device.throttling import REMEDIES, earlier_troubles, flags_of, troubles
 from lance_device.units import size

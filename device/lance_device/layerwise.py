@@ -24,6 +24,7 @@ from lance_device.step_graphs import (
     micro_batches,
     total_bytes,
 )
+from lance_edge.errors import NumericalError
 from lance_edge.manifest import LABELS, LOGITS, LOSS, Manifest, core_name, projection_name
 
 Float = NDArray[np.float32]
@@ -91,7 +92,14 @@ class LayerwiseStep:
         """Compress the activations that are there and were not before."""
         for layer, name in self._input_of.items():
             if name in live and layer not in way.compressed.batches:
-                way.compressed.add(layer, self._codec.compress(layer, live[name]))
+                way.before_each()  # of a large batch, a layer takes seconds
+                way.compressed.add(layer, self._compress(layer, live[name]))
+
+    def _compress(self, layer: str, activation: Array) -> Compressed:
+        try:
+            return self._codec.compress(layer, activation)
+        except NumericalError as error:
+            raise NumericalError(f"the input of layer {layer}: {error}") from None
 
     def _release(self, live: dict[str, Array], later: Sequence[Graph], way: "_Way") -> None:
         """Drop what nobody reads any more, or keep it for backward; masks are packed then."""

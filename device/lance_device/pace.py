@@ -1,6 +1,5 @@
 """Going easy on a board: pauses between steps against heat, and to leave time for other programs."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ class PaceOptions:
     Attributes:
         max_temp_c: pause between steps above it.
         duty_cycle: share of the time that is worked, above 0 and at most 1.
-        nice: of the process, 0 to 19; `None` leaves it.
+        nice: of the process, 0 to 19, for the record: it is set before libraries load (`niceness.py`).
     """
 
     max_temp_c: float | None = None
@@ -32,7 +31,7 @@ class Pacer:
     """Pauses between the steps of a run, and says what troubles the board."""
 
     def __init__(self, options: PaceOptions, health: HealthProbe, note: Callable[[str], None]) -> None:
-        """Begin; sets the niceness of this process.
+        """Begin.
 
         Raises:
             PlatformError: if there is a highest temperature and no thermometer.
@@ -41,8 +40,6 @@ class Pacer:
         self._seen: set[str] = set()
         self._debt_s = 0.0  # of rest
         self._since = time.monotonic()  # of the work that is not yet accounted for
-        if options.nice is not None:
-            os.setpriority(os.PRIO_PROCESS, 0, options.nice)
         if options.max_temp_c is not None and health.read().temperature_c is None:
             raise PlatformError(
                 "--max-temp needs a thermometer, and neither vcgencmd nor /sys/class/thermal shows one here;"

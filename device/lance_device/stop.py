@@ -56,8 +56,8 @@ def stop_on_signals(
     def on_signal(number: int, frame: FrameType | None) -> None:
         request.requested = True
         interrupt(True)  # the listener may not have come to it yet
-        for heard in previous:
-            signal.signal(heard, signal.SIG_DFL)
+        for heard in previous:  # a terminal that closes says so twice, by its shell and by the kernel
+            signal.signal(heard, signal.SIG_IGN if heard == signal.SIGHUP else signal.SIG_DFL)
         with contextlib.suppress(RuntimeError):  # the signal may have come amid a write to the same stream
             notify("stopping after this micro-batch; a second Ctrl-C stops at once, without saving")
 
