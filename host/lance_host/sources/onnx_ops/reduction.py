@@ -12,8 +12,8 @@ AVERAGE_POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def _axes(op: Op, x: Tensor) -> list[int]:
-    axes = op.integers(1)
-    return list(axes) if axes or op.get("noop_with_empty_axes", 0) else list(range(x.ndim))
+    axes = op.integers(1) or []
+    return axes if axes or op.get("noop_with_empty_axes", 0) else list(range(x.ndim))
 
 
 def reduce(function: Callable[..., Tensor]) -> Rule:
