@@ -101,15 +101,18 @@ def refuse(root: Path, skipped: Collection[SkippedRow]) -> None:
         )
 
 
-def steady(dataset: Dataset, report: Callable[[str, str, str], None]) -> Dataset:
+def steady(
+    dataset: Dataset, report: Callable[[str, str, str], None], before_each: Callable[[], None] = lambda: None
+) -> Dataset:
     """The same data set, of which files may be bad, change or vanish: others of their class stand in.
 
     Args:
         report: told once of every image that cannot be read: its part, its name, the reason.
+        before_each: called before an image is decoded, from any thread; may raise to leave.
     """
 
     def kept(name: str) -> Part:
-        return SteadyPart.of(getattr(dataset, name), partial(report, name))
+        return SteadyPart.of(getattr(dataset, name), partial(report, name), before_each)
 
     return replace(dataset, train=kept("train"), validation=kept("validation"), test=kept("test"))
 
@@ -118,14 +121,16 @@ class SteadyPart(FilePart):
     """A part whose files may vanish or break while it is in use: another image of the class stands in."""
 
     report: Report
+    before_each: Callable[[], None]
 
     @classmethod
-    def of(cls, part: Part, report: Report) -> Part:
+    def of(cls, part: Part, report: Report, before_each: Callable[[], None]) -> Part:
         """The same images; `report` is told once of every one that cannot be read.  Arrays stay as they are."""
         if not isinstance(part, FilePart):
             return part
         steady = cls(part.paths, part.names, part.labels)
         object.__setattr__(steady, "report", report)  # the dataclass is frozen
+        object.__setattr__(steady, "before_each", before_each)
         object.__setattr__(steady, "reported", set())
         return steady
 
@@ -136,6 +141,7 @@ class SteadyPart(FilePart):
             DataError: if there is none.
         """
         for candidate in self._candidates(index):
+            self.before_each()
             try:
                 return load_image(self.paths[candidate])
             except DataError as error:

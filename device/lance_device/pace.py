@@ -38,6 +38,7 @@ class Pacer:
         """
         self._options, self._health, self._note = options, health, note
         self._seen: set[str] = set()
+        self._is_blind = False  # the thermometer is gone, which --max-temp relies on
         self._debt_s = 0.0  # of rest
         self._since = time.monotonic()  # of the work that is not yet accounted for
         if options.max_temp_c is not None and health.read().temperature_c is None:
@@ -50,6 +51,9 @@ class Pacer:
         """Whether a pause is due after the work since the last call; says what is new about power and heat."""
         health, now = self._health.read(), time.monotonic()
         self._report(health)
+        if health.temperature_c is None and self._options.max_temp_c is not None and not self._is_blind:
+            self._note("warning: no thermometer can be read any more; --max-temp does not protect this board")
+        self._is_blind = health.temperature_c is None
         self._debt_s += (now - self._since) * (1 / self._options.duty_cycle - 1)
         self._since = now
         return self._debt_s >= SLICE_S or self._is_hot(health)

@@ -39,7 +39,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals(
-    notify: Callable[[str], None], interrupt: Callable[[bool], None] = lambda wanted: None
+    notify: Callable[[str], None],
+    interrupt: Callable[[bool], None] = lambda wanted: None,
+    request: StopRequest | None = None,
 ) -> Iterator[StopRequest]:
     """A request that Ctrl-C or SIGTERM sets; a second signal ends the process at once.
 
@@ -47,8 +49,9 @@ def stop_on_signals(
 
     Args:
         interrupt: called with true, from any thread, as soon as a signal has come; with false at the end.
+        request: to be set; a new one by default.
     """
-    request = StopRequest()
+    request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

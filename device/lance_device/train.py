@@ -61,11 +61,12 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
         check_request(request, bundle)
         dataset, skipped = open_images(request, bundle, reporter.note)
         absentees = Absentees(reporter.note)
-        dataset = steady(dataset, absentees.report)
+        request_to_stop = StopRequest()
+        dataset = steady(dataset, absentees.report, request_to_stop.check)  # large images take seconds a batch
         run = open_run(request, bundle, dataset)
         absentees.take_down(run, dataset, skipped)
         with (
-            stop_on_signals(reporter.note, interrupt_graphs) as stop,
+            stop_on_signals(reporter.note, interrupt_graphs, request_to_stop) as stop,
             closing(_features(run, bundle, dataset, reporter)) as features,
         ):
             training = Training(request, run, bundle, dataset, features, reporter)

@@ -163,6 +163,20 @@ probe.shutil.which = lambda name: None
     assert_same_arrays(out / "last.npz", tmp_path / "whole" / "last.npz")
 
 
+def test_a_thermometer_that_vanishes_is_said_once(thermometer, tmp_path):
+    notes = []
+    thermometer(50)
+    pacer = Pacer(PaceOptions(max_temp_c=75), probe_now(), notes.append)
+    assert not pacer.owes_pause()
+    (tmp_path / "temp").unlink()
+    assert not pacer.owes_pause()
+    assert not pacer.owes_pause()
+    assert notes == ["warning: no thermometer can be read any more; --max-temp does not protect this board"]
+    thermometer(50)
+    assert not pacer.owes_pause()
+    assert len(notes) == 1
+
+
 def _firmware(folder, monkeypatch, *flags):
     """A `vcgencmd` whose answers to get_throttled come one after the other, and then stay."""
     (folder / "bin").mkdir()
