@@ -110,11 +110,11 @@ def _compare(
         listing = open_dataset(request.data, bundle.manifest.split, bundle.manifest.classes)
     except DataError:  # a class is empty, or a new one is there: the run needs neither
         return skipped or ()
-    parts = {name: leave_out(getattr(listing, name), known) for name in PARTS}
+    train, validation, test = (leave_out(getattr(listing, name), known) for name in PARTS)
     if skipped is None:  # of those that are not in the run, the bad ones
-        skipped = _find_bad(request, replace(listing, **parts))
+        skipped = _find_bad(request, replace(listing, train=train, validation=validation, test=test))
     bad = {row.name for row in skipped}
-    new = sum(name not in bad for part in parts.values() for name in part.names)
+    new = sum(name not in bad for part in (train, validation, test) for name in part.names)
     if new:
         note(f"{request.data}: {new} images are new; this run goes on without them, as it began")
     return skipped
