@@ -26,8 +26,9 @@ Schedule = Literal["one pass", "two passes", "by layer"]
 Mode = Literal["channel", "patch"]
 MODES: tuple[Mode, ...] = ("channel", "patch")
 
-# The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
 METHOD_NAMES = ("bp", "lance", "asi", "hosvd")
+
+# The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
 BATCH_DIM = "N"
 CLASSES_DIM = "classes"  # in `predict`, which serves the heads of all tasks
 INPUTS_ROLE = "inputs"  # the graph from boundary tensors and parameters to every layer's input, `<layer>/A`
@@ -35,11 +36,13 @@ INPUTS_ROLE = "inputs"  # the graph from boundary tensors and parameters to ever
 # Names with a fixed meaning in the graphs' signatures.
 IMAGES = "images"  # float32 [N, 3, R, R], or arrays [N, ...], input of the prefix
 LABELS = "labels"  # int64 [N], input of forward (and of backward, where it reads them)
-DROPOUT_SEEDS = "dropout_seeds"  # int64 [N], input of forward and backward; a negative one drops nothing
 SCALE = "scale"  # float32 [], input of backward: 1 / batch size, or 1 / the sum of the samples' weights
 # Of a sample of class c the target is `off`, plus `on[c]` at c: both float32 [classes], inputs of forward and
 # backward.  Ones and zeros are plain cross-entropy; class weights and label smoothing are other numbers.
 TARGET_ON, TARGET_OFF = "target/on", "target/off"
+# Of each sample the seed of what is dropped, 0 to 2^31 - 2, or -1 for nothing: int64 [N], input of forward and
+# backward of packages that drop (`--dropout`).
+DROPOUT_SEEDS = "dropout_seeds"
 LOSS = "loss"  # float32 [], output of forward: cross-entropy summed over the N samples
 LOGITS = "logits"  # float32 [N, classes], output of forward and of predict
 

@@ -23,6 +23,9 @@ from lance_edge.errors import DataError
 STEP_PHASES = ("data", "prefix", "forward", "backward", "update")  # "step" is their sum
 PHASES = (*STEP_PHASES, "step", "eval", "checkpoint", "pause")
 
+# May be nan or inf: a step that was not applied, a network that overflows.  Every other number is finite.
+LOSSES = frozenset({"loss", "train_loss", "validation_loss", "test_loss"})
+
 Row = TypeVar("Row")
 
 
@@ -31,14 +34,14 @@ class StepRow:
     """One phase of one training step (`steps.csv`).
 
     Attributes:
-        layers: trainable convolutions.
+        layers: trained layers.
         energy: the package's energy threshold; `None` for a method that compresses nothing, or whose ranks a
             memory budget chose.
         epoch, step: from 1; the epoch in which the step's first sample lies.
         warmup: the first step after the start of a process: kept, but not in summaries.
         latency_ms: wall time, summed over the micro-batches.
         rss_kib, peak_rss_kib: resident memory at the end of the phase, and its peak during the phase.
-        loss: mean cross-entropy over the batch.
+        loss: mean cross-entropy over the batch; nan of a step that was not applied.
         throttled: the firmware's flags, as `vcgencmd get_throttled` prints them (`0x50000`).
         time_s: seconds of training so far, earlier parts of a resumed run included.
         activation_bytes: the paper's figure: layer inputs, or cores and factors.
@@ -196,14 +199,17 @@ class OtherColumnsError(DataError):
     """A whole file of another kind, or of another version."""
 
 
-def read_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
+def read_rows(path: Path, kind: type[Row], undecodable: str = "strict") -> Iterator[Row]:
     """The rows of a file, one after the other.
+
+    Args:
+        undecodable: what becomes of bytes that are no UTF-8, as names of files may have: see `open`.
 
     Raises:
         DataError: naming file, line and column of the first thing that is not a row of this kind.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors=undecodable) as file:
             yield from _parse(csv.reader(file), kind, str(path))
     except OSError as error:
         raise DataError(
@@ -255,7 +261,7 @@ def _values(texts: Mapping[str, str], hints: Mapping[str, Any], where: str) -> d
     values = {}
     for column, (name, text) in enumerate(texts.items(), start=1):
         try:
-            values[name] = _value(text, hints[name])
+            values[name] = _value(name, text, hints[name])
         except ValueError:
             raise DataError(
                 f"{where}, column {column} ({name}): expected {_kind_name(hints[name])}, found {text!r};"
@@ -264,13 +270,13 @@ def _values(texts: Mapping[str, str], hints: Mapping[str, Any], where: str) -> d
     return values
 
 
-def _value(text: str, hint: Any) -> Any:
+def _value(name: str, text: str, hint: Any) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if text == "" and types.NoneType in kinds:
         return None
     if kinds[0] is bool and text not in ("0", "1"):
         raise ValueError(text)
-    if kinds[0] is float and not math.isfinite(float(text)):
+    if kinds[0] is float and name not in LOSSES and not math.isfinite(float(text)):
         raise ValueError(text)
     if kinds[0] is int and re.fullmatch(r"-?[0-9]+", text) is None:  # int() also takes " 1_0 "
         raise ValueError(text)

@@ -8,6 +8,7 @@ import click
 
 from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
 from lance_device.cli_types import Number, byte_count, class_weights, minutes_or_steps
+from lance_device.niceness import be_nice
 
 
 @click.command()
@@ -170,6 +171,7 @@ def train(
         _check_schedule(values, given)
     if values["cache"] == "off" and values["cache_dir"] is not None:
         raise click.UsageError("--cache-dir is for --cache on or auto; with --cache off nothing is kept")
+    be_nice(nice)
     require_runtime_within_memory()
     from lance_device.live import Live, Silent
     from lance_device.pace import PaceOptions

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from lance_edge.counts import parse_bytes
-from lance_edge.errors import LanceError
+from lance_edge.errors import Interrupted, LanceError, PlatformError
 
 
 def auto_or_count(context: click.Context, option: click.Parameter, text: str) -> int | None:
@@ -77,9 +77,10 @@ class Commands(click.Group):
         except LanceError as error:
             _fail(ctx, str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail(ctx, "stopped on request", 130)
+            _fail(ctx, "stopped on request", Interrupted.exit_code)
         except MemoryError:
-            _fail(ctx, "not enough memory; close other programs or use a smaller --micro-batch", 9)
+            text = "not enough memory; close other programs or use a smaller --micro-batch"
+            _fail(ctx, text, PlatformError.exit_code)
 
 
 def _fail(context: click.Context, message: str, exit_code: int) -> None:

@@ -26,7 +26,7 @@ from lance_device.step_graphs import (
     total_bytes,
 )
 from lance_edge.bundle import Bundle
-from lance_edge.manifest import DROPOUT_SEEDS, LABELS, LOGITS, Variant
+from lance_edge.manifest import LABELS, LOGITS, Variant
 from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]
@@ -128,17 +128,16 @@ class StreamedStep:
         self, batch: Batch, rows: slice, constants: Mapping[str, Array], sums: "_Sums", meter: PhaseMeter
     ) -> "_Waiting":
         """Features and forward of a micro-batch; adds to the sums and gives what backward needs."""
-        graphs, labels = self._graphs, batch.labels(rows)
-        own = {LABELS: labels, DROPOUT_SEEDS: batch.dropout_seeds(rows)}
+        graphs, fed = self._graphs, batch.fed(rows)
         values = graphs.features.boundary(batch, rows, meter)
         with meter.phase("forward"):
-            values |= self._forward.run({**constants, **graphs.own_rows(rows), **values, **own})
+            values |= self._forward.run({**constants, **graphs.own_rows(rows), **values, **fed})
             graphs.accumulate(sums.statistics, values)
             sums.loss += graphs.finite_loss(values)
-            sums.correct += count_correct(values[LOGITS], labels)
+            sums.correct += count_correct(values[LOGITS], fed[LABELS])
             kept = Kept.of({name: values[name] for name in graphs.crossing})
         sums.hold(kept)
-        return _Waiting(rows, own, kept)
+        return _Waiting(rows, fed, kept)
 
     def _run_backward(
         self, waiting: "_Waiting", constants: Mapping[str, Array], sums: "_Sums", meter: PhaseMeter
@@ -146,17 +145,17 @@ class StreamedStep:
         """Backward of a micro-batch; adds to the sums."""
         graphs = self._graphs
         with meter.phase("backward"):
-            fed = {**constants, **sums.statistics, **graphs.own_rows(waiting.rows), **waiting.own}
+            fed = {**constants, **sums.statistics, **graphs.own_rows(waiting.rows), **waiting.fed}
             graphs.accumulate(sums.statistics, graphs.backward.run(fed | waiting.kept.tensors()))
         sums.release(waiting.kept)
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A micro-batch between forward and backward; `own` are its labels and seeds of dropout."""
+    """A micro-batch between forward and backward; `fed` are its labels and seeds of dropout."""
 
     rows: slice
-    own: Mapping[str, Array]
+    fed: dict[str, NDArray[np.int64]]
     kept: Kept
 
 

@@ -48,10 +48,10 @@ class SampleStream:
             return np.zeros(self.batch_size, dtype=np.bool_)
         return _lookup(epochs, offsets, lambda epoch: coin_tosses(self.seed, epoch, self.count))
 
-    def seeds(self, step: int) -> NDArray[np.int64]:
-        """What dropout makes the mask of each sample of that batch from: `[batch_size]`, below 2^31 - 1."""
-        epochs, offsets = self._positions(step)
-        return _lookup(epochs, offsets, lambda epoch: dropout_seeds(self.seed, epoch, self.count))
+    def dropout_seeds(self, step: int) -> NDArray[np.int64]:
+        """What is dropped of each sample of that batch: `[batch_size]`, from 0 to below 2^31 - 1."""
+        drawn = np.random.PCG64([self.seed, step, 2]).random_raw(self.batch_size)
+        return (drawn >> np.uint64(34)).astype(np.int64)
 
     def total_steps(self, epochs: int) -> int:
         """Batches after which every image was seen at least `epochs` times."""
@@ -94,10 +94,3 @@ def coin_tosses(seed: int, epoch: int, count: int) -> NDArray[np.bool_]:
     """One fair coin toss for each position of an epoch."""
     bits = np.random.PCG64([seed, epoch, 1]).random_raw(count) >> np.uint64(63)
     return np.asarray(bits, dtype=np.bool_)
-
-
-@lru_cache(maxsize=2)
-def dropout_seeds(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """A number from 0 to 2^31 - 2 for each position of an epoch."""
-    numbers = np.random.PCG64([seed, epoch, 2]).random_raw(count) % np.uint64(2**31 - 1)
-    return np.asarray(numbers, dtype=np.int64)

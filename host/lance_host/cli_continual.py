@@ -8,8 +8,8 @@ import click
 
 from lance_edge.errors import LanceError
 from lance_edge.manifest import MODES
+from lance_host.cli_options import FILE, progress_bars
 
-PATH = click.Path(path_type=Path)
 # Of a task with a memory, which `bp` alone would not respect, and of any other.
 DEFAULT_METHODS = {True: "lance", False: "lance,bp"}
 FIRST_DEFAULTS = {"layers": "4", "energy": 0.7, "mode": "channel"}
@@ -17,16 +17,16 @@ NEXT_DEFAULTS = {"layers": "", "energy": 0.98, "mode": "patch"}
 
 NEXT_TASK = (
     click.option(
-        "--checkpoint", type=PATH, help="Go on from this finished run: new head for --data, old heads kept."
+        "--checkpoint", type=FILE, help="Go on from this finished run: new head for --data, old heads kept."
     ),
-    click.option("--artifact", type=PATH, help="Its package. Default: the one that the run's run.json names."),
+    click.option("--artifact", type=FILE, help="Its package. Default: the one that the run's run.json names."),
     click.option(
         "--memory",
-        type=PATH,
+        type=FILE,
         help="memory.npz: train only where it leaves earlier tasks alone (lance-host memory).",
     ),
     click.option(
-        "--stats", "statistics", type=PATH, help="stats.npz of lance-device collect, in place of --data."
+        "--stats", "statistics", type=FILE, help="stats.npz of lance-device collect, in place of --data."
     ),
     click.option(
         "--null-space-below",
@@ -69,11 +69,11 @@ def past_of(options: dict[str, Any], is_model_given: bool) -> Any:
 
 
 @click.command()
-@click.option("--artifact", type=PATH, help="The package of the run. Default: the one that its run.json names.")
-@click.option("--checkpoint", type=PATH, required=True, help="last.npz or best.npz of the finished run.")
-@click.option("--data", type=PATH, help="The finished task's images, as they were trained.")
-@click.option("--stats", "statistics", type=PATH, help="stats.npz of lance-device collect, in place of --data.")
-@click.option("--memory", type=PATH, help="The memory of the tasks before, which is extended.")
+@click.option("--artifact", type=FILE, help="The package of the run. Default: the one that its run.json names.")
+@click.option("--checkpoint", type=FILE, required=True, help="last.npz or best.npz of the finished run.")
+@click.option("--data", type=FILE, help="The finished task's images, as they were trained.")
+@click.option("--stats", "statistics", type=FILE, help="stats.npz of lance-device collect, in place of --data.")
+@click.option("--memory", type=FILE, help="The memory of the tasks before, which is extended.")
 @click.option(
     "--threshold",
     type=float,
@@ -87,7 +87,7 @@ def past_of(options: dict[str, Any], is_model_given: bool) -> Any:
 @click.option("--batches", default=11, show_default=True, help="Batches of images at most.")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of images.")
 @click.option("--threads", type=int, help="Default: all cores.")
-@click.option("-o", "--output", type=PATH, default=Path("memory.npz"), show_default=True, help="What to write.")
+@click.option("-o", "--output", type=FILE, default=Path("memory.npz"), show_default=True, help="What to write.")
 def memory(**options: Any) -> None:
     """Remember what a finished task needs, so that the next one leaves it alone.
 
@@ -97,7 +97,6 @@ def memory(**options: Any) -> None:
     lance-device train --artifact task2.tar --data task2/ --out run2/
     lance-host memory --checkpoint run2/last.npz --data task2/ --memory memory1.npz -o memory2.npz
     """
-    from lance_host.cli import progress_bars
     from lance_host.memory_build import MemoryRequest, make_memory
     from lance_host.memory_table import memory_table
     from lance_host.request import Feedback

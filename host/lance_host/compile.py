@@ -22,9 +22,8 @@ from lance_edge.manifest import (
 from lance_edge.patch_accounting import PatchCost
 from lance_edge.spectrum import ModeSpectrum
 from lance_host.any_rank import open_shapes
-from lance_host.autodiff.dropout import drop_nothing
 from lance_host.autodiff.emit import Emit, static_dim
-from lance_host.capture import Captured, clone
+from lance_host.capture import Captured, clone, clone_of_evaluation
 from lance_host.graph_cost import graph_macs
 from lance_host.layer_nodes import geometry, input_of
 from lance_host.methods import METHODS, rank_names
@@ -200,9 +199,8 @@ def inference_tails(captured: Captured) -> dict[str, ir.Model]:
     """
     tails = {}
     for role in ("tail", "predict"):
-        copy = clone(captured)
+        copy = clone_of_evaluation(captured)
         graph = copy.model.graph
-        drop_nothing(graph)
         boundary = split_prefix(graph, copy.images, copy.parameters)
         graph.outputs[:] = [copy.logits]
         if role == "predict":
@@ -238,9 +236,8 @@ def layer_inputs(captured: Captured) -> dict[str, ir.Model]:
     """
     if not captured.layers:
         return {}
-    copy = clone(captured)
+    copy = clone_of_evaluation(captured)
     graph = copy.model.graph
-    drop_nothing(graph)
     boundary, emit = split_prefix(graph, copy.images, copy.parameters), Emit(graph, "inputs/")
     taps = []
     for layer, node in zip(copy.layers, copy.nodes, strict=True):

@@ -42,8 +42,8 @@ class Request:
     """What the user asked for; `None` means: choose, and say what was chosen.
 
     `budgets` are bytes by method; the ranks of other methods follow from `energy`.  `data` is missing where
-    `after.statistics` stand for it; `task` is the name of what the package trains.  With `dropout` the
-    dropout layers behind the first trained layer are on while a board trains.
+    `after.statistics` stand for it; `task` is the name of what the package trains.  With `dropout`
+    training drops activations where the network has an `nn.Dropout` behind the first trained layer.
     """
 
     model: str
@@ -54,6 +54,7 @@ class Request:
     head: str = FIND
     train_bias: bool = False
     train_norm: bool = False
+    dropout: bool = False
     methods: tuple[str, ...] = ("lance", "bp")
     energy: float = 0.7
     budgets: Mapping[str, int] = field(default_factory=dict)
@@ -70,7 +71,6 @@ class Request:
     any_rank: bool = False
     task: str | None = None
     after: After | None = None
-    dropout: bool = False
 
     @property
     def network(self) -> NetworkRequest:

@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from lance_edge.counts import parse_counts
 from lance_edge.errors import ModelError
-from lance_host.autodiff.dropout import drop_nothing
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.reverse import downstream, input_gradients
 from lance_host.capture import Captured, clone
@@ -30,7 +29,6 @@ def check_trainable(captured: Captured, selection: str) -> None:
         ModelError: naming the operator, its module, and the selection that works.
     """
     copy = clone(captured)
-    drop_nothing(copy.model.graph)  # masks are products, which pass every gradient
     problems = _problems(copy)
     layers = {layer.weight: layer.name for layer in copy.layers}
     # Biases and norms lie behind the layers: what blocks them blocks a layer, or the head.
