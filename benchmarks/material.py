@@ -9,7 +9,7 @@ from PIL import Image
 
 from lance_edge.bundle import Bundle
 from lance_edge.errors import LanceError
-from lance_edge.manifest import WEIGHTS_MEMBER
+from lance_edge.names import WEIGHTS_MEMBER
 
 Say = Callable[[str], None]
 

@@ -10,7 +10,7 @@ from benchmarks.batches import new_meter, package_of, same_batch
 from benchmarks.job import Job, step_rows
 from benchmarks.rows import PeerRow
 from lance_device.step_graphs import micro_batches
-from lance_edge.manifest import IMAGES, LOGITS
+from lance_edge.names import IMAGES, LOGITS
 from lance_host.runtime import open_session
 
 

@@ -21,8 +21,9 @@ from lance_edge import subspace
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ArtifactError, LanceError
 from lance_edge.files import atomic_writer
-from lance_edge.manifest import MEMORY_MEMBER, Mode
+from lance_edge.manifest import Mode
 from lance_edge.matrices import MatrixFile, open_matrices, open_member
+from lance_edge.names import MEMORY_MEMBER
 from lance_edge.records import from_json, to_json
 from lance_edge.sealed import write_sealed
 

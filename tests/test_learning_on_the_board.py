@@ -24,8 +24,8 @@ from lance_edge.accuracy_matrix import read_matrix
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
 from lance_edge.datasets import open_dataset
-from lance_edge.manifest import WEIGHTS_MEMBER, projection_name
 from lance_edge.memory import drift, explained_share, packed_memory, read_memory
+from lance_edge.names import WEIGHTS_MEMBER, projection_name
 from lance_edge.statistics import read_statistics
 
 THRESHOLD = 0.9

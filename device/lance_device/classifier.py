@@ -14,18 +14,16 @@ from lance_device.heads import TaskHead, find_task, task_heads
 from lance_device.session import Array, Graph
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ModelError
-from lance_edge.manifest import (
-    BATCH_DIM,
+from lance_edge.input_spec import (
     CLASSES_KEY,
-    IMAGES,
-    LOGITS,
     PREPROCESSING_KEY,
     ArrayInput,
     InputSpec,
     Preprocessing,
-    TensorSpec,
     broken_rules,
 )
+from lance_edge.manifest import TensorSpec
+from lance_edge.names import BATCH_DIM, IMAGES, LOGITS
 from lance_edge.records import RecordError, from_json
 
 Float = NDArray[np.float32]

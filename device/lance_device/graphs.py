@@ -10,7 +10,8 @@ from lance_device.session import Array, Graph
 from lance_edge.bundle import ArrayReader, Bundle
 from lance_edge.checkpoints import trained_shapes
 from lance_edge.errors import ArtifactError
-from lance_edge.manifest import (
+from lance_edge.manifest import TensorSpec, Variant
+from lance_edge.names import (
     BATCH_DIM,
     CLASSES_DIM,
     IMAGES,
@@ -19,8 +20,6 @@ from lance_edge.manifest import (
     LOSS,
     PROJECTIONS_MEMBER,
     WEIGHTS_MEMBER,
-    TensorSpec,
-    Variant,
     activation_name,
     gradient_name,
 )

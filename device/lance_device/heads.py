@@ -10,7 +10,7 @@ from lance_device.checkpoint import Checkpoint
 from lance_device.graphs import float_array
 from lance_edge.bundle import Bundle
 from lance_edge.errors import DataError
-from lance_edge.manifest import WEIGHTS_MEMBER, head_name
+from lance_edge.names import WEIGHTS_MEMBER, head_name
 
 Float = NDArray[np.float32]
 

@@ -23,7 +23,7 @@ from lance_edge.bundle import Bundle
 from lance_edge.calibration_order import calibration_batches
 from lance_edge.errors import ArtifactError
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import INPUTS_ROLE, Layer, Mode, Variant, activation_name
+from lance_edge.manifest import Layer, Mode, Variant
 from lance_edge.memory import LayerMemory
 from lance_edge.moments import (
     MOST_POSITIONS,
@@ -33,6 +33,7 @@ from lance_edge.moments import (
     protected_mode,
     protected_shape,
 )
+from lance_edge.names import INPUTS_ROLE, activation_name
 
 Float = NDArray[np.float32]
 DEFAULT_LIMIT = 128 << 20

@@ -17,21 +17,16 @@ from lance_device.step_graphs import StepGraphs
 from lance_edge.bundle import Bundle, describe, npz_bytes, write_bundle
 from lance_edge.datasets import Dataset
 from lance_edge.errors import NumericalError
-from lance_edge.manifest import (
+from lance_edge.manifest import SCHEMA_VERSION, LayerPlan, Manifest, Task, TensorSpec, Variant
+from lance_edge.memory import Memory, drift, memory_bytes
+from lance_edge.names import (
     LABELS,
     MEMORY_MEMBER,
     PROJECTIONS_MEMBER,
-    SCHEMA_VERSION,
     SPECTRA_MEMBER,
     WEIGHTS_MEMBER,
-    LayerPlan,
-    Manifest,
-    Task,
-    TensorSpec,
-    Variant,
     head_name,
 )
-from lance_edge.memory import Memory, drift, memory_bytes
 
 Arrays = dict[str, NDArray[Any]]
 OWN_MEMBERS = (WEIGHTS_MEMBER, PROJECTIONS_MEMBER, SPECTRA_MEMBER, MEMORY_MEMBER)

@@ -35,7 +35,8 @@ from lance_edge.errors import ArtifactError, CheckpointError, DataError
 from lance_edge.files import file_digest
 from lance_edge.images import Part
 from lance_edge.layer_plan import any_ranks, plan_layer
-from lance_edge.manifest import LayerPlan, Variant, is_task_name, projection_name
+from lance_edge.manifest import LayerPlan, Variant
+from lance_edge.manifest_json import is_task_name
 from lance_edge.memory import (
     LayerMemory,
     LearnedTask,
@@ -47,6 +48,7 @@ from lance_edge.memory import (
     packed_memory,
 )
 from lance_edge.moments import protected_mode, protected_shape
+from lance_edge.names import projection_name
 from lance_edge.protected_spectra import layer_spectra_of
 
 Float = NDArray[np.float32]

@@ -15,7 +15,8 @@ from lance_device.numerics import ON_NAN
 from lance_device.schedule import PLATEAU, SCHEDULES
 from lance_edge.boards import Advice
 from lance_edge.errors import CheckpointError
-from lance_edge.manifest import ArrayInput, InputSpec, Manifest
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import Manifest
 
 AUGMENTS = ("flip", "none")
 CACHES = ("on", "off")

@@ -14,7 +14,7 @@ from lance_edge.arrays import read_arrays
 from lance_edge.datasets import FilePart
 from lance_edge.errors import ModelError
 from lance_edge.images import Part, list_images, load_batch
-from lance_edge.manifest import ArrayInput, InputSpec
+from lance_edge.input_spec import ArrayInput, InputSpec
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from lance_edge.accuracy_matrix import AccuracyMatrix, AfterTask, read_matrix, w
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import DataError
-from lance_edge.manifest import WEIGHTS_MEMBER
 from lance_edge.memory import packed_memory
+from lance_edge.names import WEIGHTS_MEMBER
 from lance_edge.screening import find_bad, without
 
 HEADS = "heads/"

@@ -26,7 +26,8 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import SCHEMA_VERSION
 from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, DataError
-from lance_edge.manifest import ArrayInput, InputSpec, Variant
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import Variant
 from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from lance_device.lanes import side_by_side
 from lance_edge.errors import ArtifactError, Interrupted, PlatformError
 from lance_edge.graph_check import check_graph
-from lance_edge.manifest import BATCH_DIM, TensorSpec, batch_multiple
+from lance_edge.manifest import TensorSpec, batch_multiple
+from lance_edge.names import BATCH_DIM
 
 Array = NDArray[Any]
 

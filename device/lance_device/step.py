@@ -26,7 +26,8 @@ from lance_device.step_graphs import (
     total_bytes,
 )
 from lance_edge.bundle import Bundle
-from lance_edge.manifest import LABELS, LOGITS, Variant
+from lance_edge.manifest import Variant
+from lance_edge.names import LABELS, LOGITS
 from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]

@@ -43,7 +43,7 @@ from lance_edge.errors import (
     StorageError,
 )
 from lance_edge.images import Part
-from lance_edge.manifest import LOGITS
+from lance_edge.names import LOGITS
 from lance_edge.profiles import HistoryRow
 from lance_edge.screening import steady
 

@@ -9,16 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
-from lance_edge.manifest import (
-    BATCH_DIM,
-    CLASSES_DIM,
-    LOGITS,
-    TARGET_OFF,
-    TARGET_ON,
-    TensorSpec,
-    batch_multiple,
-    gradient_name,
-)
+from lance_edge.manifest import TensorSpec, batch_multiple
+from lance_edge.names import BATCH_DIM, CLASSES_DIM, LOGITS, TARGET_OFF, TARGET_ON, gradient_name
 
 TRAINING_ROLES = ("prepare", "forward", "backward", "gradient")
 

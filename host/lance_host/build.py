@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from lance_edge.datasets import Dataset, open_dataset
 from lance_edge.errors import LanceError, ModelError
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import (
-    InputSpec,
-    Manifest,
-)
+from lance_edge.input_spec import InputSpec
+from lance_edge.manifest import Manifest
 from lance_edge.memory import LayerMemory
 from lance_edge.moments import Moments
 from lance_edge.protected_spectra import layer_spectra_of

@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from lance_edge.calibration_order import calibration_batches as calibration_batches
 from lance_edge.errors import DataError, ModelError, NumericalError
-from lance_edge.manifest import IMAGES, Layer, Mode
+from lance_edge.manifest import Layer, Mode
 from lance_edge.memory import LayerMemory
 from lance_edge.moments import LayerMoments, Moments
+from lance_edge.names import IMAGES
 from lance_host.hosvd import ModeCovariances, Spectrum
 from lance_host.runtime import open_session
 

@@ -17,7 +17,8 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, TARGET_OFF, TARGET_ON, Layer
+from lance_edge.manifest import Layer
+from lance_edge.names import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, TARGET_OFF, TARGET_ON
 from lance_host.autodiff.dropout import drop_nothing, seed_dropouts
 from lance_host.autodiff.emit import Emit, static_dims
 from lance_host.extras import NOTHING_MORE, Extras, extra_parameters

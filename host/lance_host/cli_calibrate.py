@@ -109,7 +109,7 @@ def calibrate(
     lance-host calibrate --model mcunet --data photos/ --layers 1-10 --methods all -o bench.tar
     lance-host calibrate --memory memory.npz --checkpoint run/last.npz --data next/ -o next.tar
     """
-    from lance_edge.manifest import Split
+    from lance_edge.input_spec import Split
     from lance_host.budget import parse_budget
     from lance_host.build import calibrate as build
     from lance_host.continual import calibrate_next

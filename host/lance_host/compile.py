@@ -8,17 +8,8 @@ import onnx_ir as ir
 
 from lance_edge import accounting
 from lance_edge.errors import ModelError
-from lance_edge.manifest import (
-    BATCH_DIM,
-    CLASSES_DIM,
-    INPUTS_ROLE,
-    Layer,
-    LayerPlan,
-    Mode,
-    Variant,
-    activation_name,
-    kept_bytes,
-)
+from lance_edge.manifest import Layer, LayerPlan, Mode, Variant, kept_bytes
+from lance_edge.names import BATCH_DIM, CLASSES_DIM, INPUTS_ROLE, activation_name
 from lance_edge.patch_accounting import PatchCost
 from lance_edge.spectrum import ModeSpectrum
 from lance_host.any_rank import open_shapes

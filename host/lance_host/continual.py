@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lance_edge.manifest import FrozenLayer, InputSpec, Layer, Manifest
+from lance_edge.input_spec import InputSpec
+from lance_edge.manifest import FrozenLayer, Layer, Manifest
 from lance_edge.memory import LayerMemory, Memory
 from lance_edge.moments import protected_mode
 from lance_edge.protected_spectra import layer_spectra_of, ranks_by_mode

@@ -19,7 +19,8 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import Trained, read_weights
 from lance_edge.errors import LanceError
 from lance_edge.files import atomic_writer
-from lance_edge.manifest import CLASSES_KEY, PREPROCESSING_KEY, WEIGHTS_MEMBER, head_name
+from lance_edge.input_spec import CLASSES_KEY, PREPROCESSING_KEY
+from lance_edge.names import WEIGHTS_MEMBER, head_name
 from lance_edge.records import to_json
 from lance_host.compile import serialise
 from lance_host.graph_file import read_graph

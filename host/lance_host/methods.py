@@ -25,8 +25,9 @@ from typing import Any
 import onnx_ir as ir
 
 from lance_edge.accounting import asi_forward_macs, hosvd_forward_macs, lance_forward_macs
-from lance_edge.manifest import Layer, Schedule, activation_name, core_name, projection_name
+from lance_edge.manifest import Layer, Schedule
 from lance_edge.moments import mode_sizes
+from lance_edge.names import activation_name, core_name, projection_name
 from lance_host.autodiff import conv, linear
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.linear import LinearGeometry

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import InputSpec
+from lance_edge.input_spec import InputSpec
 from lance_host.extras import NOTHING_MORE, Extras, norm_modules
 from lance_host.heads import FIND, check_classes, choose_head, find_classifier, replace_head
 from lance_host.inputs import InputRequest, settle_input

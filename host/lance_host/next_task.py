@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from lance_edge.datasets import Dataset
 from lance_edge.errors import LanceError
-from lance_edge.manifest import ArrayInput
+from lance_edge.input_spec import ArrayInput
 from lance_edge.memory import Memory, memory_digest, read_memory
 from lance_edge.statistics import Statistics, read_statistics
 from lance_host.build import choose_batch, open_images

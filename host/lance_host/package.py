@@ -8,19 +8,9 @@ from numpy.typing import NDArray
 
 from lance_edge import __version__
 from lance_edge.bundle import describe, npz_bytes, write_bundle
-from lance_edge.manifest import (
-    MEMORY_MEMBER,
-    PROJECTIONS_MEMBER,
-    SCHEMA_VERSION,
-    SPECTRA_MEMBER,
-    WEIGHTS_MEMBER,
-    FrozenLayer,
-    Manifest,
-    Task,
-    TensorSpec,
-    projection_name,
-)
+from lance_edge.manifest import SCHEMA_VERSION, FrozenLayer, Manifest, Task, TensorSpec
 from lance_edge.memory import Memory, memory_bytes
+from lance_edge.names import MEMORY_MEMBER, PROJECTIONS_MEMBER, SPECTRA_MEMBER, WEIGHTS_MEMBER, projection_name
 from lance_edge.spectrum import ModeSpectrum
 from lance_host.capture import Captured
 from lance_host.compile import Compiled

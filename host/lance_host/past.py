@@ -15,17 +15,9 @@ from numpy.typing import NDArray
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
 from lance_edge.errors import ArtifactError, LanceError, ModelError
-from lance_edge.manifest import (
-    INPUTS_ROLE,
-    WEIGHTS_MEMBER,
-    Layer,
-    Manifest,
-    Task,
-    TensorSpec,
-    activation_name,
-    head_name,
-    is_task_name,
-)
+from lance_edge.manifest import Layer, Manifest, Task, TensorSpec
+from lance_edge.manifest_json import is_task_name
+from lance_edge.names import INPUTS_ROLE, WEIGHTS_MEMBER, activation_name, head_name
 from lance_host.compile import serialise
 from lance_host.merge import joined_graph, merged_state
 from lance_host.model_source import ProvidedWeights

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import InputSpec, Layer
+from lance_edge.input_spec import InputSpec
+from lance_edge.manifest import Layer
 from lance_edge.protected_spectra import ranks_by_mode
 from lance_edge.spectrum import ModeSpectrum
 from lance_host.budget import plan_budget

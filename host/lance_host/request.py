@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lance_edge.errors import LanceError, StorageError
-from lance_edge.manifest import Mode, Split
+from lance_edge.input_spec import Split
+from lance_edge.manifest import Mode
 from lance_host.heads import FIND
 from lance_host.inputs import InputRequest, check_input
 from lance_host.methods import METHODS

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from lance_edge.manifest import BATCH_DIM, Layer, Mode, Schedule, gradient_name
+from lance_edge.manifest import Layer, Mode, Schedule
+from lance_edge.names import BATCH_DIM, gradient_name
 from lance_host.autodiff import conv
 from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit

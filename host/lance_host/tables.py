@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from lance_edge.accounting import bp_activation_bytes, bp_forward_macs
-from lance_edge.manifest import ArrayInput, InputSpec, LayerPlan, Manifest, Member, Variant
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import LayerPlan, Manifest, Member, Variant
 from lance_host.text import (
     GAP,
     WIDTH,

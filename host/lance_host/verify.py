@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import (
+from lance_edge.manifest import Layer, LayerPlan, Variant
+from lance_edge.names import (
     DROPOUT_SEEDS,
     IMAGES,
     LABELS,
@@ -23,9 +24,6 @@ from lance_edge.manifest import (
     SCALE,
     TARGET_OFF,
     TARGET_ON,
-    Layer,
-    LayerPlan,
-    Variant,
     core_name,
     gradient_name,
     projection_name,

@@ -16,8 +16,9 @@ from lance_edge.bundle import Bundle, write_bundle
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import ArtifactError
 from lance_edge.images import load_batch
-from lance_edge.manifest import MEMORY_MEMBER, Layer, LayerPlan, Task, TensorSpec, Variant
+from lance_edge.manifest import Layer, LayerPlan, Task, TensorSpec, Variant
 from lance_edge.memory import LayerMemory, LearnedTask, Memory, drift, memory_bytes, pack, write_memory
+from lance_edge.names import MEMORY_MEMBER
 
 PLAIN = ("--no-shuffle", "--augment", "none", "--method", "bp", "--micro-batch", 6, "--cache", "off")
 FLAGS = (*PLAIN, "--steps", 20, "--lr", 0.2, "--momentum", 0.9, "--clip", 0.5, "--schedule", "constant")

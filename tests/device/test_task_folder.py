@@ -19,8 +19,9 @@ from lance_device.task_folder import TaskFolder, TaskRecord
 from lance_edge.accuracy_matrix import read_matrix
 from lance_edge.bundle import Bundle, describe, npz_bytes, write_bundle
 from lance_edge.errors import CheckpointError, DataError
-from lance_edge.manifest import MEMORY_MEMBER, WEIGHTS_MEMBER, Task, TensorSpec
+from lance_edge.manifest import Task, TensorSpec
 from lance_edge.memory import memory_bytes
+from lance_edge.names import MEMORY_MEMBER, WEIGHTS_MEMBER
 
 HEAD = (TensorSpec("head.weight", (3, CHANNELS), "float32"), TensorSpec("head.bias", (3,), "float32"))
 ONE = ("ant", "bee", "cow")

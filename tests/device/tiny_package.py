@@ -17,19 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from lance_edge.bundle import describe, npz_bytes, write_bundle
-from lance_edge.manifest import (
-    PROJECTIONS_MEMBER,
-    SCHEMA_VERSION,
-    WEIGHTS_MEMBER,
-    Layer,
-    LayerPlan,
-    Manifest,
-    Preprocessing,
-    Schedule,
-    Split,
-    TensorSpec,
-    Variant,
-)
+from lance_edge.input_spec import Preprocessing, Split
+from lance_edge.manifest import SCHEMA_VERSION, Layer, LayerPlan, Manifest, Schedule, TensorSpec, Variant
+from lance_edge.names import PROJECTIONS_MEMBER, WEIGHTS_MEMBER
 
 CLASSES = ("blue", "green", "red")
 CHANNELS, FEATURES, SIDE = 8, 6, 6

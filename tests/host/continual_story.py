@@ -13,8 +13,9 @@ from continual_tasks import BATCH, CODE, write_tasks
 
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
-from lance_edge.manifest import WEIGHTS_MEMBER, Layer, Manifest
+from lance_edge.manifest import Layer, Manifest
 from lance_edge.memory import Memory, read_memory
+from lance_edge.names import WEIGHTS_MEMBER
 
 MODES = ("patch", "channel")
 FACTORIES = {"patch": "grouped", "channel": "plain"}

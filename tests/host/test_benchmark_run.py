@@ -11,7 +11,7 @@ import pytest
 from benchmark_sets import write_npz
 
 from lance_edge.accuracy_matrix import read_matrix
-from lance_edge.errors import LanceError
+from lance_edge.errors import LanceError, NumericalError
 from lance_host.continual_benchmark import run as runner
 from lance_host.continual_benchmark.figures import CURVES, HEATMAP, can_draw, mean_rows, write_figures
 from lance_host.continual_benchmark.job import Job, Learnt
@@ -215,6 +215,35 @@ def test_a_damaged_record_is_named(learnt: Path, tmp_path: Path) -> None:
         read_records(copy)
 
 
+def test_a_task_whose_numbers_run_away_begins_again_at_half_the_rate(
+    material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = METHODS["finetune"]
+
+    def running_away(job: Job) -> Learnt:
+        if job.number == 1 and job.preset.recipe.lr > 0.03:
+            job = replace(job, preset=replace(job.preset, recipe=replace(job.preset.recipe, lr=1e20)))
+        return real.learn(job)
+
+    monkeypatch.setattr(runner, "METHODS", {"finetune": replace(real, learn=running_away)})
+    said: list[str] = []
+    folder, _ = run_benchmark(
+        request_of(material, tmp_path, "finetune"), Voice(said.append, lambda done, most: None)
+    )
+    assert [text.strip() for text in said if "ran away" in text] == [
+        "the numbers ran away at a learning rate of 0.1: again at 0.05",
+        "the numbers ran away at a learning rate of 0.05: again at 0.025",
+    ]
+    rates = {row["after"]: row["lr"] for row in rows_of(folder / "results.csv")}
+    assert list(rates.values()) == ["0.1", "0.025", "0.1", "0.1", "0.1"]
+
+
+def test_a_task_that_never_holds_is_said(material: tuple[Path, str], tmp_path: Path) -> None:
+    steep = replace(TINY, recipe=replace(TINY.recipe, lr=1e30))
+    with pytest.raises(NumericalError, match=r"learning rate of 3\.125e\+28 is too large: lower --lr"):
+        run_benchmark(request_of(material, tmp_path, "er", preset=steep), SILENT)
+
+
 # --- what is refused ---
 
 
@@ -251,7 +280,7 @@ def test_only_protection_can_be_relaxed(material: tuple[Path, str], tmp_path: Pa
 
 
 def record(method: str, seed: int, after: int, *accuracies: float) -> TaskRecord:
-    return TaskRecord(method, seed, after, f"t{after}", accuracies, 1, 2**20, 1.0, {}, {"heads": 2**19})
+    return TaskRecord(method, seed, after, f"t{after}", accuracies, 1, 0.1, 2**20, 1.0, {}, {"heads": 2**19})
 
 
 def test_mean_and_deviation_are_over_complete_seeds() -> None:

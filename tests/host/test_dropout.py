@@ -22,7 +22,8 @@ from onnx import helper
 from torch import nn
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import DROPOUT_SEEDS, INPUTS_ROLE, Schedule, activation_name
+from lance_edge.manifest import Schedule
+from lance_edge.names import DROPOUT_SEEDS, INPUTS_ROLE, activation_name
 from lance_host.autodiff.dropout import PRIME, drop_nothing, seed_dropouts
 from lance_host.build import tap_inputs
 from lance_host.capture import Captured, capture, clone

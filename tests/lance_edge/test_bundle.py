@@ -15,20 +15,18 @@ import pytest
 
 from lance_edge.bundle import DIGEST_MEMBER, MANIFEST_MEMBER, Bundle, describe, npz_bytes, write_bundle
 from lance_edge.errors import ArtifactError, StorageError
+from lance_edge.input_spec import Preprocessing, Split
 from lance_edge.manifest import (
     SCHEMA_VERSION,
     FrozenLayer,
     Layer,
     LayerPlan,
     Manifest,
-    Preprocessing,
-    Split,
     Task,
     TensorSpec,
     Variant,
-    decode,
-    encode,
 )
+from lance_edge.manifest_json import decode, encode
 from lance_edge.records import to_json
 
 ARRAYS = {

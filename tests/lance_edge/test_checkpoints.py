@@ -9,7 +9,8 @@ from lance_edge import manifest as manifests
 from lance_edge.bundle import Bundle, write_bundle
 from lance_edge.checkpoints import SCHEMA_VERSION, read_weights
 from lance_edge.errors import CheckpointError
-from lance_edge.manifest import Manifest, Preprocessing, Split, TensorSpec, Variant
+from lance_edge.input_spec import Preprocessing, Split
+from lance_edge.manifest import Manifest, TensorSpec, Variant
 from lance_edge.sealed import write_sealed
 
 SHAPES = {"conv.weight": (4, 3, 3, 3), "head.weight": (2, 4), "head.bias": (2,)}

@@ -21,7 +21,7 @@ from PIL import Image
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import DataError
 from lance_edge.images import Part
-from lance_edge.manifest import Split
+from lance_edge.input_spec import Split
 from lance_edge.npz_data import ArrayPart, read_npz
 from lance_host.continual_benchmark.benchmarks import Source
 

@@ -20,7 +20,7 @@ import torch
 
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import META, SCHEMA_VERSION, read_weights
-from lance_edge.errors import Interrupted, LanceError
+from lance_edge.errors import Interrupted, LanceError, NumericalError
 from lance_edge.files import atomic_writer
 from lance_edge.memory import write_memory
 from lance_edge.sealed import write_sealed
@@ -37,7 +37,7 @@ from lance_host.merge import merged_state
 from lance_host.model_source import ProvidedWeights
 from lance_host.request import After, Feedback, Request
 
-RUN, PROTECTED_BY = "run", "protected-by.npz"
+PROTECTED_BY = "protected-by.npz"
 
 
 def learn_finetune(job: Job) -> Learnt:
@@ -162,7 +162,8 @@ def train_package(job: Job, *more: str | Path) -> Learnt:
     Raises:
         LanceError: with the runtime's own message, if it fails.
     """
-    recipe, run = job.preset.recipe_of(job.method), job.folder / RUN
+    recipe = job.preset.recipe_of(job.method)
+    run = job.folder / f"run-{recipe.lr:g}"  # a rate with which the numbers ran away has another
     command: list[str | Path] = [sys.executable, "-m", "lance_device.cli", "train"]
     command += ["--artifact", job.folder / PACKAGE, "--data", job.task.path, "--out", run, "--resume-or-start"]
     command += ["--epochs", str(recipe.epochs), "--lr", repr(recipe.lr), "--momentum", "0", "--clip", "0"]
@@ -187,7 +188,8 @@ def run_device(command: Sequence[str]) -> None:
 
     Raises:
         Interrupted: if it was stopped.
-        LanceError: with its own message, if it fails.
+        NumericalError: if the numbers ran away.
+        LanceError: with its own message, if it fails otherwise.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines()
@@ -195,7 +197,8 @@ def run_device(command: Sequence[str]) -> None:
     if done.returncode in (130, -2, -15):
         raise Interrupted(f"stopped: {message}; the same command goes on from here")
     if done.returncode:
-        raise LanceError(f"lance-device {command[3]} ended with code {done.returncode}: {message}")
+        kind = NumericalError if done.returncode == NumericalError.exit_code else LanceError
+        raise kind(f"lance-device {command[3]} ended with code {done.returncode}: {message}")
 
 
 def _epochs(run: Path) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import ArrayInput
+from lance_edge.input_spec import ArrayInput
 from lance_host.continual_benchmark.protocol import HEAD, BatchNorm
 from lance_host.continual_benchmark.state import NetworkState
 from lance_host.sources import open_source

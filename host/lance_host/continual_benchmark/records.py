@@ -57,6 +57,7 @@ class TaskRecord:
         after: number of the task, from 0.
         accuracies: on the test images of this task and all before it, in order.
         epochs: until the schedule ended, or the most that were allowed.
+        lr: learning rate at the start: that of the settings, or less where the numbers ran away with it.
         ranks: of the protected subspace by layer, where there is one.
         kept_bytes: what is kept from task to task beside the network, by kind.
         activation_bytes: of the trained layers at the batch size, as the paper counts them.
@@ -69,6 +70,7 @@ class TaskRecord:
     task: str
     accuracies: tuple[float, ...]
     epochs: int
+    lr: float
     activation_bytes: int
     seconds: float
     ranks: dict[str, int] = field(default_factory=dict)

@@ -59,7 +59,7 @@ def write_results(folder: Path, settings: Settings) -> None:
     records = [record for group in by_method.values() for record in group]
     _write_csv(
         folder / RESULTS,
-        ("method", "seed", "after", "task", "accuracy", "epochs"),
+        ("method", "seed", "after", "task", "accuracy", "epochs", "lr"),
         _result_rows(records, settings),
     )
     _write_csv(folder / COSTS, ("method", "seed", "task", "seconds"), _cost_rows(records))
@@ -140,7 +140,7 @@ def _result_rows(records: Iterable[TaskRecord], settings: Settings) -> Iterable[
         for task, accuracy in zip(settings.tasks, record.accuracies, strict=False):
             yield [
                 *(record.method, str(record.seed), record.task, task),
-                *(f"{accuracy:.6f}", str(record.epochs)),
+                *(f"{accuracy:.6f}", str(record.epochs), f"{record.lr:g}"),
             ]
 
 

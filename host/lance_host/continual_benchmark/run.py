@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lance_edge.errors import LanceError
+from lance_edge.errors import LanceError, NumericalError
 from lance_host.continual_benchmark.benchmarks import choose_benchmark
 from lance_host.continual_benchmark.job import Job, Learnt
 from lance_host.continual_benchmark.methods import METHODS
@@ -30,6 +30,7 @@ from lance_host.continual_benchmark.tasks import Task, make_tasks
 
 FIRST = "first-task"
 LEAST_TASKS = 2
+MOST_HALVINGS = 5
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _learn(job: Job) -> TaskRecord:
     """Learn a task, evaluate on all tasks so far, and leave its folder complete."""
     job.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    learnt = METHODS[job.method].learn(job)
+    job, learnt = learn_stably(job)
     write_state(job.folder / STATE, learnt.state)
     record = TaskRecord(
         method=job.method,
@@ -177,6 +178,7 @@ def _learn(job: Job) -> TaskRecord:
         task=job.task.name,
         accuracies=accuracies(job, learnt),
         epochs=learnt.epochs,
+        lr=job.preset.recipe_of(job.method).lr,
         activation_bytes=learnt.activation_bytes,
         seconds=time.perf_counter() - start,
         ranks=dict(learnt.ranks),
@@ -185,6 +187,25 @@ def _learn(job: Job) -> TaskRecord:
     write_record(job.folder, record)
     _tidy(job)
     return record
+
+
+def learn_stably(job: Job) -> tuple[Job, Learnt]:
+    """Learn a task; if the numbers run away, again at half the rate.  Gives the job that went well.
+
+    The published rates are those of batch-norms with statistics of each batch: frozen ones do not hold back
+    what a rate that is too large makes of the weights.
+
+    Raises:
+        NumericalError: if they still do after `MOST_HALVINGS`.
+    """
+    for _ in range(MOST_HALVINGS):
+        try:
+            return job, METHODS[job.method].learn(job)
+        except NumericalError:
+            rate = job.preset.recipe_of(job.method).lr
+            job.say(f"  the numbers ran away at a learning rate of {rate:g}: again at {rate / 2:g}")
+            job = replace(job, preset=job.preset.at_half_rate())
+    return job, METHODS[job.method].learn(job)
 
 
 def accuracies(job: Job, learnt: Learnt) -> tuple[float, ...]:

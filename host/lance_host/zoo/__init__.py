@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from lance_edge.manifest import Preprocessing
+from lance_edge.input_spec import Preprocessing
 from lance_host.inputs import resize_for, usual_preprocessing
 from lance_host.model_source import ModelSource, Published
 from lance_host.zoo.continual import ALEXNET_SIDE, ContinualAlexNet, ReducedResNet18
