@@ -50,6 +50,12 @@ PATH = click.Path(path_type=Path)
     show_default=True,
     help="Loosen the protection of directions that earlier tasks need little, and this one much: 0 is strict.",
 )
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of what a task has outside of the memory that lance keeps: fewer bytes, slower learning."
+    " Default: 0.98, as published.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
 def continual(
     benchmark: str,
@@ -63,6 +69,7 @@ def continual(
     lr: float | None,
     batch_norm: str,
     relax: float,
+    energy: float | None,
     threads: int | None,
 ) -> None:
     """Learn the tasks of a benchmark one after the other, and see what is forgotten.
@@ -94,6 +101,7 @@ def continual(
         network=network,
         batch_norm=as_batch_norm(batch_norm),
         relax=relax,
+        energy=energy,
         threads=threads,
     )
     folder, settings = run_benchmark(request, Voice(click.echo, _epochs))

@@ -276,6 +276,17 @@ def test_only_protection_can_be_relaxed(material: tuple[Path, str], tmp_path: Pa
         run_benchmark(request_of(material, tmp_path, "er", "lance", relax=0.1), SILENT)
 
 
+def test_energy_is_for_what_compresses_and_saves_bytes(
+    material: tuple[Path, str], learnt: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LanceError, match="--energy: gpm keeps whole activations; it is for --method lance"):
+        run_benchmark(request_of(material, tmp_path, "gpm", "lance", energy=0.5), SILENT)
+    folder, _ = run_benchmark(request_of(material, tmp_path, "lance", energy=0.5), SILENT)
+    (half,) = read_records(folder).values()
+    assert half[-1].method == "lance-energy-0.5"
+    assert half[-1].activation_bytes < read_records(learnt)["lance"][-1].activation_bytes
+
+
 # --- figures of speech ---
 
 

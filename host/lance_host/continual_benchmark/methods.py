@@ -19,19 +19,21 @@ class Method:
         where: `engine` (package and device runtime) or `torch`.
         is_joint: learns all tasks at once.
         relaxes: has a protection that `--relax` loosens.
+        compresses: keeps of activations what has `--energy`.
     """
 
     learn: Callable[[Job], Learnt]
     where: str
     is_joint: bool = False
     relaxes: bool = False
+    compresses: bool = False
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "finetune": Method(learn_finetune, "engine"),
         "gpm": Method(learn_gpm, "engine", relaxes=True),
-        "lance": Method(learn_lance, "engine", relaxes=True),
+        "lance": Method(learn_lance, "engine", relaxes=True, compresses=True),
         "ewc": Method(learn_baseline, "torch"),
         "agem": Method(learn_baseline, "torch"),
         "er": Method(learn_baseline, "torch"),

@@ -40,6 +40,7 @@ class BenchmarkRequest:
     Attributes:
         network: `None` takes the benchmark's own.
         relax: 0 protects strictly.
+        energy: share of a task's energy outside of the memory that LANCE keeps; `None` takes the preset's.
     """
 
     benchmark: str
@@ -51,6 +52,7 @@ class BenchmarkRequest:
     network: str | None = None
     batch_norm: BatchNorm = "running"
     relax: float = 0.0
+    energy: float | None = None
     threads: int | None = None
 
 
@@ -103,6 +105,9 @@ def check(request: BenchmarkRequest) -> None:
     if request.relax and strict:
         able = ", ".join(name for name, method in METHODS.items() if method.relaxes)
         raise LanceError(f"--relax: {', '.join(strict)} protects no directions; it is for --method {able}")
+    whole = [name for name in request.methods if not METHODS[name].compresses]
+    if request.energy is not None and whole:
+        raise LanceError(f"--energy: {', '.join(whole)} keeps whole activations; it is for --method lance")
 
 
 def settings_of(request: BenchmarkRequest, network: str, tasks: tuple[Task, ...]) -> Settings:
@@ -122,9 +127,10 @@ def settings_of(request: BenchmarkRequest, network: str, tasks: tuple[Task, ...]
     )
 
 
-def label_of(method: str, relax: float) -> str:
+def label_of(method: str, relax: float, energy: float | None) -> str:
     """The name of a method with its options: of its folder, and in the results."""
-    return f"{method}-relax-{relax:g}" if relax else method
+    relaxed = f"{method}-relax-{relax:g}" if relax else method
+    return relaxed if energy is None else f"{relaxed}-energy-{energy:g}"
 
 
 def _run(
@@ -137,7 +143,8 @@ def _run(
     voice: Voice,
 ) -> None:
     """All tasks of one method and seed."""
-    label = label_of(method, request.relax)
+    label = label_of(method, request.relax, request.energy)
+    preset = request.preset if request.energy is None else replace(request.preset, energy=request.energy)
     numbers = [len(tasks) - 1] if METHODS[method].is_joint else range(len(tasks))
     for number in numbers:
         own = task_folder(folder, label, seed, number)
@@ -146,7 +153,7 @@ def _run(
         voice.say(f"{label}, seed {seed}, task {number + 1} of {len(tasks)}: {tasks[number].name}")
         job = Job(
             network=settings.network,
-            preset=request.preset,
+            preset=preset,
             method=method,
             batch_norm=request.batch_norm,
             tasks=tasks,
