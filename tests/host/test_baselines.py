@@ -247,7 +247,7 @@ def test_replay_descends_the_mean_over_batch_and_kept_images(network: MultiHead)
     twin.recall(method.kept())
     kept = twin.replay.draw(8)
     parameters = trained(network)
-    method.gradients(network, batch, parameters)
+    method.gradients(network, batch, parameters, 0.0)
     joined = Batch(
         torch.cat([batch.images, kept.images]),
         torch.cat([batch.labels, kept.labels]),
@@ -287,7 +287,7 @@ def test_agem_takes_its_reference_from_the_kept_images(network: MultiHead) -> No
     kept = twin.replay.draw(8)
     g, r = gradient(network, batch), gradient(network, kept)
     parameters = body_parameters(network, with_norms=False)
-    method.gradients(network, batch, parameters)
+    method.gradients(network, batch, parameters, 0.0)
     assert (g * r).sum() < 0
     torch.testing.assert_close(parameters["conv.weight"].grad, g - (g * r).sum() / (r * r).sum() * r, **CLOSE)
 
@@ -324,12 +324,24 @@ def test_the_penalty_is_one_spring_for_each_task(network: MultiHead) -> None:
         parameter.grad = None
     batch = batch_of(8, "two")
     plain = gradient(network, batch)
-    method.gradients(network, batch, parameters)
+    method.gradients(network, batch, parameters, 0.0)
     penalty = sum(150.0 * (fisher * (weight - old) ** 2).sum() for fisher, old in springs)
     assert isinstance(penalty, torch.Tensor)
     (pull,) = torch.autograd.grad(penalty, weight)
     assert pull.abs().max() > 1e-4
     # w sum F - sum F w_k cancels where w is near w_k: to float32 rounding of its terms.
+    torch.testing.assert_close(weight.grad, plain + pull, rtol=1e-3, atol=1e-5)
+
+    # A large step: the penalty's gradient is that at its end, w', so w' = w - h (plain + dP/dw(w')).
+    rate = 10.0
+    for parameter in network.parameters():
+        parameter.grad = None
+    method.gradients(network, batch, parameters, rate)
+    assert weight.grad is not None
+    end = (weight - rate * weight.grad).detach().requires_grad_()
+    there = sum(150.0 * (fisher * (end - old) ** 2).sum() for fisher, old in springs)
+    assert isinstance(there, torch.Tensor)
+    (pull,) = torch.autograd.grad(there, end)
     torch.testing.assert_close(weight.grad, plain + pull, rtol=1e-3, atol=1e-5)
 
 
@@ -345,6 +357,6 @@ def test_what_is_kept_comes_back_from_disk(network: MultiHead, tmp_path: Path, m
         frozen(network)
         for parameter in network.parameters():
             parameter.grad = None
-        one.gradients(network, batch_of(4, "two"), parameters)
+        one.gradients(network, batch_of(4, "two"), parameters, 0.1)
         results.append(parameters["conv.weight"].grad)
     torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -23,7 +23,7 @@ Arrays = dict[str, NDArray[np.generic]]
 class Baseline(Protocol):
     """An objective that remembers something of earlier tasks."""
 
-    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
+    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters, rate: float) -> float:
         """See `trainer.Objective`."""
 
     def finish(self, network: MultiHead, task: str, part: Part, parameters: Parameters) -> None:
@@ -124,7 +124,7 @@ class ExperienceReplay(_Replaying):
     Not in the engine: a step there has the images of one data set and the logits of one head.
     """
 
-    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
+    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters, rate: float) -> float:
         """See `trainer.Objective`."""
         kept = self.replay.draw(len(batch.labels))
         images, labels = (torch.cat([getattr(b, name) for b in (batch, kept)]) for name in ("images", "labels"))
@@ -138,7 +138,7 @@ class AveragedGem(_Replaying):
     and a product over all parameters.
     """
 
-    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
+    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters, rate: float) -> float:
         """See `trainer.Objective`."""
         backward(network, self.replay.draw(len(batch.labels)))
         reference = _taken(parameters)
@@ -176,7 +176,9 @@ class ElasticWeights:
 
     The penalty is `lambda / 2 sum_k F_k (w - w_k)^2` over the earlier tasks k, with the diagonal F_k of the
     Fisher information at the end of task k.  Only `sum F_k` and `sum F_k w_k` are kept, so memory does not
-    grow; the gradient is `lambda (w sum F_k - sum F_k w_k)`.
+    grow; the gradient is `lambda (w sum F_k - sum F_k w_k)`.  Of a step of rate h the penalty is taken where
+    the step ends (implicitly), which divides the gradient by `1 + h lambda sum F_k`: the same where a spring is
+    soft, and no spring is too stiff for the rate.
 
     Not in the engine: the gradient has a term that depends on the weights alone, and the Fisher information
     needs the gradient of every image for itself.
@@ -191,13 +193,14 @@ class ElasticWeights:
         self._stiffness: dict[str, torch.Tensor] = {}
         self._pull: dict[str, torch.Tensor] = {}
 
-    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
+    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters, rate: float) -> float:
         """See `trainer.Objective`."""
         loss = backward(network, batch)
         for name, stiffness in self._stiffness.items():
             parameter = parameters[name]
             assert parameter.grad is not None
             parameter.grad += self.penalty * (stiffness * parameter.detach() - self._pull[name])
+            parameter.grad /= 1 + rate * self.penalty * stiffness
         return loss
 
     def finish(self, network: MultiHead, task: str, part: Part, parameters: Parameters) -> None:

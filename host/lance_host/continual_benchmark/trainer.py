@@ -97,14 +97,14 @@ class AllTasks:
 class Objective(Protocol):
     """What makes a method: the gradient of a step, written into the parameters' `grad`."""
 
-    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
-        """Fill `grad` of `parameters`, which is empty before; gives the loss."""
+    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters, rate: float) -> float:
+        """Fill `grad` of `parameters`, which is empty before, for a step of `rate`; gives the loss."""
 
 
 class CrossEntropy:
     """The mean cross-entropy of the batch: what plain backpropagation descends."""
 
-    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters) -> float:
+    def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters, rate: float) -> float:
         """See `Objective`."""
         return backward(network, batch)
 
@@ -202,7 +202,7 @@ def step(network: MultiHead, batch: Batch, parameters: Parameters, objective: Ob
     """
     for parameter in network.parameters():
         parameter.grad = None
-    loss = objective.gradients(network, batch, parameters)
+    loss = objective.gradients(network, batch, parameters, rate)
     if not math.isfinite(loss):
         raise NumericalError(
             f"task {batch.tasks[0]}: the loss is {loss}; a learning rate of {rate:g} is too large: lower --lr"
