@@ -90,7 +90,10 @@ def protected_words(story, *more):
             ("--task-name", "a/b"),
             "--task-name: expected letters, digits, dots and dashes, at most 64, found 'a/b'",
         ),
-        (("--head", "none"), "the network gives 3 logits, but --data has 4 classes; leave --head none away to"),
+        (
+            ("--head", "none"),
+            "the network gives 10 logits, but --data has 4 classes; leave --head none away to",
+        ),
         (("--energy", "0"), "--energy: expected a share above 0 and at most 1, found 0.0; the paper uses 0.7"),
     ],
 )
