@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lance_edge import manifest as manifests
 from lance_edge.errors import ArtifactError
-from lance_edge.files import atomic_writer
+from lance_edge.files import atomic_writer, expect_signed
 from lance_edge.manifest import Manifest, Member
 from lance_edge.npy import load, read_member
 
@@ -68,8 +68,11 @@ def _digest_line(encoded: bytes) -> bytes:
 class Bundle:
     """An open, verified package.  Use as a context manager; members are read on demand."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, signed_sha256: str | None = None) -> None:
         """Open and verify.
+
+        Args:
+            signed_sha256: of the whole file, by its signature: looked at before anything in it is read.
 
         Raises:
             ArtifactError: if the file is missing, truncated, tampered with, unsafe or too new.
@@ -77,6 +80,9 @@ class Bundle:
         self.path = path
         self._file = _open_file(path)
         try:
+            if signed_sha256 is not None:
+                expect_signed(path, hashlib.file_digest(self._file, "sha256").hexdigest(), signed_sha256)
+                self._file.seek(0)
             self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - open as long as the bundle
             infos = _checked_infos(path, self._tar)
             _expect_layout(path, self._file, infos)
@@ -113,7 +119,10 @@ class Bundle:
 
     def _read(self, name: str) -> bytes:
         with self._open(name) as stream:
-            return stream.read()
+            content = stream.read()
+        if describe(name, content) not in self.manifest.members:
+            raise ArtifactError(f"{self.path}: {name} was changed while the package is in use; copy it again")
+        return content
 
     def arrays(self, name: str) -> "ArrayReader":
         """The arrays of an `.npz` member, each read when it is asked for."""

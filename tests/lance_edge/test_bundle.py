@@ -328,6 +328,21 @@ def test_a_changed_member(package):
     )
 
 
+def test_a_member_that_changes_while_the_package_is_open(package):
+    """Written over in its place: the file is still the one that was checked."""
+    with Bundle(package) as bundle:
+        name = bundle.manifest.members[0].name
+        content = bundle.read(name)
+        data = bytearray(package.read_bytes())
+        data[data.index(content)] ^= 1
+        with package.open("r+b") as file:
+            file.write(data)
+        with pytest.raises(
+            ArtifactError, match=f"{name} was changed while the package is in use; copy it again"
+        ):
+            bundle.read(name)
+
+
 def test_a_changed_manifest(package):
     data = package.read_bytes()
     package.write_bytes(data.replace(b'"energy": 0.7', b'"energy": 0.8', 1))
