@@ -54,12 +54,20 @@ def make_material(recipe: Recipe, folder: Path, say: Say) -> Material:
         with Bundle(recipe.artifact) as bundle:
             manifest = bundle.manifest
         package, classes, batch_size = recipe.artifact, manifest.classes, manifest.batch_size
-    # A quarter is for testing and a tenth of the rest for validation: 1.5 times leaves full batches.
-    write_photos(photos, classes, -(-batch_size * BATCHES * 3 // (2 * len(classes))))
+    write_photos(photos, classes, photos_per_class(batch_size, len(classes)))
     if recipe.artifact is None:
         _make_package(recipe, photos, package, say)
     model.write_bytes(inference_model(package))
     return Material(package, photos, model)
+
+
+def photos_per_class(batch_size: int, classes: int) -> int:
+    """So many that there are training images for all batches of a calibration.
+
+    A quarter is for testing and a tenth of the rest for validation: 1.5 times leaves full batches.  A class
+    needs one image to train and one to test on.
+    """
+    return max(2, -(-batch_size * BATCHES * 3 // (2 * classes)))
 
 
 def write_photos(folder: Path, classes: tuple[str, ...], per_class: int) -> None:

@@ -81,7 +81,7 @@ class Bundle:
         self._file = _open_file(path)
         try:
             if signed_sha256 is not None:
-                expect_signed(path, hashlib.file_digest(self._file, "sha256").hexdigest(), signed_sha256)
+                expect_signed(path, _sha256(self._file), signed_sha256)
                 self._file.seek(0)
             self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - open as long as the bundle
             infos = _checked_infos(path, self._tar)
@@ -175,11 +175,8 @@ class Bundle:
                 )
 
     def _digest(self, name: str) -> str:
-        digest = hashlib.sha256()
         with self._open(name) as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
+            return _sha256(stream)
 
 
 class ArrayReader(Mapping[str, NDArray[np.generic]]):
@@ -224,6 +221,14 @@ def npz_bytes(arrays: Mapping[str, NDArray[np.generic]]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **{name: np.asarray(value, order="C") for name, value in arrays.items()})  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+def _sha256(stream: BinaryIO) -> str:
+    """Of all that is left in it."""
+    digest = hashlib.sha256()
+    while chunk := stream.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _open_file(path: Path) -> BinaryIO:

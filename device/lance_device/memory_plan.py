@@ -8,7 +8,6 @@ added from the manifest.
 """
 
 import resource
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -103,7 +102,7 @@ def plan_memory(
     for cache in dict.fromkeys((options.cache, "off" if options.cache == "auto" else options.cache)):
         for trial in trials:
             for micro_batch in choices if trial.fits_at_all else ():
-                if all(trial.needed(limit.kind, micro_batch, cache) <= limit.nbytes for limit in limits):
+                if trial.fits(limits, micro_batch, cache):
                     plan = _plan(limits, trial, micro_batch, cache)
                     return replace(options, micro_batch=micro_batch, threads=trial.threads, cache=cache), plan
     raise _too_little(limits, trials[-1], choices[-1], cache)
@@ -121,27 +120,26 @@ def _too_little(limits: Collection[Limit], trial: "_Trial", micro_batch: int, ca
     smaller = "calibrate a smaller package (fewer --layers, a smaller --resolution or --model)"
     remedy = f"allow it more, or {smaller}"
     enforced = [limit for limit in limits if limit.is_enforced]
-    if trial.has_failed and not enforced:
-        least = size(trial.needed(RESIDENT, micro_batch, cache))
+    has_failed = trial.has_failed(micro_batch)
+    if has_failed and not enforced:
         return PlatformError(
-            f"this run needs at least {least} with {flags}, but only {size(free_bytes())} of memory are free;"
-            f" close other programs, or {smaller}"
+            f"this run needs at least {size(trial.needed(RESIDENT, micro_batch, cache))} with {flags}, but only"
+            f" {size(free_bytes())} of memory are free; close other programs, or {smaller}"
         )
     worst = max(
-        enforced if trial.has_failed else limits,
+        enforced if has_failed else limits,
         key=lambda limit: trial.needed(limit.kind, micro_batch, cache) - limit.nbytes,
     )
-    if trial.has_failed:
-        least = trial.needed(worst.kind, micro_batch, cache)
-        needs = f"at least {size(least)}" if least > worst.nbytes else f"more than {size(worst.nbytes)}"
-        return PlatformError(
-            f"this run needs {needs} with {flags}, but {worst.what} is {size(worst.nbytes)}; {remedy}"
-        )
-    with_one = trial.needed(worst.kind, 1, cache)
-    hint = f"; with --micro-batch 1 it would need {size(with_one)}" if micro_batch > 1 else ""
+    needed = trial.needed(worst.kind, micro_batch, cache)
+    needs = size(needed)
+    if has_failed:  # by what was reached: there it ended, short of all that it would take
+        needs = f"at least {needs}" if needed > worst.nbytes else f"more than {size(worst.nbytes)}"
+    is_one_known = micro_batch > 1 and not trial.has_failed(1)
+    with_one = size(trial.needed(worst.kind, 1, cache)) if is_one_known else ""
+    hint = f"; with --micro-batch 1 it would need {with_one}" if with_one else ""
     return PlatformError(
-        f"this run needs {size(trial.needed(worst.kind, micro_batch, cache))} with {flags}, but {worst.what} is"
-        f" {size(worst.nbytes)}{hint}{trial.about_images}; {remedy}"
+        f"this run needs {needs} with {flags}, but {worst.what} is {size(worst.nbytes)}{hint}"
+        f"{trial.about_images}; {remedy}"
     )
 
 
@@ -161,10 +159,14 @@ class _Trial:
         """With which it was measured."""
         return self._options.threads
 
-    @property
-    def has_failed(self) -> bool:
-        """Memory did not even suffice for one image: what is `needed` is the least then, not all."""
-        return FAILED in self._one
+    def has_failed(self, micro_batch: int) -> bool:
+        """Memory did not suffice to measure it: what is `needed` is the least then, not all."""
+        return FAILED in self._one or (micro_batch > 1 and FAILED in self._many)
+
+    def fits(self, limits: Collection[Limit], micro_batch: int, cache: str) -> bool:
+        """Whether a run with this micro-batch keeps within all limits."""
+        within = all(self.needed(limit.kind, micro_batch, cache) <= limit.nbytes for limit in limits)
+        return within and not self.has_failed(micro_batch)
 
     @property
     def about_images(self) -> str:
@@ -180,9 +182,9 @@ class _Trial:
             LanceError: of the kind that fits, for anything but a lack of memory.
         """
         self._one = in_a_fork(lambda: self._peak(1)) if self._has_room_for_threads() else lack(self._stacks())
-        if not self.has_failed:
+        if FAILED not in self._one:
             self._many = in_a_fork(lambda: self._peak(MANY))
-        return not self.has_failed
+        return FAILED not in self._one
 
     def _has_room_for_threads(self) -> bool:
         """Whether all threads can start: onnxruntime 1.31, and OpenBLAS, wait for ever for one that cannot."""
@@ -201,11 +203,12 @@ class _Trial:
         return bytes_beyond(self._largest, self._dataset, 2)
 
     def needed(self, kind: str, micro_batch: int, cache: str) -> int:
-        """Bytes that a whole run takes with this micro-batch."""
-        if FAILED in self._many and micro_batch > 1:
-            return sys.maxsize
-        an_image = max(0, self._many.get(kind, 0) - self._one[kind]) / (MANY - 1)
-        measured = self._one[kind] + an_image * (micro_batch - 1)
+        """Bytes that a whole run takes with this micro-batch; at least, if it `has_failed`."""
+        more = max(0, self._many.get(kind, 0) - self._one[kind])  # for the images beyond the first
+        if self.has_failed(micro_batch):
+            measured: float = self._one[kind] + more
+        else:
+            measured = self._one[kind] + more / (MANY - 1) * (micro_batch - 1)
         whole_run = self._state_bytes() + self._kept_bytes(micro_batch) + self._beyond_bytes
         whole_run += self._cache_bytes(micro_batch) if cache != "off" else 0
         if kind == "VmPeak":

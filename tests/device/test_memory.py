@@ -156,6 +156,31 @@ def test_under_a_real_limit_on_address_space(large, tmp_path, mib):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_micro_batch_that_could_not_even_be_measured_is_refused_with_a_number(large, tmp_path):
+    prelude = f"{FREE_THREADS}resource.setrlimit(resource.RLIMIT_AS, ({200 * MIB}, {200 * MIB}))"
+    code, errors, _ = _run(large, tmp_path / "run", "--micro-batch", 32, prelude=prelude)
+    assert code == 9, errors
+    number = re.search(
+        r"needs (at least |more than )?([0-9.]+) MiB with --micro-batch 32 --threads 1, but ulimit -v is 200\.00 MiB;"
+        r" with --micro-batch 1 it would need [0-9.]+ MiB; allow it more",
+        errors.splitlines()[-1],
+    )
+    assert number is not None, errors
+    assert 200 <= float(number[2]) < 400
+
+
+def test_a_machine_without_memory_is_not_taken_for_a_limit(large, tmp_path):
+    """The limit of the user is wide enough: it is the measurement that got no memory."""
+    prelude = "from lance_device import fork, memory_plan; memory_plan.in_a_fork = lambda measure: fork.lack()"
+    code, errors, _ = _run(large, tmp_path / "run", "--memory-limit", "4GiB", prelude=prelude)
+    assert code == 9, errors
+    assert re.match(
+        r"error: this run needs at least [0-9.]+ MiB with --micro-batch 1 --threads 1, but only [0-9.]+ [MG]iB of"
+        r" memory are free; close other programs, or calibrate a smaller package",
+        errors.splitlines()[-1],
+    )
+
+
 GROUPS = Path("/sys/fs/cgroup/memory")
 
 
