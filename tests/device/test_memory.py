@@ -161,8 +161,8 @@ def test_a_micro_batch_that_could_not_even_be_measured_is_refused_with_a_number(
     code, errors, _ = _run(large, tmp_path / "run", "--micro-batch", 32, prelude=prelude)
     assert code == 9, errors
     number = re.search(
-        r"needs (?:at least |more than )?([0-9.]+) MiB with --micro-batch 32 --threads 1, but ulimit -v is 200\."
-        r"00 MiB; with --micro-batch 1 it would need [0-9.]+ MiB; allow it more",
+        r"needs (?:at least |more than )?([0-9.]+) MiB with --micro-batch 32 --threads 1, but ulimit -v is 200"
+        r"\.00 MiB; with --micro-batch 1 it would need [0-9.]+ MiB; allow it more",
         errors.splitlines()[-1],
     )
     assert number is not None, errors
