@@ -292,8 +292,12 @@ def test_what_an_image_takes_is_known_from_its_header(tmp_path):
     done = subprocess.run([sys.executable, "-c", DECODE, *files], capture_output=True, text=True, check=True)
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) == 7
-    for name, claimed, taken in rows:  # a MiB for the decoder itself, a twentieth for rows and tables
-        assert 0.75 * int(claimed) < int(taken) < 1.05 * int(claimed) + MIB, name
+    for (
+        name,
+        claimed,
+        taken,
+    ) in rows:  # two MiB of code, of the decoder or numpy; a twentieth for rows and tables
+        assert 0.75 * int(claimed) < int(taken) < 1.05 * int(claimed) + 2 * MIB, name
 
 
 def test_threads_are_given_up_before_a_run_is_refused(large, tmp_path):
@@ -408,8 +412,8 @@ def test_a_fork_answers_fails_or_dies():
         raise MemoryError
 
     taken = []
-    before = status_bytes("VmPeak")
-    assert in_a_fork(too_much)["VmPeak"] >= before
+    before = status_bytes("VmSize")
+    assert in_a_fork(too_much)["VmPeak"] >= before + 63 * MIB
 
     def wrong():
         raise ArtifactError("pkg.tar: of another kind")
