@@ -17,7 +17,7 @@ from benchmarks.batches import LEARNING_RATE, same_batch
 from benchmarks.compare import compare
 from benchmarks.contenders import CONTENDERS
 from benchmarks.job import Job, Tuning
-from benchmarks.material import BATCHES, Material, inference_model, photos_per_class, write_photos
+from benchmarks.material import BATCHES, SPLIT, Material, inference_model, photos_per_class, write_photos
 from benchmarks.ort_report import StepRow
 from benchmarks.ort_report import report as ort_report
 from benchmarks.ort_training import main as ort_main
@@ -42,7 +42,6 @@ from lance_edge.datasets import open_dataset
 from lance_edge.errors import ArtifactError, LanceError, ModelError
 from lance_edge.manifest import WEIGHTS_MEMBER, Manifest, gradient_name
 from lance_edge.profiles import read_rows
-from lance_host.request import DEFAULT_SPLIT
 from lance_host.zoo import ZOO
 
 LAYERS = 4
@@ -593,9 +592,10 @@ def test_there_are_photographs_for_all_batches_of_a_calibration(
 ) -> None:
     for label in range(classes):
         (tmp_path / f"{label:04}").mkdir()
-        for index in range(photos_per_class(batch_size, classes)):
+        for index in range(photos_per_class(batch_size, classes, SPLIT)):
             (tmp_path / f"{label:04}/{index:03}.jpg").touch()
-    assert len(open_dataset(tmp_path, DEFAULT_SPLIT).train) >= BATCHES * batch_size
+    images = len(open_dataset(tmp_path, SPLIT).train)
+    assert BATCHES * batch_size <= images < BATCHES * batch_size + 2 * classes
 
 
 def test_photographs_need_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
