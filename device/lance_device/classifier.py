@@ -1,5 +1,6 @@
 """A trained network and what one needs to use it: from a package and a checkpoint, or from a plain ONNX."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from lance_device.graphs import load_network
 from lance_device.session import Graph
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ModelError
+from lance_edge.files import expect_signed
 from lance_edge.manifest import (
     BATCH_DIM,
     CLASSES_KEY,
@@ -52,8 +54,11 @@ def from_package(bundle: Bundle, checkpoint_path: Path, threads: int) -> Classif
     return Classifier(network, manifest.classes, manifest.preprocessing)
 
 
-def from_onnx(path: Path, threads: int) -> Classifier:
+def from_onnx(path: Path, threads: int, signed_sha256: str | None = None) -> Classifier:
     """An inference model as `lance-host merge` exports it.
+
+    Args:
+        signed_sha256: of the file, by its signature.
 
     Raises:
         ArtifactError: if it is no ONNX model that loads here.
@@ -65,6 +70,7 @@ def from_onnx(path: Path, threads: int) -> Classifier:
         raise ModelError(
             f"{path}: cannot open the model ({error.strerror}); make one with lance-host merge -o model.onnx"
         ) from None
+    expect_signed(path, hashlib.sha256(model).hexdigest(), signed_sha256)
     graph = Graph(model, str(path), threads)
     if IMAGES not in graph.inputs or LOGITS not in graph.outputs:
         raise ModelError(

@@ -79,8 +79,8 @@ def evaluate_command(
     from lance_edge.datasets import open_dataset
     from lance_edge.screening import find_bad, refuse, without
 
-    check_signature(artifact, public_key)
-    with Bundle(artifact) as bundle:
+    signed = check_signature(artifact, public_key)
+    with Bundle(artifact, signed) as bundle:
         classifier = from_package(bundle, checkpoint, threads or available_cores())
         dataset = open_dataset(data, bundle.manifest.split, bundle.manifest.classes)
     skipped = find_bad(dataset, available_cores(), (part,))
@@ -134,8 +134,8 @@ def predict(
     from lance_device.predict import predict as classify
     from lance_device.text import prediction_json, prediction_line
 
-    check_signature(artifact or model or Path(), public_key)
-    classifier = _open_classifier(artifact, checkpoint, model, threads or available_cores())
+    signed = check_signature(artifact or model or Path(), public_key)
+    classifier = _open_classifier(artifact, checkpoint, model, threads or available_cores(), signed)
     predictions = classify(classifier, files, top, micro_batch or DEFAULT_MICRO_BATCH)
     if as_json:
         entries = [prediction_json(prediction) for prediction in predictions]
@@ -158,13 +158,15 @@ def compare(runs: tuple[Path, ...]) -> None:
     click.echo(comparison_table(runs))
 
 
-def _open_classifier(artifact: Path | None, checkpoint: Path | None, model: Path | None, threads: int) -> Any:
+def _open_classifier(
+    artifact: Path | None, checkpoint: Path | None, model: Path | None, threads: int, signed: str | None
+) -> Any:
     from lance_device.classifier import from_onnx, from_package
     from lance_edge.bundle import Bundle
 
     if artifact is None or checkpoint is None:
-        return from_onnx(model or Path(), threads)
-    with Bundle(artifact) as bundle:
+        return from_onnx(model or Path(), threads, signed)
+    with Bundle(artifact, signed) as bundle:
         return from_package(bundle, checkpoint, threads)
 
 

@@ -148,7 +148,7 @@ def train(
     from lance_device.text import result_table
     from lance_device.train import train as run_training
 
-    check_signature(artifact, public_key)
+    signed = check_signature(artifact, public_key)
     minutes, steps = checkpoint_every
     given = {name for name in values if _is_given(context, name)}
     request = TrainRequest(
@@ -164,6 +164,7 @@ def train(
         memory_limit=memory_limit,
         strict=strict,
         pace=PaceOptions(max_temp, duty_cycle, nice),
+        signed_sha256=signed,
     )
     result = run_training(request, Silent() if quiet else Live(sys.stderr))
     if not quiet:

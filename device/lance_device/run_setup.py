@@ -51,6 +51,7 @@ class TrainRequest:
         memory_limit: bytes that the process may use.
         strict: refuse images that cannot be read, instead of leaving them out.
         pace: pauses against heat, and for other programs.
+        signed_sha256: that the package must have by its signature; `None` asks for no signature.
     """
 
     artifact: Path
@@ -65,6 +66,7 @@ class TrainRequest:
     memory_limit: int | None = None
     strict: bool = False
     pace: PaceOptions = field(default_factory=PaceOptions)
+    signed_sha256: str | None = None
 
     @property
     def takes_up(self) -> bool:

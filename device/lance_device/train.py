@@ -57,7 +57,10 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
         LanceError: of the kind that fits; all but `StorageError` leave the last complete step in `last.npz`, or
             say that memory ran out while a step was applied, so that it holds an earlier one.
     """
-    with Bundle(request.artifact) as bundle, RunFolder(request.out).held(create=not request.resume):
+    with (
+        Bundle(request.artifact, request.signed_sha256) as bundle,
+        RunFolder(request.out).held(create=not request.resume),
+    ):
         check_request(request, bundle)
         dataset, skipped = open_images(request, bundle, reporter.note)
         absentees = Absentees(reporter.note)
