@@ -20,8 +20,8 @@ import psutil
 
 from lance_device.guard import LEAST_ADDRESS_SPACE, free_bytes, group_limit_bytes
 from lance_device.probe import HealthProbe
-from lance_device.throttling import REMEDIES, earlier_troubles, flags_of, troubles
-from lance_device.units import size
+from lance_edge.throttling import REMEDIES, earlier_troubles, flags_of, troubles
+from lance_edge.units import size
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import Protocol, TextIO
 
-from lance_device.units import duration, percent
 from lance_edge.profiles import HistoryRow
+from lance_edge.units import duration, percent
 
 PLAIN_INTERVAL_S = 30.0  # between lines where the output is no terminal
 REFRESH_INTERVAL_S = 0.1

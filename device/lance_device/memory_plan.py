@@ -28,11 +28,11 @@ from lance_device.options import TrainOptions
 from lance_device.probe import MemoryProbe
 from lance_device.session import is_lack_of_memory
 from lance_device.step import training_step
-from lance_device.units import size
 from lance_edge import errors
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
 from lance_edge.errors import LanceError, PlatformError
+from lance_edge.units import size
 
 FAILED = "failed"
 MANY = 4  # images of the second measurement

@@ -13,7 +13,6 @@ from lance_device.run_record import (
 )
 from lance_device.run_setup import Run, TrainRequest
 from lance_device.step_graphs import StepOutcome
-from lance_device.throttling import flags_of, troubles
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
 from lance_edge.profiles import (
@@ -24,6 +23,7 @@ from lance_edge.profiles import (
     SummaryRow,
     read_rows,
 )
+from lance_edge.throttling import flags_of, troubles
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from lance_device.live import Live, StepView, epoch_text, step_text
 from lance_device.measure import PhaseMeter, RowLog
 from lance_device.options import available_cores
 from lance_device.probe import Health, HealthProbe, MemoryProbe
-from lance_device.units import duration, percent, size
 from lance_edge.errors import StorageError
 from lance_edge.profiles import HistoryRow
+from lance_edge.units import duration, percent, size
 
 MIB = 1 << 20
 ROW = HistoryRow(1, 3, 0.05, 1.5, 0.25, 0.5, 1.25, None, None, True, 250.0)

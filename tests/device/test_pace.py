@@ -12,8 +12,8 @@ from device_harness import assert_same_arrays, refused, spawn, started, table, t
 from lance_device import probe
 from lance_device.pace import PaceOptions, Pacer
 from lance_device.probe import HealthProbe
-from lance_device.throttling import earlier_troubles, flags_of, troubles
 from lance_edge.errors import Interrupted, PlatformError
+from lance_edge.throttling import earlier_troubles, flags_of, troubles
 
 STEPS = ("--steps", 6, "--eval-every", 0)
 
