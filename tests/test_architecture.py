@@ -13,11 +13,11 @@ import lance_edge
 import lance_host
 
 PACKAGES = {"lance_edge": lance_edge, "lance_host": lance_host, "lance_device": lance_device}
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors")
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors", "matplotlib")
 CLICK_MODULES = {
     *("lance_device.bench_cli", "lance_device.cli", "lance_device.cli_board"),
     *("lance_device.cli_common", "lance_device.cli_train", "lance_device.cli_types"),
-    *("lance_host.cli", "lance_host.cli_export"),
+    *("lance_host.cli", "lance_host.cli_export", "lance_host.cli_report"),
 }
 
 

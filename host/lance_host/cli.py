@@ -1,4 +1,4 @@
-"""The command line of the workstation: only it and `cli_export` print, and know click."""
+"""The command line of the workstation: only modules called cli print, and know click."""
 
 import math
 import sys
@@ -12,6 +12,7 @@ import click
 from lance_edge import __version__
 from lance_edge.errors import LanceError
 from lance_host.cli_export import export_ort
+from lance_host.cli_report import report
 
 FILE = click.Path(path_type=Path)
 
@@ -56,6 +57,7 @@ def cli() -> None:
     lance-host calibrate --model mcunet --data photos/ --layers 4 -o pkg.tar
     scp pkg.tar pi:            # and on the board:  lance-device train --artifact pkg.tar ...
     lance-host merge --artifact pkg.tar --checkpoint run/last.npz -o finetuned.pth
+    lance-host report run/ -o report.html
     """
 
 
@@ -319,3 +321,4 @@ def sample_data(folder: Path, per_class: int | None) -> None:
 
 
 cli.add_command(export_ort)
+cli.add_command(report)

@@ -25,7 +25,7 @@ def time_use(views: Sequence[View]) -> Section:
         own = [view for view in runs if view.machine == machine]
         plots.append(_run_bars(own, "step-time-runs" + (f"-{number + 1}" if number else ""), title))
     for view in benchmarks_of(views):
-        plots += _benchmark_plots(view)
+        plots.extend(_benchmark_plots(view))
     return Section(
         "Time",
         "What a training step takes, and which phase takes it. Colour is the method, strength the phase.",

@@ -1,4 +1,4 @@
-"""Runs and benchmarks as a report sees them: read from their folders, in a memory that does not grow with them."""
+"""Runs and benchmarks as a report sees them, read from their folders in a memory that does not grow with them."""
 
 import json
 from collections.abc import Mapping

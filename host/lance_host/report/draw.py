@@ -1,0 +1,185 @@
+"""Figures drawn by matplotlib: SVG to stand in a page, PNG to stand alone."""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from lance_edge.report.colours import INK, RULE, SOFT
+from lance_edge.report.plots import Bar, BarPlot, Line, LinePlot, Plot
+
+# Inches at 72 points each.  A phone shows the page 360 pixels wide, so that text of 8.5 points is 10 pixels there.
+WIDTH, HEIGHT = 4.2, 2.9
+PNG_DPI = 220
+STYLES: dict[str, Any] = {"solid": "-", "dashed": (0, (5, 2)), "dotted": (0, (1, 1.5)), "points": ""}
+BAND_STRENGTH = 0.16
+BAR_WIDTH = 0.84  # of a group, that its bars fill
+MOST_NAMED_GROUPS = 12  # more names do not fit side by side
+TURNED_LENGTH = 9  # letters from which names of several groups are turned
+
+SETTINGS = {
+    "svg.fonttype": "none",  # text stays text: small, and the reader's own font
+    "svg.hashsalt": "lance-edge",  # the same figure gives the same bytes
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+
+
+def svg(plot: Plot) -> str:
+    """The figure as an `<svg>` element without title and legend, which the page has in text of its own."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        _draw(figure.subplots(), plot)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return _embeddable(buffer.getvalue().decode(), plot)
+
+
+def png(plot: Plot) -> bytes:
+    """The figure as a picture with title and legend, on white."""
+    buffer = io.BytesIO()
+    keys = _legend_keys(plot)
+    rows = -(-len(keys) // 3)
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(WIDTH + 1, HEIGHT + 0.6 + 0.18 * rows), layout="constrained")
+        axes = figure.subplots()
+        _draw(axes, plot)
+        axes.set_title(plot.title, fontsize=9.5, loc="left")
+        figure.legend(handles=keys, loc="outside lower center", ncols=3, fontsize=7.5)
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw(axes: Axes, plot: Plot) -> None:
+    axes.set_xlabel(plot.x_label)
+    axes.set_ylabel(plot.y_label)
+    if isinstance(plot, LinePlot):
+        _draw_lines(axes, plot)
+    else:
+        _draw_bars(axes, plot)
+
+
+def _draw_lines(axes: Axes, plot: LinePlot) -> None:
+    for start, end in plot.shaded:
+        axes.axvspan(start, end, color="#f6c9b3", linewidth=0)
+    for line in plot.lines:
+        _draw_line(axes, line)
+    for height, label in plot.rules:
+        axes.axhline(height, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.annotate(
+            label, (0.01, height), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+            fontsize=7.5, color=SOFT,
+        )  # fmt: skip
+    if plot.x_is_log:
+        axes.set_xscale("log")
+        _plain_log(axes, "x")
+    elif plot.x_names:
+        _name_places(axes, plot.x_names)
+    elif all(float(x).is_integer() for line in plot.lines for x in line.x):
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if plot.y_is_log:
+        axes.set_yscale("log")
+        _plain_log(axes, "y")
+    elif plot.y_from_zero:
+        axes.set_ylim(bottom=0)
+    axes.margins(x=0.03)
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    if line.style == "points":
+        axes.plot(line.x, line.y, "o", color=line.colour, markersize=7, markeredgecolor="white")
+        return
+    marker = "o" if len(line.x) <= 12 else ""
+    axes.plot(line.x, line.y, marker, linestyle=STYLES[line.style], color=line.colour, markersize=3.2)
+    if line.low:
+        axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=BAND_STRENGTH, linewidth=0)
+
+
+def _plain_log(axes: Axes, which: str) -> None:
+    """Numbers as they are, not as powers; in between only where an axis spans little."""
+    axis = getattr(axes, f"{which}axis")
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    if low > 0 and high / low < 30:
+        axis.set_minor_formatter(
+            FuncFormatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
+        )
+    else:
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _draw_bars(axes: Axes, plot: BarPlot) -> None:
+    for place, group in enumerate(plot.groups):
+        width = BAR_WIDTH / max(len(group.bars), 2)
+        for number, bar in enumerate(group.bars):
+            _draw_bar(axes, bar, place + (number - (len(group.bars) - 1) / 2) * width, width)
+    _name_places(axes, [group.label for group in plot.groups])
+    axes.grid(visible=False, axis="x")
+    axes.set_xlim(-0.6, len(plot.groups) - 0.4)
+    axes.set_ylim(bottom=0)
+
+
+def _draw_bar(axes: Axes, bar: Bar, middle: float, width: float) -> None:
+    bottom = 0.0
+    for height, colour in zip(bar.parts, bar.colours, strict=True):
+        axes.bar(middle, height, width * 0.9, bottom, color=colour, linewidth=0)
+        bottom += height
+    if bar.spread is not None:
+        axes.plot([middle, middle], bar.spread, color=INK, linewidth=0.8, alpha=0.75)
+
+
+def _name_places(axes: Axes, names: Sequence[str]) -> None:
+    step = -(-len(names) // MOST_NAMED_GROUPS)
+    places = range(0, len(names), step)
+    shown = [names[place] for place in places]
+    is_long = len(shown) > 2 and max(map(len, shown)) > TURNED_LENGTH
+    axes.set_xticks(list(places), shown, **({"rotation": 30, "ha": "right"} if is_long else {}))
+
+
+def _legend_keys(plot: Plot) -> list[Any]:
+    if isinstance(plot, BarPlot):
+        return [Patch(color=colour, label=label) for label, colour in plot.keys]
+    return [
+        Line2D([], [], color=line.colour, linestyle=STYLES[line.style], label=line.label,
+               marker="o" if line.style == "points" else "")
+        for line in plot.lines
+    ]  # fmt: skip
+
+
+def _embeddable(text: str, plot: Plot) -> str:
+    """The element alone; ids that are referred to become the figure's own, others go."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
+    text = re.sub(
+        r' id="([^"]+)"', lambda found: f' id="{plot.name}-{found[1]}"' if found[1] in used else "", text
+    )
+    text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{plot.name}-", text)
+    head, rest = text.split(">", 1)
+    view_box = re.search(r'viewBox="[^"]+"', head)
+    label = plot.title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    opening = f'<svg {view_box[0] if view_box else ""} role="img" aria-label="{label}"'
+    return f'{opening} xmlns:xlink="http://www.w3.org/1999/xlink">{rest.strip()}'
