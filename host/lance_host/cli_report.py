@@ -1,8 +1,11 @@
 """The command `report`."""
 
+import importlib.util
 from pathlib import Path
 
 import click
+
+from lance_edge.errors import PlatformError
 
 FOLDER = click.Path(path_type=Path)
 
@@ -37,6 +40,7 @@ def report(
     RUNS are --out folders of lance-device train and bench, folders of such folders, or CSV files copied from
     a board without their run.json. Ratios of times are taken within one machine only.
     """
+    _require_matplotlib()
     from lance_host.report.report import ReportRequest
     from lance_host.report.report import report as write
 
@@ -44,3 +48,11 @@ def report(
     written = write(ReportRequest(folders, artifact, page, csv_folder, png_folder))
     for path in written:
         click.echo(f"wrote {path} ({path.stat().st_size / 1024:.0f} KiB)")
+
+
+def _require_matplotlib() -> None:
+    """It came to the extra later than the rest of it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlatformError(
+            "matplotlib not installed; lance-host report needs it: pip install 'lance-edge[host]'"
+        )

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-REQUIRED = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors", "matplotlib")
+REQUIRED = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors")
 
 
 def main() -> None:

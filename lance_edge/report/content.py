@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from lance_edge import __version__
+from lance_edge.report.findings import findings_of
 from lance_edge.report.heat import heat
 from lance_edge.report.learning import learning, tradeoff
 from lance_edge.report.memory_use import memory_use
@@ -38,6 +39,7 @@ def compose(
     return Report(
         title=_title(views),
         lead=_lead(views),
+        findings=findings_of(views),
         notices=(*extra_notices, *notices_of(views)),
         views=tuple(views),
         results=result_table(views),
@@ -48,7 +50,7 @@ def compose(
 
 
 def _title(views: Sequence[View]) -> str:
-    models = distinct([row.model for view in views for row in list(view.latest.values())[:1]])
+    models = distinct([view.model for view in views if view.model])
     return f"On-device training: {', '.join(models)}" if models else "On-device training"
 
 

@@ -39,8 +39,8 @@ def heat(views: Sequence[View]) -> Section:
         "Heat and throttling",
         "Whether the board grew too hot, or its power supply too weak, to keep its pace.",
         tuple(plot for plot in plots if not plot.is_empty),
-        missing="The machine said neither its temperature nor its clock (a Raspberry Pi does), so throttling would"
-        " not show here.",
+        missing="The machine said neither its temperature nor its clock (a Raspberry Pi does), so throttling"
+        " would not show here.",
     )
 
 

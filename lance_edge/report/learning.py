@@ -45,7 +45,7 @@ def tradeoff(views: Sequence[View]) -> Section:
         Line(
             view.name,
             colour,
-            (max(costs.activation_bytes for costs in view.costs.values()) / KIB,),
+            (max(costs.activation_bytes for costs in view.measured().values()) / KIB,),
             (100 * (view.test_accuracy or 0.0),),
             "points",
         )
@@ -74,11 +74,13 @@ def _step_loss(runs: Sequence[View]) -> LinePlot:
     return LinePlot(
         "loss-steps",
         "Training loss, step by step",
-        "Cross-entropy of each batch. A pale band spans lowest and highest where a point stands for several steps.",
+        "Cross-entropy of the batches. A pale band spans the lowest and the highest where a point stands for"
+        " several steps.",
         "training step",
         "loss",
         tuple(_loss_line(view, colour) for view, colour in zip(runs, colours, strict=True) if len(view.loss)),
         y_from_zero=True,
+        x_from_zero=True,
     )
 
 
@@ -114,6 +116,7 @@ def _evaluations(runs: Sequence[View], what: str) -> LinePlot:
         "accuracy, %" if what == "accuracy" else "loss",
         lines,
         y_from_zero=what == "loss",
+        x_from_zero=True,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from lance_edge.report.colours import method_colour, run_colours, shade
 from lance_edge.report.costs import Costs, Setting
 from lance_edge.report.names import benchmarks_of, distinct, method_name, runs_of
-from lance_edge.report.plots import Line, LinePlot, Section
+from lance_edge.report.plots import Line, LinePlot, Section, Style
 from lance_edge.report.thin import Thin
 from lance_edge.report.views import View
 
@@ -44,11 +44,13 @@ def _over_time(runs: Sequence[View]) -> LinePlot:
     return LinePlot(
         "memory-time",
         "Memory over time",
-        f"Strong: the kernel's high-water mark during a step or evaluation ({reset}). Pale: resident memory at its end.",
+        f"Strong: the kernel's high-water mark during a step or evaluation ({reset}). Pale: resident memory at"
+        " its end.",
         "minutes of training",
         "resident memory, MiB",
         tuple(line for line in lines if line.x),
         y_from_zero=True,
+        x_from_zero=True,
     )
 
 
@@ -70,22 +72,24 @@ def _by_layers(
     view: View, name: str, title: str, figure: Callable[[Costs], float | None], y_label: str, y_is_log: bool
 ) -> LinePlot:
     """Of each method the largest over micro-batches, by number of layers; else by micro-batch."""
-    has_layers = len({setting.layers for setting in view.costs}) > 1
+    has_layers = len({setting.layers for setting in view.measured()}) > 1
 
     def place(setting: Setting) -> int:
         return setting.layers if has_layers else setting.micro_batch
 
     lines = []
-    for method in distinct([setting.method for setting in view.costs]):
+    for method in distinct([setting.method for setting in view.measured()]):
         highest: dict[int, float] = {}
-        for setting, costs in view.costs.items():
+        for setting, costs in view.measured().items():
             value = figure(costs)
             if setting.method == method and value is not None:
                 highest[place(setting)] = max(highest.get(place(setting), 0.0), value)
         if highest:
             x = tuple(float(number) for number in sorted(highest))
             y = tuple(highest[number] for number in sorted(highest))
-            lines.append(Line(method_name(method), method_colour(method), x, y))
+            hides_another = any((line.x, line.y) == (x, y) for line in lines)
+            style: Style = "dashed" if hides_another else "solid"
+            lines.append(Line(method_name(method), method_colour(method), x, y, style))
     return LinePlot(
         f"{name}-{view.name}".replace("/", "-").replace(" ", "-").lower(),
         f"{view.name}: {title}",

@@ -24,8 +24,8 @@ def _about_machines(views: Sequence[View]) -> str | None:
     if len({view.machine.key for view in views if not view.is_empty}) < 2:
         return None
     return (
-        f"Measured on {len(labels)} machines ({'; '.join(labels)}): times of one say nothing of another, so ratios"
-        " are taken within each of them only."
+        f"Measured on {len(labels)} machines ({'; '.join(labels)}): times of one say nothing of another, so"
+        " ratios are taken within each of them only."
     )
 
 
@@ -58,8 +58,9 @@ def _about_spread(views: Sequence[View]) -> str | None:
     worst = sorted(wide, key=lambda result: -(result.spread or 0.0))
     names = [f"{_named(result)} ({result.spread:.0%})" for result in worst]
     return (
-        f"Times of a step vary by more than {LARGE_SPREAD:.0%} (standard deviation over mean) in {_listed(names)}:"
-        " other programs ran, or the clock changed. Small differences mean nothing here; measure on a quiet machine."
+        f"Times of a step vary by more than {LARGE_SPREAD:.0%} (standard deviation over mean) in"
+        f" {_listed(names)}: other programs ran, or the clock changed. Small differences mean nothing here;"
+        " measure on a quiet machine."
     )
 
 

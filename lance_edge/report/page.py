@@ -14,6 +14,10 @@ from lance_edge.units import count, duration, percent, size
 STYLE = Path(__file__).with_name("style.css")
 MOST_OPEN_ROWS = 12  # of a table; a longer one is folded
 MOST_TILES = 8
+RESULTS = (
+    "A row for each setting. Spread is the standard deviation of the step over its mean; saved bytes are all that is"
+    " alive between forward and backward of a micro-batch."
+)
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="6 3"', "dotted": ' stroke-dasharray="2 3"'}
 
 Draw = Callable[[Plot], str]
@@ -30,6 +34,7 @@ class Report:
 
     title: str
     lead: str
+    findings: tuple[str, ...]
     notices: tuple[str, ...]
     views: tuple[View, ...]
     results: Table
@@ -44,6 +49,7 @@ def render(report: Report, draw: Draw) -> str:
     parts = [
         f"<h1>{escape(report.title)}</h1>",
         f'<p class="lead">{escape(report.lead)}</p>',
+        *(f'<p class="finding">{escape(text)}</p>' for text in report.findings),
         *(f'<p class="notice" role="note">{escape(text)}</p>' for text in report.notices),
         _tiles(report.views),
         _results(report.results),
@@ -78,21 +84,20 @@ def _tile(view: View) -> str:
 
 
 def _subtitle(view: View) -> str:
-    model = next((row.model for row in view.latest.values()), "")
     status = "" if view.status in (None, "finished") else f", {view.status}"
-    layers = sorted({setting.layers for setting in view.costs})
+    layers = sorted({setting.layers for setting in view.measured()})
     if view.is_benchmark:
-        methods = {setting.method for setting in view.costs}
+        methods = {setting.method for setting in view.measured()}
         span = f"{layers[0]} to {layers[-1]} layers" if len(layers) > 1 else count(layers[0], "layer")
-        return f"benchmark of {model}, {count(len(methods), 'method')}, {span}{status}"
+        return f"benchmark of {view.model}, {count(len(methods), 'method')}, {span}{status}"
     trained = count(layers[-1], "layer") if layers else ""
-    return ", ".join(text for text in (method_name(view.method), model, trained) if text) + status
+    return ", ".join(text for text in (method_name(view.method), view.model, trained) if text) + status
 
 
 def _tile_facts(view: View) -> list[tuple[str, str]]:
     if view.is_benchmark:
-        return [("settings", str(len(view.costs))), ("steps", str(view.steps))]
-    costs = list(view.costs.values())
+        return [("settings", str(len(view.measured()))), ("steps", str(view.steps))]
+    costs = list(view.measured().values())
     step = next((row for cost in reversed(costs) if (row := cost.phases().get("step")) is not None), None)
     peak = max((cost.peak_rss_kib for cost in costs if cost.peak_rss_kib is not None), default=None)
     facts = [
@@ -112,10 +117,7 @@ def _results(table: Table) -> str:
     body = _table(table, "results")
     if len(table.rows) > MOST_OPEN_ROWS:
         body = f"<details><summary>All {len(table.rows)} settings</summary>{body}</details>"
-    return (
-        '<h2>Results</h2><p class="about">A row for each setting. Spread is the standard deviation of the step over'
-        " its mean; saved bytes are all that is alive between forward and backward of a micro-batch.</p>" + body
-    )
+    return f'<h2>Results</h2><p class="about">{RESULTS}</p>{body}'
 
 
 def _section(section: Section, draw: Draw) -> str:

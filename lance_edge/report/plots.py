@@ -32,7 +32,6 @@ class LinePlot:
         caption: what there is to see, in a sentence or two.
         rules: dashed horizontal lines, `(y, label)`.
         shaded: stretches of x that are marked.
-        x_names: what stands at x = 0, 1, ... instead of numbers.
     """
 
     name: str
@@ -42,11 +41,11 @@ class LinePlot:
     y_label: str
     lines: tuple[Line, ...]
     y_from_zero: bool = False
+    x_from_zero: bool = False
     x_is_log: bool = False
     y_is_log: bool = False
     rules: tuple[tuple[float, str], ...] = ()
     shaded: tuple[tuple[float, float], ...] = ()
-    x_names: tuple[str, ...] = ()
 
     @property
     def is_empty(self) -> bool:

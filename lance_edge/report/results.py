@@ -34,7 +34,7 @@ def results_of(views: Sequence[View]) -> tuple[Result, ...]:
     found = [
         (view, setting, costs, costs.phases().get("step"))
         for view in views
-        for setting, costs in view.costs.items()
+        for setting, costs in view.measured().items()
     ]
     return tuple(
         Result(view, setting, costs, step, _ratio(step, _baselines(view, setting, found)))
@@ -45,7 +45,7 @@ def results_of(views: Sequence[View]) -> tuple[Result, ...]:
 def _baselines(
     view: View, setting: Setting, found: Sequence[tuple[View, Setting, Costs, SummaryRow | None]]
 ) -> list[SummaryRow]:
-    """LANCE in the like setting of the same network on the same machine, and in the same measurement if it is there."""
+    """LANCE in the like setting, same network and machine; in the same measurement if it is there."""
     alike = [
         (other, step)
         for other, theirs, _, step in found
@@ -53,14 +53,10 @@ def _baselines(
         and theirs.method == BASELINE
         and theirs.alike(setting)
         and other.machine.key == view.machine.key
-        and _model(other) == _model(view)
+        and other.model == view.model
     ]
     own = [step for other, step in alike if other is view]
     return own or [step for _, step in alike]
-
-
-def _model(view: View) -> str:
-    return next((row.model for row in view.latest.values()), "")
 
 
 def _ratio(step: SummaryRow | None, baselines: list[SummaryRow]) -> float | None:

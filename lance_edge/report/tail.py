@@ -14,8 +14,8 @@ MOST_LINE_BYTES = 1 << 16
 REMEMBERED_BYTES = 256  # of what was read last: they tell whether the file is still the same
 
 
-class StartedOver(Exception):  # noqa: N818 - what happened, not a failure
-    """The file is not the one that was read: it was replaced, or rows were taken back. Read it from the start."""
+class StartedOver(Exception):  # noqa: N818 - no failure
+    """The file is not the one that was read: another, or rows were taken back. Read it from the start."""
 
 
 class Tail:
@@ -74,8 +74,8 @@ class Tail:
             self._remembered = (self._remembered + whole)[-REMEMBERED_BYTES:]
             if len(rest) > MOST_LINE_BYTES:
                 raise DataError(
-                    f"{self.path} line {self._line + 1}: longer than {MOST_LINE_BYTES} bytes; expected a CSV file"
-                    " of a training run"
+                    f"{self.path} line {self._line + 1}: longer than {MOST_LINE_BYTES} bytes; expected a CSV"
+                    " file of a training run"
                 )
             yield from self._parse(whole)
         self.is_torn = bool(rest)

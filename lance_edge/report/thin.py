@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-MOST_POINTS = 400  # more than a figure has pixels for, on a phone
+MOST_POINTS = 200  # of a figure on a phone, every second pixel
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ def time_use(views: Sequence[View]) -> Section:
 def _run_bars(runs: Sequence[View], name: str, title: str) -> BarPlot:
     groups = []
     for view in runs:
-        bars = [_bar(setting, costs) for setting, costs in view.costs.items() if "step" in costs.phases()]
+        bars = [_bar(setting, costs) for setting, costs in view.measured().items() if "step" in costs.phases()]
         if bars:
             groups.append(BarGroup(view.name, tuple(bars)))
-    kept = any(setting.cached for view in runs for setting in view.costs)
+    kept = any(setting.cached for view in runs for setting in view.measured())
     note = " Two bars: features computed, and later read from the cache." if kept else ""
     return BarPlot(
         name,
@@ -77,10 +77,10 @@ def _keys(methods: Iterable[str]) -> tuple[tuple[str, str], ...]:
 
 
 def _benchmark_plots(view: View) -> list[Plot]:
-    """A figure for each way to measure, with layers (or, if there is but one number, micro-batches) along it."""
-    axis = "layers" if len({setting.layers for setting in view.costs}) > 1 else "micro_batch"
+    """For each way to measure, over numbers of layers; over micro-batches if there is but one number."""
+    axis = "layers" if len({setting.layers for setting in view.measured()}) > 1 else "micro_batch"
     families: dict[Setting, dict[Setting, Costs]] = {}
-    for setting, costs in view.costs.items():
+    for setting, costs in view.measured().items():
         family = replace(setting, method="", **{axis: 0})
         families.setdefault(family, {})[setting] = costs
     several = len(families) > 1

@@ -1,4 +1,4 @@
-"""Runs and benchmarks as a report sees them, read from their folders in a memory that does not grow with them."""
+"""Runs and benchmarks as a report sees them, read in a memory that does not grow with them."""
 
 import json
 from collections.abc import Mapping
@@ -129,6 +129,11 @@ class View:
             self.history.append(row)
         self._history_count += 1
 
+    def measured(self) -> dict[Setting, Costs]:
+        """Settings of which there is more than warm-ups; all, if there is nothing else."""
+        found = {setting: costs for setting, costs in self.costs.items() if "step" in costs.phases()}
+        return found or self.costs
+
     @property
     def evaluations(self) -> tuple[HistoryRow, ...]:
         """Those that are kept, the newest among them."""
@@ -154,6 +159,11 @@ class View:
     def method(self) -> str:
         """Of a run; of a benchmark the first one."""
         return next((setting.method for setting in self.costs), self.fact("options", "method") or "unknown")
+
+    @property
+    def model(self) -> str:
+        """The network's name, empty where no step was made."""
+        return next((row.model for row in self.latest.values()), "")
 
     @property
     def status(self) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lance_edge.files import atomic_writer
 from lance_edge.report.page import Report
-from lance_edge.report.plots import BarPlot, Plot, Table
+from lance_edge.report.plots import BarPlot, LinePlot, Plot
 from lance_host.report.draw import png
 
 Rows = Iterable[tuple[object, ...]]
@@ -24,8 +24,7 @@ def write_csv(report: Report, folder: Path) -> list[Path]:
         header, rows = _bar_rows(plot) if isinstance(plot, BarPlot) else _line_rows(plot)
         written.append(_write_table(folder / f"{plot.name}.csv", header, rows))
     tables = (table for section in report.sections if section.plots for table in section.tables)
-    for table in tables:
-        written.append(_write_table(folder / f"{_first_word(table)}.csv", table.header, table.rows))
+    written += [_write_table(folder / f"{table.header[0]}s.csv", table.header, table.rows) for table in tables]
     return written
 
 
@@ -48,18 +47,12 @@ def _plots(report: Report) -> Iterator[Plot]:
     return (plot for section in report.sections for plot in section.plots)
 
 
-def _first_word(table: Table) -> str:
-    return table.header[0].split()[0]
-
-
-def _line_rows(plot: Plot) -> tuple[tuple[str, ...], Rows]:
-    assert not isinstance(plot, BarPlot)
+def _line_rows(plot: LinePlot) -> tuple[tuple[str, ...], Rows]:
     header = ("series", plot.x_label, plot.y_label, "lowest", "highest")
     rows = []
     for line in plot.lines:
         low, high = (values or ("",) * len(line.x) for values in (line.low, line.high))
-        names = [plot.x_names[int(x)] for x in line.x] if plot.x_names else line.x
-        rows += [(line.label, *values) for values in zip(names, line.y, low, high, strict=True)]
+        rows += [(line.label, *values) for values in zip(line.x, line.y, low, high, strict=True)]
     return header, rows
 
 

@@ -21,7 +21,10 @@ MODE_NAMES = {
     2: ("batch", "features"),
 }
 MOST_LAYERS = 12  # of which a figure is drawn
-MISSING = "Give the package with --artifact pkg.tar, or keep it beside the runs: its ranks and spectra are shown here."
+TITLE = "Ranks and spectra"
+MISSING = (
+    "With the package (--artifact pkg.tar, or pkg.tar beside the runs) its ranks and spectra are shown here."
+)
 
 
 def package_section(views: Sequence[View], artifact: Path | None) -> tuple[Section, tuple[str, ...]]:
@@ -36,16 +39,17 @@ def package_section(views: Sequence[View], artifact: Path | None) -> tuple[Secti
     if artifact is not None:
         with Bundle(artifact) as bundle:
             return _section(bundle, views), _about_identity(bundle, views)
+    notes = []
     for path, identity in _candidates(views):
         try:
             with Bundle(path) as bundle:
                 if bundle.sha256 == identity:
                     return _section(bundle, views), ()
-        except ArtifactError:
-            continue  # one that a run names, and that is not whole: as if it were not there
-    return Section(
-        "Ranks and spectra", "What calibration found of each trained layer.", (), missing=MISSING
-    ), ()
+            notes.append(f" {path} is there, but is not the package of these runs.")
+        except ArtifactError as error:
+            notes.append(f" {error}.")
+    missing = MISSING + "".join(dict.fromkeys(notes))
+    return Section(TITLE, "What calibration found of each trained layer.", (), missing=missing), ()
 
 
 def _candidates(views: Sequence[View]) -> Iterator[tuple[Path, str]]:
@@ -55,10 +59,8 @@ def _candidates(views: Sequence[View]) -> Iterator[tuple[Path, str]]:
         if not isinstance(named, str) or not isinstance(identity, str) or view.files.record is None:
             continue
         folder = view.files.record.resolve().parent
-        places = (
-            Path(named),
-            *(place / Path(named).name for place in (folder, folder.parent, folder.parent.parent)),
-        )
+        around = (folder, folder.parent, folder.parent.parent)
+        places = (Path(named), *(place / Path(named).name for place in around))
         for path in dict.fromkeys(places):
             if path.is_file():
                 yield path, identity
@@ -82,16 +84,16 @@ def _section(bundle: Bundle, views: Sequence[View]) -> Section:
     plans = [plan for plan in variant.layers if plan.ranks]
     text = (
         f"What calibration on {manifest.calibration_batches} batches of {manifest.batch_size} found"
-        f" ({method_name(variant.method)}, {_chosen_by(variant)}). A rank is how many directions of a mode are kept."
+        f" ({method_name(variant.method)}, {_chosen_by(variant)}). A rank is how many directions of a mode"
+        " are kept."
     )
     missing = f"{bundle.path} compresses nothing: it holds plain backpropagation alone."
     if not plans:
-        return Section("Ranks and spectra", text, (), missing=missing)
+        return Section(TITLE, text, (), missing=missing)
     spectra = _spectra_plots(bundle, plans, layers, variant)
     table = _rank_table(plans, layers, manifest.batch_size)
-    return Section(
-        "Ranks and spectra", text, (_rank_bars(plans, layers, manifest.batch_size), *spectra), (table,)
-    )
+    bars = _rank_bars(plans, layers, manifest.batch_size)
+    return Section(TITLE, text, (bars, *spectra), (table,))
 
 
 def _variant(bundle: Bundle, views: Sequence[View]) -> Variant:
@@ -149,7 +151,7 @@ def _rank_bars(plans: Sequence[LayerPlan], layers: dict[str, Layer], batch_size:
     return BarPlot(
         "ranks",
         "Ranks of each layer",
-        "Directions that are kept of each mode of a layer's input. Layers in module order, as in the table below.",
+        "Directions that are kept of each mode of a layer's input. Layers in module order, as in the table.",
         "trained layer, the last one nearest to the head",
         "rank, % of the mode's size",
         ("rank",),
@@ -180,7 +182,8 @@ def _spectra_plots(
             LinePlot(
                 f"spectrum-{number}",
                 f"Spectrum of layer {number}: {plan.layer}",
-                "Share of the activations' variance within the first directions of each mode; the dot is the rank.",
+                "Share of the activations' variance within the first directions of each mode; the dot is the"
+                " rank.",
                 "directions kept (log scale)",
                 "variance kept, %",
                 tuple(lines),
@@ -199,9 +202,7 @@ def _spectrum(eigenvalues: NDArray[np.float64], rank: int, name: str, colour: st
         return []
     kept = 100 * np.cumsum(values) / total
     x = tuple(float(number) for number in range(1, len(kept) + 1))
-    dot = (
-        [Line(f"{name}: rank {rank}", colour, (float(rank),), (float(kept[rank - 1]),), "points")]
-        if rank
-        else []
-    )
-    return [Line(name, colour, x, tuple(map(float, kept))), *dot]
+    curve = Line(name, colour, x, tuple(map(float, kept)))
+    if rank == 0:
+        return [curve]
+    return [curve, Line(f"rank {rank}", colour, (float(rank),), (float(kept[rank - 1]),), "points")]
