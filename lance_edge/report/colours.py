@@ -5,7 +5,7 @@ from collections.abc import Sequence
 METHODS = {"lance": "#0a66c2", "bp": "#cf4a0a", "asi": "#0e8a5f", "hosvd": "#8b3fa8"}
 OTHERS = ("#5b6770", "#a0791b", "#b8336a", "#2c7a8c")
 INK, SOFT, RULE = "#1b2430", "#52606d", "#d5dbe1"
-MODES = ("#0a66c2", "#cf4a0a", "#0e8a5f", "#8b3fa8")  # of a layer's input: batch, channels, height, width
+MODES = ("#3b4a5a", "#b07d00", "#1f93ad", "#b8336a")  # of a layer's input: batch, channels, height, width
 # Strength of a method's colour in each phase of a step: what the method changes stands out.
 PHASES = {"data": 0.18, "prefix": 0.34, "forward": 0.62, "backward": 1.0, "update": 1.45}
 VARIANTS = (1.0, 0.55, 1.4, 0.75, 1.2)  # strengths that tell runs of one method apart

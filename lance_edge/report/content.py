@@ -12,7 +12,7 @@ from lance_edge.report.notices import notices_of
 from lance_edge.report.page import Report
 from lance_edge.report.plots import Section
 from lance_edge.report.provenance import provenance
-from lance_edge.report.results import result_table
+from lance_edge.report.results import result_tables
 from lance_edge.report.time_use import time_use
 from lance_edge.report.views import View
 from lance_edge.units import count
@@ -42,7 +42,7 @@ def compose(
         findings=findings_of(views),
         notices=(*extra_notices, *notices_of(views)),
         views=tuple(views),
-        results=result_table(views),
+        results=result_tables(views),
         sections=(*measured, *packages, heat(views), provenance(views)),
         made=f"Made by lance-edge {__version__}, {now}. This page needs no network.",
         refresh_s=refresh_s,

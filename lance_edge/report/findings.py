@@ -9,19 +9,23 @@ from lance_edge.units import count
 
 YARDSTICK = "bp"
 MOST = 3
-HARDLY = 0.02  # of the time: no difference that anybody should see in medians
+HARDLY = 0.02  # of the time: no difference that anybody should see in medians, however small the spread
 
 
 def findings_of(views: Sequence[View]) -> tuple[str, ...]:
-    """Of runs and benchmarks in like settings on one machine, those with the most layers first."""
+    """Of runs and benchmarks in like settings on one machine: those with the most layers, then the most steps."""
     results = [result for result in results_of(views) if result.step is not None]
-    ordered = sorted(results, key=lambda result: (result.view.is_benchmark, -result.setting.layers))
+    ordered = sorted(results, key=lambda r: (r.view.is_benchmark, -r.setting.layers, -_steps(r)))
     texts: dict[tuple[str, str], str] = {}
     for result in ordered:
         yardstick = _yardstick(result, results)
         if yardstick is not None:
             texts.setdefault((result.view.name, result.setting.method), _finding(result, yardstick))
     return tuple(texts.values())[:MOST]
+
+
+def _steps(result: Result) -> int:
+    return 0 if result.step is None else result.step.n
 
 
 def _yardstick(result: Result, results: Sequence[Result]) -> Result | None:
@@ -64,8 +68,9 @@ def _speed(result: Result, yardstick: Result) -> str:
     if result.step is None or yardstick.step is None or not result.step.p50_ms:
         return ""
     ratio = yardstick.step.p50_ms / result.step.p50_ms
-    if abs(ratio - 1) < HARDLY:
-        return "is as fast"
+    spread = max(result.spread or 0.0, yardstick.spread or 0.0, HARDLY)
+    if abs(ratio - 1) < spread:
+        return f"takes as long (to within the spread, {spread:.0%})"
     return f"is {ratio:.2f} times as fast" if ratio > 1 else f"takes {1 / ratio:.2f} times as long"
 
 

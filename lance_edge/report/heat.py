@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lance_edge.report.clock import TimeAxis, time_axis
 from lance_edge.report.colours import run_colours
 from lance_edge.report.names import runs_of
 from lance_edge.report.plots import Line, LinePlot, Section
@@ -12,25 +13,27 @@ from lance_edge.report.views import View
 def heat(views: Sequence[View]) -> Section:
     """Temperature and clock over time; stretches in which the firmware throttled are marked."""
     runs = runs_of(views)
-    shaded = tuple(stretch for view in runs for stretch in _stretches(view.throttled))
+    axis = time_axis(runs)
+    stretches = [stretch for view in runs for stretch in _stretches(view.throttled)]
+    shaded = tuple((start / axis.unit_s, end / axis.unit_s) for start, end in stretches)
     marked = " Marked: the firmware throttled the processor or saw too low a voltage." if shaded else ""
     plots = (
         LinePlot(
             "temperature-time",
             "Temperature",
             f"Of the processor, as the board says.{marked}",
-            "minutes of training",
+            axis.label,
             "temperature, °C",
-            _lines(runs, "temperature_c"),
+            _lines(runs, "temperature_c", axis),
             shaded=shaded,
         ),
         LinePlot(
             "clock-time",
             "Clock",
             f"Of the processor's cores; throttling lowers it.{marked}",
-            "minutes of training",
+            axis.label,
             "clock, MHz",
-            _lines(runs, "arm_mhz"),
+            _lines(runs, "arm_mhz", axis),
             y_from_zero=True,
             shaded=shaded,
         ),
@@ -44,19 +47,19 @@ def heat(views: Sequence[View]) -> Section:
     )
 
 
-def _lines(runs: Sequence[View], series: str) -> tuple[Line, ...]:
+def _lines(runs: Sequence[View], series: str, axis: TimeAxis) -> tuple[Line, ...]:
     colours = run_colours([view.method for view in runs])
     lines = []
     for view, colour in zip(runs, colours, strict=True):
         points = getattr(view, series).points()
         if points:
-            x, y = tuple(point.x for point in points), tuple(point.mean for point in points)
+            x, y = axis.values([point.x for point in points]), tuple(point.mean for point in points)
             lines.append(Line(view.name, colour, x, y))
     return tuple(lines)
 
 
 def _stretches(flags: Thin) -> tuple[tuple[float, float], ...]:
-    """Minutes from and to which the flag was up; a stretch begins where the point before it ended."""
+    """Seconds from and to which the flag was up; a stretch begins where the point before it ended."""
     stretches: list[tuple[float, float]] = []
     before = 0.0
     for point in flags.points():

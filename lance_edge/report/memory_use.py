@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from lance_edge.report.clock import TimeAxis, time_axis
 from lance_edge.report.colours import method_colour, run_colours, shade
 from lance_edge.report.costs import Costs, Setting
 from lance_edge.report.names import benchmarks_of, distinct, method_name, runs_of
@@ -30,11 +31,11 @@ def memory_use(views: Sequence[View]) -> Section:
 
 
 def _over_time(runs: Sequence[View]) -> LinePlot:
-    colours = run_colours([view.method for view in runs])
+    colours, axis = run_colours([view.method for view in runs]), time_axis(runs)
     lines = []
     for view, colour in zip(runs, colours, strict=True):
-        lines.append(_line(f"{view.name}, peak (VmHWM)", colour, view.peak_mib, "high"))
-        lines.append(_line(f"{view.name}, at the end", shade(colour, RSS_STRENGTH), view.rss_mib, "mean"))
+        lines.append(_line(f"{view.name}, peak (VmHWM)", colour, view.peak_mib, "high", axis))
+        lines.append(_line(f"{view.name}, at the end", shade(colour, RSS_STRENGTH), view.rss_mib, "mean", axis))
     rises = any("only rises" in view.fact_text("peak_rss_source") for view in runs)
     reset = (
         "the highest since the process began, since this system lets nobody reset it"
@@ -46,7 +47,7 @@ def _over_time(runs: Sequence[View]) -> LinePlot:
         "Memory over time",
         f"Strong: the kernel's high-water mark during a step or evaluation ({reset}). Pale: resident memory at"
         " its end.",
-        "minutes of training",
+        axis.label,
         "resident memory, MiB",
         tuple(line for line in lines if line.x),
         y_from_zero=True,
@@ -54,9 +55,9 @@ def _over_time(runs: Sequence[View]) -> LinePlot:
     )
 
 
-def _line(label: str, colour: str, series: Thin, which: str) -> Line:
+def _line(label: str, colour: str, series: Thin, which: str, axis: TimeAxis) -> Line:
     points = series.points()
-    x = tuple(point.x for point in points)
+    x = axis.values([point.x for point in points])
     return Line(label, colour, x, tuple(getattr(point, which) for point in points))
 
 
@@ -77,7 +78,7 @@ def _by_layers(
     def place(setting: Setting) -> int:
         return setting.layers if has_layers else setting.micro_batch
 
-    lines = []
+    lines: list[Line] = []
     for method in distinct([setting.method for setting in view.measured()]):
         highest: dict[int, float] = {}
         for setting, costs in view.measured().items():

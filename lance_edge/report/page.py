@@ -15,8 +15,8 @@ STYLE = Path(__file__).with_name("style.css")
 MOST_OPEN_ROWS = 12  # of a table; a longer one is folded
 MOST_TILES = 8
 RESULTS = (
-    "A row for each setting. Spread is the standard deviation of the step over its mean; saved bytes are all that is"
-    " alive between forward and backward of a micro-batch."
+    "A row for each setting. Spread is the standard deviation of the step over its mean; saved bytes are all"
+    " that is alive between forward and backward of a micro-batch."
 )
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="6 3"', "dotted": ' stroke-dasharray="2 3"'}
 
@@ -37,7 +37,7 @@ class Report:
     findings: tuple[str, ...]
     notices: tuple[str, ...]
     views: tuple[View, ...]
-    results: Table
+    results: tuple[Table, ...]
     sections: tuple[Section, ...]
     made: str
     refresh_s: int | None = None
@@ -111,13 +111,18 @@ def _tile_facts(view: View) -> list[tuple[str, str]]:
     return [fact for fact in facts if fact[1] != "-"]
 
 
-def _results(table: Table) -> str:
-    if not table.rows:
+def _results(tables: Sequence[Table]) -> str:
+    if not tables:
         return ""
-    body = _table(table, "results")
-    if len(table.rows) > MOST_OPEN_ROWS:
-        body = f"<details><summary>All {len(table.rows)} settings</summary>{body}</details>"
+    body = "".join(_folded(table) for table in tables)
     return f'<h2>Results</h2><p class="about">{RESULTS}</p>{body}'
+
+
+def _folded(table: Table) -> str:
+    body = _table(table, "results")
+    if len(table.rows) <= MOST_OPEN_ROWS:
+        return body
+    return f"<details><summary>All {len(table.rows)} settings</summary>{body}</details>"
 
 
 def _section(section: Section, draw: Draw) -> str:
@@ -140,7 +145,7 @@ def _figure(plot: Plot, draw: Draw) -> str:
 
 def _keys(plot: Plot) -> list[tuple[str, str]]:
     if isinstance(plot, LinePlot):
-        return [(line.label, _line_mark(line)) for line in plot.lines]
+        return [(line.label, _line_mark(line)) for line in plot.lines if line.label]
     return [(label, _mark(f'<rect width="22" height="12" rx="2" fill="{fill}"/>')) for label, fill in plot.keys]
 
 

@@ -11,6 +11,7 @@ class Line:
     """Points of one colour, joined or not.
 
     Attributes:
+        label: for the legend; empty for a line that belongs to the one before it.
         low, high: of a band, or (where points are not joined) of a range; empty, or as many as `x`.
     """
 

@@ -66,9 +66,14 @@ def _ratio(step: SummaryRow | None, baselines: list[SummaryRow]) -> float | None
     return step.p50_ms / baselines[0].p50_ms
 
 
-def result_table(views: Sequence[View]) -> Table:
-    """A row for each setting; columns that say nothing are left out."""
+def result_tables(views: Sequence[View]) -> tuple[Table, ...]:
+    """One of the runs, one of the benchmarks, with a row for each setting; columns that say nothing are left out."""
     results = results_of(views)
+    parts = ([r for r in results if not r.view.is_benchmark], [r for r in results if r.view.is_benchmark])
+    return tuple(_table(part) for part in parts if part)
+
+
+def _table(results: Sequence[Result]) -> Table:
     columns: list[tuple[str, list[str]]] = [
         ("run", [result.view.name for result in results]),
         ("method", [method_name(result.setting.method) for result in results]),

@@ -81,7 +81,8 @@ def _benchmark_plots(view: View) -> list[Plot]:
     axis = "layers" if len({setting.layers for setting in view.measured()}) > 1 else "micro_batch"
     families: dict[Setting, dict[Setting, Costs]] = {}
     for setting, costs in view.measured().items():
-        family = replace(setting, method="", **{axis: 0})
+        family = replace(setting, method="")
+        family = replace(family, layers=0) if axis == "layers" else replace(family, micro_batch=0)
         families.setdefault(family, {})[setting] = costs
     several = len(families) > 1
     plots: list[Plot] = []

@@ -34,11 +34,11 @@ class View:
 
     Attributes:
         costs: by setting, in the order in which they were first measured.
-        loss: over steps; memory, heat and clock over minutes of training.
+        loss: over steps; memory, heat and clock over seconds of training.
         history: evaluations.
         latest: the newest row of each phase.
         steps: of training, so far.
-        throttled: the firmware's flags of now, by the minutes at which they were read.
+        throttled: the firmware's flags of now, by the seconds at which they were read.
     """
 
     def __init__(self, files: Files) -> None:
@@ -112,12 +112,11 @@ class View:
     def _add_to_series(self, row: StepRow) -> None:
         if row.phase not in ("step", "eval"):
             return
-        minutes = row.time_s / 60
-        self.rss_mib.add(minutes, _mib(row.rss_kib))
-        self.peak_mib.add(minutes, _mib(row.peak_rss_kib))
-        self.temperature_c.add(minutes, row.temperature_c)
-        self.arm_mhz.add(minutes, row.arm_mhz)
-        self.throttled.add(minutes, float(bool(troubles(flags_of(row.throttled)))))
+        self.rss_mib.add(row.time_s, _mib(row.rss_kib))
+        self.peak_mib.add(row.time_s, _mib(row.peak_rss_kib))
+        self.temperature_c.add(row.time_s, row.temperature_c)
+        self.arm_mhz.add(row.time_s, row.arm_mhz)
+        self.throttled.add(row.time_s, float(bool(troubles(flags_of(row.throttled)))))
         if row.phase == "step":
             self.loss.add(row.step, row.loss)
 

@@ -19,7 +19,10 @@ def write_csv(report: Report, folder: Path) -> list[Path]:
     Raises:
         StorageError: if they cannot be written.
     """
-    written = [_write_table(folder / "results.csv", report.results.header, report.results.rows)]
+    written = [
+        _write_table(folder / f"{name}.csv", table.header, table.rows)
+        for name, table in zip(("results", "results-2"), report.results, strict=False)
+    ]
     for plot in _plots(report):
         header, rows = _bar_rows(plot) if isinstance(plot, BarPlot) else _line_rows(plot)
         written.append(_write_table(folder / f"{plot.name}.csv", header, rows))

@@ -172,6 +172,7 @@ def _legend_keys(plot: Plot) -> list[Any]:
         Line2D([], [], color=line.colour, linestyle=STYLES[line.style], label=line.label,
                marker="o" if line.style == "points" else "")
         for line in plot.lines
+        if line.label
     ]  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def _spectrum(eigenvalues: NDArray[np.float64], rank: int, name: str, colour: st
         return []
     kept = 100 * np.cumsum(values) / total
     x = tuple(float(number) for number in range(1, len(kept) + 1))
-    curve = Line(name, colour, x, tuple(map(float, kept)))
+    curve = Line(f"{name}, rank {rank}", colour, x, tuple(map(float, kept)))
     if rank == 0:
         return [curve]
-    return [curve, Line(f"rank {rank}", colour, (float(rank),), (float(kept[rank - 1]),), "points")]
+    return [curve, Line("", colour, (float(rank),), (float(kept[rank - 1]),), "points")]
