@@ -38,7 +38,7 @@ class StepRow:
         warmup: the first step after the start of a process: kept, but not in summaries.
         latency_ms: wall time, summed over the micro-batches.
         rss_kib, peak_rss_kib: resident memory at the end of the phase, and its peak during the phase.
-        loss: mean cross-entropy over the batch.
+        loss: mean cross-entropy over the batch; `None` where it was no number, and the step skipped.
         throttled: the firmware's flags, as `vcgencmd get_throttled` prints them (`0x50000`).
         time_s: seconds of training so far, earlier parts of a resumed run included.
         activation_bytes: the paper's figure: layer inputs, or cores and factors.
@@ -75,13 +75,14 @@ class StepRow:
 class HistoryRow:
     """One evaluation (`history.csv`); losses are means, accuracies fractions of 1.
 
-    `train_loss` and `train_accuracy` are running figures over the steps since the row before.
+    `train_loss` and `train_accuracy` are running figures over the steps since the row before; the loss is unknown
+    where each of these was skipped.
     """
 
     epoch: int
     step: int
     learning_rate: float
-    train_loss: float
+    train_loss: float | None
     train_accuracy: float
     validation_accuracy: float | None
     validation_loss: float | None
@@ -187,6 +188,8 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return str(int(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return ""  # the loss of a step that was skipped: not known, rather than a number that nobody can read
     if isinstance(value, float):
         return format(value, ".9g")  # nine digits bring back every float32
     return str(value)

@@ -8,6 +8,7 @@ import click
 
 from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
 from lance_device.cli_types import Number, byte_count, class_weights, minutes_or_steps
+from lance_device.cli_watch import SERVE, serving_if_asked
 
 
 @click.command()
@@ -105,6 +106,7 @@ from lance_device.cli_types import Number, byte_count, class_weights, minutes_or
 @click.option("--resume", is_flag=True, help="Take up the run in --out; its options stay as they were.")
 @click.option("--resume-or-start", is_flag=True, help="The same if there is a run in --out, else begin one.")
 @SIGNATURE
+@SERVE
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.pass_context
 def train(
@@ -122,6 +124,7 @@ def train(
     nice: int | None,
     strict: bool,
     public_key: Path | None,
+    serve: tuple[str, int] | None,
     quiet: bool,
     **values: Any,
 ) -> None:
@@ -161,7 +164,9 @@ def train(
         strict=strict,
         pace=PaceOptions(max_temp, duty_cycle, nice),
     )
-    result = run_training(request, Silent() if quiet else Live(sys.stderr))
+    reporter = Silent() if quiet else Live(sys.stderr)
+    with serving_if_asked(serve, out, reporter.note):
+        result = run_training(request, reporter)
     if not quiet:
         click.echo(result_table(result))
 

@@ -44,7 +44,12 @@ class Keeper:
     def remember_best(self, row: HistoryRow) -> None:
         """Keep a copy of the state; it reaches the disk with the next `last.npz`, to spare an SD card."""
         self._run.progress.best = Best(
-            row.epoch, row.step, row.train_loss, row.validation_accuracy, row.validation_loss, row.test_accuracy
+            row.epoch,
+            row.step,
+            _or_nan(row.train_loss),
+            row.validation_accuracy,
+            row.validation_loss,
+            row.test_accuracy,
         )
         self._log.mark()
         self._unwritten_best = copy.deepcopy(make_checkpoint(self._run, self._bundle))
@@ -86,7 +91,11 @@ def is_better(row: HistoryRow, best: Best | None) -> bool:
     if best is None:
         return True
     if row.validation_accuracy is None or best.validation_accuracy is None:
-        return row.train_loss < best.train_loss or math.isnan(best.train_loss)
+        return _or_nan(row.train_loss) < best.train_loss or math.isnan(best.train_loss)
     if row.validation_accuracy != best.validation_accuracy:
         return row.validation_accuracy > best.validation_accuracy
     return (row.validation_loss or 0.0) < (best.validation_loss or 0.0)
+
+
+def _or_nan(loss: float | None) -> float:
+    return math.nan if loss is None else loss

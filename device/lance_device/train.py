@@ -172,7 +172,7 @@ class Training:
         self._count(outcome)
         costs = self._meter.take_step()
         self._log.step(outcome, costs, cached=self._features.computed == computed)
-        self._reporter.step(step_view(run, self._log, outcome, costs["step"]))
+        self._reporter.step(step_view(run, self._log))
 
     def _skip(self, error: NumericalError) -> StepOutcome:
         """Leave weights and momentum as they are and go on, if that is what the options say."""

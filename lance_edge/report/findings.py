@@ -13,7 +13,7 @@ HARDLY = 0.02  # of the time: no difference that anybody should see in medians, 
 
 
 def findings_of(views: Sequence[View]) -> tuple[str, ...]:
-    """Of runs and benchmarks in like settings on one machine: those with the most layers, then the most steps."""
+    """Of runs and benchmarks in like settings on one machine: most layers, then most steps first."""
     results = [result for result in results_of(views) if result.step is not None]
     ordered = sorted(results, key=lambda r: (r.view.is_benchmark, -r.setting.layers, -_steps(r)))
     texts: dict[tuple[str, str], str] = {}

@@ -101,8 +101,9 @@ Plot = LinePlot | BarPlot
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a heading; numbers stand to the right."""
+    """Rows of text under a heading; `name` is that of a file with its data."""
 
+    name: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 

@@ -36,7 +36,7 @@ def provenance(views: Sequence[View]) -> Section:
 
 def _table(view: View) -> Table:
     rows = tuple((name, text) for name, fact in FACTS if (text := fact(view)) != "-")
-    return Table((view.name, ""), rows)
+    return Table(view.name, (view.name, ""), rows)
 
 
 def _joined(view: View, *paths: tuple[str, ...]) -> str:

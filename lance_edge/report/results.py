@@ -11,6 +11,8 @@ from lance_edge.report.plots import Table
 from lance_edge.report.views import View
 from lance_edge.units import percent, size
 
+NAMES = ("runs", "benchmarks")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -67,13 +69,13 @@ def _ratio(step: SummaryRow | None, baselines: list[SummaryRow]) -> float | None
 
 
 def result_tables(views: Sequence[View]) -> tuple[Table, ...]:
-    """One of the runs, one of the benchmarks, with a row for each setting; columns that say nothing are left out."""
+    """Of the runs and of the benchmarks, a row for each setting; columns that say nothing are left out."""
     results = results_of(views)
     parts = ([r for r in results if not r.view.is_benchmark], [r for r in results if r.view.is_benchmark])
-    return tuple(_table(part) for part in parts if part)
+    return tuple(_table(name, part) for name, part in zip(NAMES, parts, strict=True) if part)
 
 
-def _table(results: Sequence[Result]) -> Table:
+def _table(name: str, results: Sequence[Result]) -> Table:
     columns: list[tuple[str, list[str]]] = [
         ("run", [result.view.name for result in results]),
         ("method", [method_name(result.setting.method) for result in results]),
@@ -89,9 +91,9 @@ def _table(results: Sequence[Result]) -> Table:
         ("activation bytes", [size(result.costs.activation_bytes) for result in results]),
         ("saved bytes", [size(result.costs.saved_bytes) for result in results]),
     ]
-    said = [(name, cells) for name, cells in columns if set(cells) != {"-"}]
+    said = [(label, cells) for label, cells in columns if set(cells) != {"-"}]
     rows = tuple(zip(*(cells for _, cells in said), strict=True))
-    return Table(tuple(name for name, _ in said), rows)
+    return Table(name, tuple(label for label, _ in said), rows)
 
 
 def _bytes(kib: int | None) -> int | None:

@@ -10,7 +10,8 @@ from device_harness import spawn, table, train_words
 from tiny_package import write_images, write_tiny_package
 
 from lance_device import probe
-from lance_device.live import Live, StepView, epoch_text, step_text
+from lance_device.live import Live
+from lance_device.live_table import StepView, epoch_text, step_text
 from lance_device.measure import PhaseMeter, RowLog
 from lance_device.options import available_cores
 from lance_device.probe import Health, HealthProbe, MemoryProbe

@@ -14,20 +14,17 @@ Rows = Iterable[tuple[object, ...]]
 
 
 def write_csv(report: Report, folder: Path) -> list[Path]:
-    """A file for each figure, and `results.csv`; the axes' labels with their units are the headers.
+    """A file for each figure, and for each table; the axes' labels with their units are the headers.
 
     Raises:
         StorageError: if they cannot be written.
     """
-    written = [
-        _write_table(folder / f"{name}.csv", table.header, table.rows)
-        for name, table in zip(("results", "results-2"), report.results, strict=False)
-    ]
+    shown = (table for section in report.sections if section.plots for table in section.tables)
+    tables = (*report.results, *shown)
+    written = [_write_table(folder / f"{table.name}.csv", table.header, table.rows) for table in tables]
     for plot in _plots(report):
         header, rows = _bar_rows(plot) if isinstance(plot, BarPlot) else _line_rows(plot)
         written.append(_write_table(folder / f"{plot.name}.csv", header, rows))
-    tables = (table for section in report.sections if section.plots for table in section.tables)
-    written += [_write_table(folder / f"{table.header[0]}s.csv", table.header, table.rows) for table in tables]
     return written
 
 
@@ -55,7 +52,7 @@ def _line_rows(plot: LinePlot) -> tuple[tuple[str, ...], Rows]:
     rows = []
     for line in plot.lines:
         low, high = (values or ("",) * len(line.x) for values in (line.low, line.high))
-        rows += [(line.label, *values) for values in zip(line.x, line.y, low, high, strict=True)]
+        rows += [(line.label or "rank", *values) for values in zip(line.x, line.y, low, high, strict=True)]
     return header, rows
 
 

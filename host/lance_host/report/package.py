@@ -130,7 +130,7 @@ def _rank_table(plans: Sequence[LayerPlan], layers: dict[str, Layer], batch_size
         kept = f"{min(plan.energy_kept):.0%}" if plan.energy_kept else "-"
         padding = [""] * (most - len(cells))
         rows.append((plan.layer, *cells, *padding, kept, f"{plan.activation_bytes / 1024:.1f} KiB"))
-    return Table(("layer", *names, "least energy kept", "activation bytes"), tuple(rows))
+    return Table("layers", ("layer", *names, "least energy kept", "activation bytes"), tuple(rows))
 
 
 def _rank_bars(plans: Sequence[LayerPlan], layers: dict[str, Layer], batch_size: int) -> BarPlot:
