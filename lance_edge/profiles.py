@@ -75,8 +75,8 @@ class StepRow:
 class HistoryRow:
     """One evaluation (`history.csv`); losses are means, accuracies fractions of 1.
 
-    `train_loss` and `train_accuracy` are running figures over the steps since the row before; the loss is unknown
-    where each of these was skipped.
+    `train_loss` and `train_accuracy` are running figures over the steps since the row before; without a loss
+    if each of these was skipped.
     """
 
     epoch: int

@@ -26,7 +26,7 @@ SERVE = click.option(
     "--serve",
     metavar="[ADDRESS:]PORT",
     callback=_address,
-    help="Offer a page with the figures of the run, refreshed, to browsers on this machine (8080; from elsewhere:"
+    help="Offer a page with the figures of the run, refreshed, to browsers on this machine (8080; from another:"
     " ssh -L 8080:localhost:8080 pi), or to whoever reaches ADDRESS (0.0.0.0:8080).",
 )
 

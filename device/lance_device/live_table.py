@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lance_edge.profiles import STEP_PHASES, HistoryRow, StepRow
 from lance_edge.throttling import flags_of, troubles
@@ -151,7 +152,7 @@ def curve(values: Sequence[float]) -> str:
     if columns < 2:
         return ""
     edges = [len(values) * column // columns for column in range(columns + 1)]
-    means = [sum(values[start:end]) / (end - start) for start, end in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
     low, span = min(means), max(means) - min(means)
     return "".join(LEVELS[round((mean - low) / span * 7) if span else 0] for mean in means)
 

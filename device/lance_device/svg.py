@@ -45,8 +45,8 @@ class Scale:
             found = [step * 10.0**exponent for exponent in exponents for step in steps]
         else:
             step = round_step((self.high - self.low) / TICKS)
-            found = [step * number for number in range(math.ceil(self.low / step - 1e-9), 10_000)]
-            found = [value for value in found[: 4 * TICKS] if value <= self.high]
+            first = math.ceil(self.low / step - 1e-9)
+            found = [step * number for number in range(first, first + 2 * TICKS)]
         return [value for value in found if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
 
 
@@ -58,10 +58,7 @@ def round_step(rough: float) -> float:
 
 def svg(plot: Plot) -> str:
     """The figure as an `<svg>` element, without title and legend."""
-    if isinstance(plot, BarPlot):
-        body = _bars(plot)
-    else:
-        body = _lines(plot)
+    body = _bars(plot) if isinstance(plot, BarPlot) else _lines(plot)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(plot.title)}"'
         f' font-size="{FONT}" fill="{INK}">{"".join(body)}{_labels(plot)}</svg>'
@@ -170,10 +167,10 @@ def _x_axis(across: Scale, names: Sequence[tuple[float, str]]) -> list[str]:
 
 def _labels(plot: Plot) -> str:
     middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+    style = f'text-anchor="middle" fill="{SOFT}"'
     return (
-        f'<text x="{middle_x}" y="{HEIGHT - 6}" text-anchor="middle" fill="{SOFT}">{escape(plot.x_label)}</text>'
-        f'<text transform="translate(11 {middle_y}) rotate(-90)" text-anchor="middle" fill="{SOFT}">'
-        f"{escape(plot.y_label)}</text>"
+        f'<text x="{middle_x}" y="{HEIGHT - 6}" {style}>{escape(plot.x_label)}</text>'
+        f'<text transform="translate(11 {middle_y}) rotate(-90)" {style}>{escape(plot.y_label)}</text>'
     )
 
 

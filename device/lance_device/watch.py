@@ -55,7 +55,7 @@ def standing(view: View) -> StepView:
     has_validation = any(row.validation_accuracy is not None for row in view.evaluations)
     return view_of_rows(
         view.latest,
-        epochs=None,
+        epochs=view.fact("options", "epochs") if view.fact("options", "steps") is None else None,
         total_steps=total,
         accuracy=None,
         seconds_left=left_s,

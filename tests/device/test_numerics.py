@@ -15,6 +15,7 @@ from lance_device.numerics import MOST_IN_A_ROW, check_gradients, finite_loss
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import NumericalError
 from lance_edge.images import load_batch
+from lance_edge.profiles import StepRow, read_rows
 
 STEPS, LR = 6, 0.2
 PLAIN = ("--no-shuffle", "--augment", "none", "--eval-every", 0, "--cache", "off", "--micro-batch", 16)
@@ -75,6 +76,7 @@ def test_a_bad_step_is_left_out(package, images, tmp_path, bad_batches, choice, 
     assert (progress["step"], progress["skipped"], progress["skipped_in_a_row"]) == (STEPS, 2, 0)
     assert progress["rate_factor"] == factor**2
     assert math.isfinite(float(table(out / "history.csv")[0]["train_loss"]))
+    started(train(package, images, out, "--resume"))  # reads these rows again
 
 
 def test_by_default_the_run_stops_and_the_state_before_is_saved(package, images, tmp_path, bad_batches):
