@@ -25,7 +25,7 @@ SMALLEST_TEXT_PX = 9.5  # of a figure on a phone
 READABLE = 4.5  # contrast of text and ground: WCAG 2.1, success criterion 1.4.3
 SETTLED_MS = 2000
 
-# What a person with a ruler would find.  A frame has exactly the width that is asked for, windows have a least one.
+# What a person with a ruler would find.  A frame has exactly the width that is asked for, a window need not.
 MEASURE = r"""
 const frame = document.getElementById("page");
 frame.onload = () => {
@@ -57,15 +57,15 @@ frame.onload = () => {
     return box.left < picture.left - 2 || box.right > picture.right + 2 || box.bottom > picture.bottom + 2;
   };
   const size = (e) => {
-    const svg = e.closest("svg");
-    return parseFloat(view.getComputedStyle(e).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+    const svg = e.closest("svg"), scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+    return parseFloat(view.getComputedStyle(e).fontSize) * scale;
   };
   document.getElementById("found").textContent = JSON.stringify({
     width: view.innerWidth,
     scroll: root.scrollWidth,
     requests: view.performance.getEntriesByType("resource").map((entry) => entry.name),
     figures: inner.querySelectorAll("figure").length,
-    pictures: [...inner.querySelectorAll("figure > svg")].filter((e) => e.getBoundingClientRect().height > 100).length,
+    pictures: [...inner.querySelectorAll("figure > svg")].filter((e) => e.clientHeight > 100).length,
     beyond: shown.filter((e) => e.getBoundingClientRect().right > view.innerWidth + 1).map(name),
     cut: texts.filter(outside).map(name),
     smallest: Math.min(...texts.map(size)),
@@ -96,7 +96,7 @@ def measured(page, width, folder):
 
 
 def host_page(folder):
-    """Of everything at once: runs of two boards, one without a record, throttled, with long names; a benchmark."""
+    """Of everything at once: two boards, no record, throttling, a long name, a benchmark."""
     long_name = "a-run-whose-name-somebody-made-much-longer-than-any-column-of-a-phone"
     folders = (
         write_run(folder / long_name),

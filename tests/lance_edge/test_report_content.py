@@ -91,9 +91,9 @@ def test_two_boards_are_said_and_their_bars_kept_apart(tmp_path):
     views = open_views([here, there])
     (notice,) = notices_of(views)
     assert notice == (
-        "Measured on 2 machines (Raspberry Pi 4 Model B Rev 1.5, 4 cores, 4 GiB, aarch64; Raspberry Pi 4 Model B"
-        " Rev 1.5, 2 cores, 4 GiB, aarch64): times of one say nothing of another, so ratios are taken within each"
-        " of them only."
+        "Measured on 2 machines (Raspberry Pi 4 Model B Rev 1.5, 4 cores, 4 GiB, aarch64; Raspberry Pi 4 Model"
+        " B Rev 1.5, 2 cores, 4 GiB, aarch64): times of one say nothing of another, so ratios are taken within"
+        " each of them only."
     )
     bars = time_use(views).plots
     assert [[group.label for group in plot.groups] for plot in bars] == [["a"], ["b"]]
