@@ -6,13 +6,6 @@ from lance_edge.report.costs import Setting
 from lance_edge.report.views import View
 
 METHODS = {"lance": "LANCE", "bp": "BP", "asi": "ASI", "hosvd": "HOSVD"}
-PHASE_MEANINGS = {
-    "data": "read images",
-    "prefix": "frozen part",
-    "forward": "forward",
-    "backward": "backward",
-    "update": "update",
-}
 
 
 def method_name(method: str) -> str:

@@ -39,8 +39,8 @@ def step_rows(method="lance", step=1, scale=1.0, **changes):
     row = StepRow(
         run_id="a", method=method, model="tiny", layers=2, energy=0.7, batch_size=16, micro_batch=8, threads=1,
         epoch=1 + step // 11, step=step, warmup=step == 1, phase="step",
-        latency_ms=scale * sum(PHASES.values()), rss_kib=98_304, peak_rss_kib=102_400 + step, loss=2.0 / step, temperature_c=50.0 + step,
-        arm_mhz=1800.0, throttled="0x0", time_s=2.0 * step, samples=16, cached=False,
+        latency_ms=scale * sum(PHASES.values()), rss_kib=98_304, peak_rss_kib=102_400 + step, loss=2.0 / step,
+        temperature_c=50.0 + step, arm_mhz=1800.0, throttled="0x0", time_s=2.0 * step, samples=16, cached=False,
         activation_bytes=ACTIVATION_BYTES[method], saved_bytes=8192,
     )  # fmt: skip
     row = dataclasses.replace(row, **changes)

@@ -207,8 +207,8 @@ def test_a_damaged_package_is_told(photo_package, tmp_path):
 def test_bad_input_is_one_line(tmp_path):
     assert refused(tmp_path / "absent") == (
         5,
-        f"error: {tmp_path / 'absent'}: found nothing; expected the --out folder of lance-device train or bench,"
-        " a folder of such folders, or CSV files copied from one (steps.csv, history.csv)",
+        f"error: {tmp_path / 'absent'}: found nothing; expected the --out folder of lance-device train or"
+        " bench, a folder of such folders, or CSV files copied from one (steps.csv, history.csv)",
     )
     run = write_run(tmp_path / "run")
     code, line = refused(run, "--csv", run)
