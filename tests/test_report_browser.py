@@ -139,7 +139,7 @@ def test_the_ruler_finds_what_is_wrong(tmp_path):
     """A page with every fault that the test above looks for."""
     bad = (
         '<!doctype html><body style="margin:0"><p style="width:2000px;color:#bbb">wide and pale</p>'
-        '<figure><svg viewBox="0 0 1000 500" width="300" height="150"><text x="950" y="90">cut off</text></svg>'
+        '<figure><svg viewBox="0 0 1000 500" width="300" height="150"><text x="990" y="90">cut off</text></svg>'
         '</figure><img src="http://example.invalid/a.png">'
     )
     found = measured(bad, 390, tmp_path)

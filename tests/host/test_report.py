@@ -69,7 +69,7 @@ def test_the_page_holds_all_figures_and_asks_no_network(page):
         "Heat and throttling",
     ):
         assert f"<h2>{title}</h2>" in text
-    assert len(re.findall(r"<figure ", text)) == 11
+    assert len(re.findall(r"<figure ", text)) == 12
     # Namespaces are names; everything else that looks like an address would be a request.
     addresses = set(re.findall(r"https?://[^\"'\s<)]+", text))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}

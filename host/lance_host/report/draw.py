@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -28,7 +29,8 @@ MOST_MARKED = 12  # points of a line
 BAND_STRENGTH = 0.16
 BAR_WIDTH = 0.84  # of a group, that its bars fill
 MOST_NAMED_GROUPS = 12  # more names do not fit side by side
-TURNED_LENGTH = 9  # letters from which names of several groups are turned
+LETTERS_ACROSS = 42  # of names side by side
+TURNED_LETTERS = 14  # of a name that is turned, as those of several groups are where they are long
 
 SETTINGS = {
     "svg.fonttype": "none",  # text stays text: small, and the reader's own font
@@ -160,9 +162,14 @@ def _draw_bar(axes: Axes, bar: Bar, middle: float, width: float) -> None:
 def _name_places(axes: Axes, names: Sequence[str]) -> None:
     step = -(-len(names) // MOST_NAMED_GROUPS)
     places = range(0, len(names), step)
-    shown = [names[place] for place in places]
-    is_long = len(shown) > 2 and max(map(len, shown)) > TURNED_LENGTH
-    axes.set_xticks(list(places), shown, **({"rotation": 30, "ha": "right"} if is_long else {}))
+    letters = int(LETTERS_ACROSS / len(places))
+    is_turned = max(len(names[place]) for place in places) > letters and len(places) > 2
+    shown = [_shortened(names[place], TURNED_LETTERS if is_turned else letters) for place in places]
+    axes.set_xticks(list(places), shown, **({"rotation": 30, "ha": "right"} if is_turned else {}))
+
+
+def _shortened(name: str, letters: int) -> str:
+    return name if len(name) <= letters else f"{name[: letters - 1]}…"
 
 
 def _legend_keys(plot: Plot) -> list[Any]:
@@ -187,6 +194,5 @@ def _embeddable(text: str, plot: Plot) -> str:
     text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{plot.name}-", text)
     head, rest = text.split(">", 1)
     view_box = re.search(r'viewBox="[^"]+"', head)
-    label = plot.title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    opening = f'<svg {view_box[0] if view_box else ""} role="img" aria-label="{label}"'
+    opening = f'<svg {view_box[0] if view_box else ""} role="img" aria-label="{escape(plot.title)}"'
     return f'{opening} xmlns:xlink="http://www.w3.org/1999/xlink">{rest.strip()}'
