@@ -65,7 +65,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
         description="A training step in our runtime, in PyTorch and in ONNX Runtime, side by side.",
     )
     parser.add_argument("--quick", action="store_true", help="one round, 4 layers: about two minutes, not ten")
-    parser.add_argument("--layers", type=_counts, help="trained convolutions, 1-10 or 2,4  [2,4; --quick: 4]")
+    parser.add_argument("--layers", type=_counts, help="trained layers, 1-10 or 2,4  [2,4; --quick: 4]")
     parser.add_argument("--rounds", type=_positive, help="over all contenders  [3; --quick: 1]")
     parser.add_argument("--micro-batch", type=_positive, default=8, help="of ours and ONNX Runtime's  [8]")
     parser.add_argument("--batch-size", type=_positive, default=128, help="of a new package  [128]")

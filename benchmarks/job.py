@@ -35,7 +35,7 @@ class Job:
         package: of `lance-host calibrate`; everybody takes weights, classes and batch size from it.
         data: folder of images; everybody trains on its first batch.
         model: the whole network for inference, ONNX.
-        layers: trainable convolutions.
+        layers: trained layers.
         round: from 1; in every round each setting is measured once.
         warmups: steps before the measured ones, kept and flagged.
     """

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -91,7 +92,7 @@ def main(words: list[str] | None = None) -> int:
 def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ort_training", description=__doc__)
     parser.add_argument("--ort-python", default=".venv-ort/bin/python", help="has onnxruntime-training")
-    parser.add_argument("--layers", type=int, default=3, help="trained convolutions  [3]")
+    parser.add_argument("--layers", type=int, default=3, help="trained layers  [3]")
     parser.add_argument("--rounds", type=int, default=3, help="[3]")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a process  [3]")
     parser.add_argument("--micro-batch", type=int, default=8, help="of our runtime  [8]")
@@ -293,12 +294,18 @@ def _heading(setup: Setup, rounds: int) -> str:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     facts = (
         f"{manifest.model}, input {shape}, batch {manifest.batch_size},"
-        f" {count(setup.layers, 'convolution')} and the head, {count(setup.threads, 'thread')},"
+        f" {count(setup.layers, 'trained layer')} and the head, {count(setup.threads, 'thread')},"
         f" {count(rounds, 'round')} in turns; weights: {manifest.weights_source}; LANCE's ranks {ranks};"
         f" load of the machine {load:.1f}."
     )
-    versions = {"onnxruntime-training": "1.19.2", "onnxruntime": version("onnxruntime")}
+    versions = {"onnxruntime-training": version_there(setup.ort_python), "onnxruntime": version("onnxruntime")}
     return heading_of(describe_machine(), versions, facts)
+
+
+def version_there(python: str) -> str:
+    """The version of onnxruntime-training that an interpreter has."""
+    ask = "from importlib.metadata import version; print(version('onnxruntime-training'))"
+    return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _say(text: str) -> None:

@@ -17,7 +17,7 @@ class Options:
     """What somebody asks for.
 
     Attributes:
-        layers: numbers of trainable convolutions.
+        layers: numbers of trained layers.
         micro_batch: of our methods and of ONNX Runtime; PyTorch has its own.
         quick: one round, fewer settings of PyTorch are tried.
     """

@@ -17,7 +17,7 @@ class Setting:
 
     Attributes:
         contender: a name of `contenders.CONTENDERS`.
-        layers: trainable convolutions, the head always trains.
+        layers: trained layers, the head always trains.
         cached: the frozen part's outputs are kept, and only the rest runs.
     """
 

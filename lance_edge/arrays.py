@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lance_edge.errors import DataError
+from lance_edge.npy import load, read_member
 
 Float = NDArray[np.float32]
 
@@ -80,10 +81,15 @@ def read_arrays(paths: Sequence[Path], shape: Sequence[int]) -> FloatPart:
         array = _read(path)
         single = array.shape == tuple(shape)
         array = array[None] if single else array
-        if array.dtype != np.float32 or array.shape[1:] != tuple(shape) or not np.isfinite(array).all():
+        if array.dtype != np.float32 or array.shape[1:] != tuple(shape):
             raise DataError(
-                f"{path}: expected finite float32 [N, {', '.join(map(str, shape))}], found {array.dtype}"
+                f"{path}: expected float32 [N, {', '.join(map(str, shape))}], found {array.dtype}"
                 f" {list(array.shape)}; convert it"
+            )
+        if not np.isfinite(array).all():
+            number = int((~np.isfinite(array)).sum())
+            raise DataError(
+                f"{path}: expected finite values, found {number} that are NaN or infinite; repair them"
             )
         values.append(array)
         names += [str(path)] if single else [f"{path}[{row}]" for row in range(len(array))]
@@ -97,10 +103,12 @@ def read_arrays(paths: Sequence[Path], shape: Sequence[int]) -> FloatPart:
 def _read(path: Path) -> NDArray[Any]:
     try:
         with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            return np.asarray(file["x"] if isinstance(file, np.lib.npyio.NpzFile) else file)
+            file = load(stream)
+            return read_member(file.zip, "x") if isinstance(file, np.lib.npyio.NpzFile) else np.asarray(file)
     except KeyError:
         raise DataError(f"{path}: no array x in this file; write it with numpy.savez(file, x=...)") from None
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(

@@ -21,6 +21,7 @@ from lance_edge import manifest as manifests
 from lance_edge.errors import ArtifactError
 from lance_edge.files import atomic_writer
 from lance_edge.manifest import Manifest, Member
+from lance_edge.npy import load, read_member
 
 MANIFEST_MEMBER = "manifest.json"
 DIGEST_MEMBER = "manifest.sha256"  # second member, as sha256sum writes it: finds damage, proves no origin
@@ -178,10 +179,12 @@ class ArrayReader(Mapping[str, NDArray[np.generic]]):
     def __init__(self, stream: BinaryIO, where: str) -> None:
         self._where = where
         try:
-            self._npz = np.load(stream, allow_pickle=False)
+            self._npz = load(stream)
             self._names = list(self._npz.files)
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in self._npz.zip.infolist()):
                 raise ValueError("it is compressed, so its arrays could be of any size")
+        except MemoryError:  # says nothing of the file
+            raise
         except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
             raise ArtifactError(f"{where}: not a readable npz ({error}); rebuild the package") from None
 
@@ -189,7 +192,9 @@ class ArrayReader(Mapping[str, NDArray[np.generic]]):
         if name not in self._names:
             raise ArtifactError(f"{self._where}: no array {name}; rebuild the package with lance-host")
         try:
-            return cast(NDArray[np.generic], self._npz[name])
+            return cast(NDArray[np.generic], read_member(self._npz.zip, name))
+        except MemoryError:
+            raise
         except Exception as error:
             raise ArtifactError(
                 f"{self._where}: array {name} is unreadable ({error}); rebuild the package"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lance_edge.bundle import Bundle
 from lance_edge.errors import CheckpointError, DamagedCheckpointError, LanceError
 from lance_edge.manifest import Variant
+from lance_edge.npy import load, read_member
 from lance_edge.sealed import SEAL, check_seal
 
 SCHEMA_VERSION = 2
@@ -34,7 +35,7 @@ class Archive:
     """An open checkpoint file: every array is checked before it is unpacked."""
 
     def __init__(self, path: Path, npz: Any) -> None:
-        """`npz` is what `numpy.load` opened.
+        """`npz` is what `npy.load` opened.
 
         Raises:
             DamagedCheckpointError: if it is an array or an npz without the checkpoint's `meta`.
@@ -61,7 +62,7 @@ class Archive:
             CheckpointError: if it is of a newer schema, damaged, or of another package.
         """
         self._check_size(META, MAX_META_BYTES)
-        value = json.loads(str(self._npz[META]))
+        value = json.loads(str(read_member(self._npz.zip, META)))
         version = value.get("schema_version") if isinstance(value, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise CheckpointError(
@@ -111,7 +112,7 @@ class Archive:
         """
         size = 4 * int(np.prod(shape, dtype=np.int64))
         self._check_size(name, size + NPY_OVERHEAD_BYTES)
-        array = self._npz[name]
+        array = read_member(self._npz.zip, name)
         if array.dtype != np.float32 or array.shape != shape or not np.isfinite(array).all():
             raise CheckpointError(
                 f"{self.path}: {name} is {array.dtype} {list(array.shape)}, expected finite float32"
@@ -135,11 +136,12 @@ def open_archive(path: Path) -> Iterator[Archive]:
     Raises:
         DamagedCheckpointError: for whatever a damaged file makes zipfile and numpy raise.
         CheckpointError: if there is no such file.
+        MemoryError: if there is too little memory, which says nothing of the file.
     """
     try:
         with path.open("rb") as file:
-            yield Archive(path, np.load(file, allow_pickle=False))
-    except LanceError:
+            yield Archive(path, load(file))
+    except (LanceError, MemoryError):
         raise
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise CheckpointError(
@@ -148,7 +150,8 @@ def open_archive(path: Path) -> Iterator[Archive]:
     except Exception as error:  # zipfile, zlib, json and numpy raise many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DamagedCheckpointError(
-            f"{path}: not a readable checkpoint ({reason}); it may be cut off: copy it again, or use another"
+            f"{path}: not a readable checkpoint ({reason}); it may be cut off: copy it again, or use another",
+            reason,
         ) from None
 
 

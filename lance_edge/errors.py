@@ -6,9 +6,17 @@ only the command-line modules print them (one line on stderr) and turn them into
 
 
 class LanceError(Exception):
-    """Base of every expected failure.  `exit_code` is what the command line exits with."""
+    """Base of every expected failure.  `exit_code` is what the command line exits with.
+
+    Attributes:
+        reason: what is wrong, in a few words, for a list or another message; by default all of it.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class ArtifactError(LanceError):

@@ -22,7 +22,7 @@ DOMAINS = (b"", b"ai.onnx")
 MAX_DIMENSIONS = 16
 ORT_FORMAT = b"ORTM"  # at byte 4: onnxruntime's own format, which it would read in place of ONNX
 
-# Numbers in, numbers out: no control flow, no chance, no text, no sequences, no files.
+# Numbers in, numbers out: no control flow, no chance but that of Dropout, no text, no sequences, no files.
 ALLOWED_OPS = frozenset(
     b"""
     Abs Acos Acosh Add AffineGrid And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization

@@ -7,6 +7,7 @@ channel is dropped, not blended; 16-bit greys are scaled to 8 bits.  `datasets.p
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,14 @@ from lance_edge.manifest import ArrayInput, InputSpec, Preprocessing
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")  # case does not matter
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 MAX_ASPECT_RATIO = 16  # beyond it, the ends of an image are cut off before it is resized
-MAX_PIXELS = 89_478_485  # 256 MiB of RGB; pillow's own threshold for a decompression bomb
+MAX_PIXELS = 89_478_485  # 341 MiB in pillow's four bytes a pixel; its own threshold for a decompression bomb
+
+# Bytes a pixel at the peak of `load_image`, by the mode of the file: pillow keeps RGB in 4, a palette goes
+# through RGBA, 16-bit greys through float64 (measured with pillow 13: 4.1, 5.1, 8.1, 9.1, 20.4).
+_DECODING_BYTES = {"RGB": 4, "L": 5, "1": 5, "RGBA": 8, "LA": 8, "CMYK": 8, "P": 9}
+_MOST_DECODING_BYTES = 21
+_WEBP_BYTES = 17  # the decoder's own canvases
+_PROGRESSIVE_BYTES = 4 + 6  # the coefficients of three channels, 16 bits each
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF 2.3, table 6: how a stored image becomes upright
@@ -76,15 +84,35 @@ def load_image(path: Path) -> Image.Image:
         reason = _reason(path, error)
     raise DataError(
         f"{path}: cannot read this image ({reason}); expected a whole JPEG, PNG, BMP, WebP or GIF file:"
-        " replace or remove it"
+        " replace or remove it",
+        reason,
     )
+
+
+def decoding_bytes(path: Path) -> int:
+    """Memory that `load_image` takes at its peak, from the header alone; 0 for a file that it refuses."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            pixels = file.width * file.height
+            each = _DECODING_BYTES.get(file.mode, _MOST_DECODING_BYTES)
+            # Metadata of a PNG may stand behind its pixels.
+            is_turned = file.format == "PNG" or _orientation(file) in _UPRIGHT
+            each = max(each, 8 if is_turned else 0)
+            each = max(each, _PROGRESSIVE_BYTES if "progressive" in file.info else 0)
+            each = max(each, _WEBP_BYTES if file.format == "WEBP" else 0)
+            return each * pixels if pixels <= MAX_PIXELS else 0
+    except MemoryError:
+        raise
+    except Exception:  # whoever decodes it says what is wrong
+        return 0
 
 
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if path.stat().st_size == 0:
-        return "found 0 bytes"
+    with suppress(OSError):  # it may vanish at any moment
+        if path.stat().st_size == 0:
+            return "found 0 bytes"
     return str(error).replace(str(path), path.name) or type(error).__name__
 
 

@@ -21,8 +21,9 @@ MAX_VALUES = 1 << 28  # of an array, for the same reason
 # How the micro-batches of a batch go through forward and backward: see `Variant`.
 Schedule = Literal["one pass", "two passes", "by layer"]
 
-# The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
 METHOD_NAMES = ("bp", "lance", "asi", "hosvd")
+
+# The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
 BATCH_DIM = "N"
 
 # Names with a fixed meaning in the graphs' signatures.
@@ -32,6 +33,9 @@ SCALE = "scale"  # float32 [], input of backward: 1 / batch size, or 1 / the sum
 # Of a sample of class c the target is `off`, plus `on[c]` at c: both float32 [classes], inputs of forward and
 # backward.  Ones and zeros are plain cross-entropy; class weights and label smoothing are other numbers.
 TARGET_ON, TARGET_OFF = "target/on", "target/off"
+# Of each sample the seed of what is dropped, 0 to 2^31 - 2, or -1 for nothing: int64 [N], input of forward and
+# backward of packages that drop (`--dropout`).
+DROPOUT_SEEDS = "dropout_seeds"
 LOSS = "loss"  # float32 [], output of forward: cross-entropy summed over the N samples
 LOGITS = "logits"  # float32 [N, classes], output of forward and of predict
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from lance_edge.arrays import FloatPart
 from lance_edge.errors import DataError
+from lance_edge.npy import load, read_member
 
 MAX_LABEL = 65_535  # whoever has more means something else by a label
 
@@ -75,11 +76,13 @@ def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     wanted = ("x", "y", "x_test", "y_test", "classes")
     try:
         with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
+            file = load(stream)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("found a single array, as of numpy.save")
-            arrays = {key: file[key] for key in wanted if key in file.files}
+            arrays = {key: read_member(file.zip, key) for key in wanted if key in file.files}
             held = ", ".join(file.files) or "nothing"
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # zipfile and numpy raise many kinds for a damaged file
         raise DataError(f"{path}: not a readable npz ({error}); write it again with numpy.savez") from None
     for key in ("x", "y", *(wanted[2:4] if "x_test" in arrays or "y_test" in arrays else ())):

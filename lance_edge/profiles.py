@@ -23,6 +23,9 @@ from lance_edge.errors import DataError
 STEP_PHASES = ("data", "prefix", "forward", "backward", "update")  # "step" is their sum
 PHASES = (*STEP_PHASES, "step", "eval", "checkpoint", "pause")
 
+# May be nan or inf: a step that was not applied, a network that overflows.  Every other number is finite.
+LOSSES = frozenset({"loss", "train_loss", "validation_loss", "test_loss"})
+
 Row = TypeVar("Row")
 
 
@@ -31,14 +34,14 @@ class StepRow:
     """One phase of one training step (`steps.csv`).
 
     Attributes:
-        layers: trainable convolutions.
+        layers: trained layers.
         energy: the package's energy threshold; `None` for a method that compresses nothing, or whose ranks a
             memory budget chose.
         epoch, step: from 1; the epoch in which the step's first sample lies.
         warmup: the first step after the start of a process: kept, but not in summaries.
         latency_ms: wall time, summed over the micro-batches.
         rss_kib, peak_rss_kib: resident memory at the end of the phase, and its peak during the phase.
-        loss: mean cross-entropy over the batch; `None` where it was no number, and the step skipped.
+        loss: mean cross-entropy over the batch; nan of a step that was not applied.
         throttled: the firmware's flags, as `vcgencmd get_throttled` prints them (`0x50000`).
         time_s: seconds of training so far, earlier parts of a resumed run included.
         activation_bytes: the paper's figure: layer inputs, or cores and factors.
@@ -75,14 +78,13 @@ class StepRow:
 class HistoryRow:
     """One evaluation (`history.csv`); losses are means, accuracies fractions of 1.
 
-    `train_loss` and `train_accuracy` are running figures over the steps since the row before; without a loss
-    if each of these was skipped.
+    `train_loss` and `train_accuracy` are running figures over the steps since the row before.
     """
 
     epoch: int
     step: int
     learning_rate: float
-    train_loss: float | None
+    train_loss: float
     train_accuracy: float
     validation_accuracy: float | None
     validation_loss: float | None
@@ -173,6 +175,11 @@ def summarise(rows: Iterable[StepRow]) -> tuple[SummaryRow, ...]:
     return collector.rows()
 
 
+def finite(loss: float | None) -> float | None:
+    """A loss, or `None` where it is no number: what a person is shown."""
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
 def columns(kind: type) -> tuple[str, ...]:
     """The header of the file that holds rows of this kind."""
     return tuple(field.name for field in dataclasses.fields(kind))
@@ -188,8 +195,6 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return str(int(value))
-    if isinstance(value, float) and not math.isfinite(value):
-        return ""  # the loss of a step that was skipped: not known, rather than a number that nobody can read
     if isinstance(value, float):
         return format(value, ".9g")  # nine digits bring back every float32
     return str(value)
@@ -199,14 +204,17 @@ class OtherColumnsError(DataError):
     """A whole file of another kind, or of another version."""
 
 
-def read_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
+def read_rows(path: Path, kind: type[Row], undecodable: str = "strict") -> Iterator[Row]:
     """The rows of a file, one after the other.
+
+    Args:
+        undecodable: what becomes of bytes that are no UTF-8, as names of files may have: see `open`.
 
     Raises:
         DataError: naming file, line and column of the first thing that is not a row of this kind.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8", errors=undecodable) as file:
             yield from _parse(csv.reader(file), kind, str(path))
     except OSError as error:
         raise DataError(
@@ -295,6 +303,8 @@ class _Column:
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         self.name, self._is_optional = name, types.NoneType in kinds
         self.expected, self._parse = _KINDS[kinds[0]]
+        if name in LOSSES:
+            self._parse = float
 
     def value(self, text: str) -> Any:
         return None if text == "" and self._is_optional else self._parse(text)

@@ -19,6 +19,7 @@ from lance_edge.errors import DataError
 from lance_edge.images import Part, load_image
 
 PARTS = ("train", "validation", "test")
+AT_A_TIME = 256  # images that wait for a thread: each is a kilobyte of Python
 Report = Callable[[str, str], None]  # name of the image, reason
 
 
@@ -40,7 +41,7 @@ def find_bad(dataset: Dataset, threads: int, parts: Sequence[str] = PARTS) -> tu
     """Decode every image file once; an `.npz` holds none.
 
     Args:
-        threads: images that are decoded at a time, where the system has room for so many threads.
+        threads: images that are decoded at a time, where there is room for so many threads and images.
     """
     found: list[SkippedRow] = []
     for part_name in parts:
@@ -54,8 +55,12 @@ def find_bad(dataset: Dataset, threads: int, parts: Sequence[str] = PARTS) -> tu
 def _reasons(paths: Sequence[Path], threads: int) -> list[str]:
     """For each file what is wrong with it, or nothing."""
     if threads > 1:
-        with suppress(RuntimeError), ThreadPoolExecutor(threads) as pool:  # no room for a thread (`ulimit -v`)
-            return list(pool.map(_reason, paths))
+        # No room for a thread (`ulimit -v`), or for so many images at a time: one by one, then.
+        with suppress(RuntimeError, MemoryError), ThreadPoolExecutor(threads) as pool:
+            reasons: list[str] = []
+            for first in range(0, len(paths), AT_A_TIME):
+                reasons += pool.map(_reason, paths[first : first + AT_A_TIME])
+            return reasons
     return [_reason(path) for path in paths]
 
 
@@ -65,10 +70,10 @@ def without(dataset: Dataset, names: Collection[str]) -> Dataset:
     Raises:
         DataError: if a class has no image left to train on.
     """
-    leave_out = set(names)
-    if not leave_out:
+    bad = set(names)
+    if not bad:
         return dataset
-    train, validation, test = (_select(getattr(dataset, name), leave_out) for name in PARTS)
+    train, validation, test = (leave_out(getattr(dataset, name), bad) for name in PARTS)
     counts = np.bincount(train.labels, minlength=len(dataset.classes))
     for class_name, before, count in zip(
         dataset.classes, np.bincount(dataset.train.labels), counts, strict=True
@@ -96,15 +101,18 @@ def refuse(root: Path, skipped: Collection[SkippedRow]) -> None:
         )
 
 
-def steady(dataset: Dataset, report: Callable[[str, str, str], None]) -> Dataset:
+def steady(
+    dataset: Dataset, report: Callable[[str, str, str], None], before_each: Callable[[], None] = lambda: None
+) -> Dataset:
     """The same data set, of which files may be bad, change or vanish: others of their class stand in.
 
     Args:
         report: told once of every image that cannot be read: its part, its name, the reason.
+        before_each: called before an image is decoded, from any thread; may raise to leave.
     """
 
     def kept(name: str) -> Part:
-        return SteadyPart.of(getattr(dataset, name), partial(report, name))
+        return SteadyPart.of(getattr(dataset, name), partial(report, name), before_each)
 
     return replace(dataset, train=kept("train"), validation=kept("validation"), test=kept("test"))
 
@@ -113,14 +121,16 @@ class SteadyPart(FilePart):
     """A part whose files may vanish or break while it is in use: another image of the class stands in."""
 
     report: Report
+    before_each: Callable[[], None]
 
     @classmethod
-    def of(cls, part: Part, report: Report) -> Part:
+    def of(cls, part: Part, report: Report, before_each: Callable[[], None]) -> Part:
         """The same images; `report` is told once of every one that cannot be read.  Arrays stay as they are."""
         if not isinstance(part, FilePart):
             return part
         steady = cls(part.paths, part.names, part.labels)
         object.__setattr__(steady, "report", report)  # the dataclass is frozen
+        object.__setattr__(steady, "before_each", before_each)
         object.__setattr__(steady, "reported", set())
         return steady
 
@@ -131,10 +141,11 @@ class SteadyPart(FilePart):
             DataError: if there is none.
         """
         for candidate in self._candidates(index):
+            self.before_each()
             try:
                 return load_image(self.paths[candidate])
             except DataError as error:
-                self._report(candidate, reason_of(error))
+                self._report(candidate, error.reason)
                 last = error
         raise DataError(f"{last}; no other image of its class can be read either")
 
@@ -151,22 +162,17 @@ class SteadyPart(FilePart):
             self.report(self.names[index], reason)
 
 
-def reason_of(error: DataError) -> str:
-    """What stands within the outer parentheses of the message of `load_image`."""
-    text = str(error)
-    return text[text.find("(") + 1 : text.rfind(")")] if "(" in text else text
-
-
 def _reason(path: Path) -> str:
     """Why an image cannot be used; empty if it can."""
     try:
         load_image(path)
     except DataError as error:
-        return reason_of(error)
+        return error.reason
     return ""
 
 
-def _select(part: Part, leave_out: set[str]) -> Part:
+def leave_out(part: Part, names: set[str]) -> Part:
+    """The part without the image files of these names."""
     if not isinstance(part, FilePart):
         return part
-    return part.select(np.flatnonzero([name not in leave_out for name in part.names]))
+    return part.select(np.flatnonzero([name not in names for name in part.names]))

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lance_edge.npy import read_member
+
 SEAL = "sha256"
 CHUNK_BYTES = 1 << 16
 MAX_SEAL_BYTES = 1024
@@ -51,9 +53,7 @@ def check_seal(archive: zipfile.ZipFile, nbytes: int) -> None:
     seal = hashlib.sha256()
     for entry in entries[:-1]:
         seal.update(_line(entry.filename, _digest(archive, entry)))
-    with archive.open(entries[-1]) as member:
-        stored = np.lib.format.read_array(member, allow_pickle=False)
-    if str(stored) != seal.hexdigest():
+    if str(read_member(archive, SEAL)) != seal.hexdigest():
         raise SealError(f"its content is not what {SEAL} declares")
 
 

@@ -9,19 +9,19 @@ from pathlib import Path
 from lance_edge.profiles import StepRow, read_rows
 
 
-def losses(run: Path) -> dict[int, float]:
-    """Step -> loss."""
+def losses(run: Path) -> dict[str, float]:
+    """Loss by step."""
     rows = (row for row in read_rows(run / "steps.csv", StepRow) if row.phase == "step")
-    return {row.step: row.loss for row in rows if row.loss is not None}
+    return {f"step {row.step}": row.loss for row in rows if row.loss is not None}
 
 
-def answers(run: Path) -> list[float]:
+def answers(run: Path) -> dict[str, float]:
     """Loss and accuracy of the evaluation, and every probability of the predictions by file and class."""
     evaluation = json.loads((run / "eval.json").read_text())
-    found = [evaluation["loss"], evaluation["accuracy"]]
+    found = {name: evaluation[name] for name in ("loss", "accuracy")}
     for entry in json.loads((run / "predict.json").read_text()):
-        ranking = {item["class"]: item["probability"] for item in entry["predictions"]}
-        found.append(max(ranking.values()))
+        name = Path(entry["file"]).name  # the folders differ from machine to machine
+        found |= {f"{name} {item['class']}": item["probability"] for item in entry["predictions"]}
     return found
 
 
@@ -32,17 +32,12 @@ def main() -> None:
     parser.add_argument("--answers", action="store_true", help="of eval and predict, instead of the losses")
     parser.add_argument("--tolerance", type=float, required=True)
     options = parser.parse_args()
-    if options.answers:
-        expected, found = answers(options.expected), answers(options.found)
-        name = "answers of eval and predict"
-    else:
-        first, second = losses(options.expected), losses(options.found)
-        if first.keys() != second.keys():
-            sys.exit(f"steps differ: expected {sorted(first)}, found {sorted(second)}")
-        expected, found = list(first.values()), [second[step] for step in first]
-        name = f"losses of {len(first)} steps"
-    differences = [abs(a - b) for a, b in zip(expected, found, strict=True)]
-    if not max(differences) <= options.tolerance or not all(map(math.isfinite, found)):
+    read, name = (answers, "answers of eval and predict") if options.answers else (losses, "losses of steps")
+    expected, found = read(options.expected), read(options.found)
+    if expected.keys() != found.keys() or not expected:
+        sys.exit(f"{name}: expected {sorted(expected)}, found {sorted(found)}")
+    differences = [abs(value - found[key]) for key, value in expected.items()]
+    if not all(map(math.isfinite, found.values())) or not max(differences) <= options.tolerance:
         sys.exit(f"{name} differ by {max(differences):.2e}, expected at most {options.tolerance:g}")
     print(f"{name} differ by {max(differences):.1e} at most")
 

@@ -36,7 +36,10 @@ class Branches(nn.Module):
         return self.old_classifier(x.mean((2, 3)))
 
 def make():
-    return Branches()
+    network = Branches()
+    for part in (network.stem, network.left, network.residual):  # as people freeze a backbone
+        part.requires_grad_(False)
+    return network
 '''
 TRAINED = ("left", "right", "residual")
 SIZE = 96
@@ -56,7 +59,7 @@ def network_of(code, classes=None):
     network = scope["make"]()
     if classes is not None:
         network.old_classifier = torch.nn.Linear(12, classes)
-    return network.eval()
+    return network.eval().requires_grad_(True)
 
 
 @pytest.fixture(scope="module")

@@ -112,9 +112,10 @@ def test_a_file_that_is_no_signature(place, change):
 def test_every_flipped_bit_of_a_signature_is_found(place):
     good = (place / "pkg.tar.sig").read_bytes()
     fingerprint_line = good.index(b"key ")
-    for position in range(fingerprint_line):
+    for number in range(8 * fingerprint_line):
+        position, bit = divmod(number, 8)
         (place / "pkg.tar.sig").write_bytes(
-            good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :]
+            good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :]
         )
         found = read_or_none(place / "pkg.tar.sig")
         if (

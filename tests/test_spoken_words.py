@@ -1,6 +1,7 @@
 """The example of spoken words: its features against a formula, its network, and a few words really said."""
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -73,3 +74,22 @@ def test_words_are_said_and_differ(example, tmp_path, monkeypatch):
         means = [archive["x"][archive["y"] == label].mean(axis=0) for label in (0, 1)]
     assert np.abs(means[0] - means[1]).max() > 0.5
     assert 0.15 < len(example.speak("yes", "en-us+f2", 165, 50)) / example.RATE < 1.0
+
+
+def test_the_network_goes_from_calibrate_to_predict(example, lance_host, lance_device, tmp_path):
+    """Two tones for words: what is shown is the path, with the example's own network and features."""
+    random = np.random.default_rng(0)
+    x = np.stack(
+        [example.log_mel(tone(example, hertz + random.uniform(-20, 20))) for hertz in [300, 2000] * 12]
+    )
+    np.savez(tmp_path / "tones.npz", x=x, y=np.arange(24) % 2, classes=np.array(["low", "high"]))
+    package, run = tmp_path / "pkg.tar", tmp_path / "run"
+    result = lance_host(
+        *("calibrate", "--model", f"{PATH}:Network", "--weights", "random", "--data", tmp_path / "tones.npz"),
+        *("--layers", 3, "--methods", "lance,bp", "--threads", 1, "-o", package),
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    lance_device("train", "--artifact", package, "--data", tmp_path / "tones.npz", "--out", run, "--epochs", 20)
+    words = ("--artifact", package, "--checkpoint", run / "last.npz", "--json", tmp_path / "tones.npz")
+    found = json.loads(lance_device("predict", *words).stdout)
+    assert [entry["predictions"][0]["class"] for entry in found] == ["low", "high"] * 12

@@ -88,7 +88,7 @@ class Meta:
     Attributes:
         artifact_sha256: identity of the package.
         data_sha256: of the training images' names and labels.
-        layers: trained convolutions; with `method`, which variant of the package this is.
+        layers: number of trained layers; with `method`, which variant of the package this is.
         best_accuracy: on the validation images, of the best evaluation so far.
     """
 
@@ -152,6 +152,12 @@ def read_checkpoint(path: Path, bundle: Bundle) -> Checkpoint:
         velocity = archive.group(OPTIMIZER, shapes, optional=True)  # none before the first step
         codec = archive.group(CODEC, _codec_shapes(bundle, variant))
         return Checkpoint(meta, archive.weights(shapes), velocity, codec)
+
+
+def read_meta(path: Path, bundle: Bundle) -> Meta:
+    """The meta data alone of a checkpoint whose content is what was written; raises like `read_checkpoint`."""
+    with open_archive(path) as archive:
+        return _decode_meta(path, archive.meta(bundle))
 
 
 def _codec_shapes(bundle: Bundle, variant: Variant) -> dict[str, tuple[int, ...]]:

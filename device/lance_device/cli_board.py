@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-PATH = click.Path(path_type=Path)
+from lance_device.cli_common import PATH
+from lance_edge.errors import PlatformError
 
 
 @click.command()
@@ -31,7 +32,7 @@ def doctor(context: click.Context, out: Path, as_json: bool) -> None:
         )
     else:
         click.echo(report(findings))
-    context.exit(9 if any(finding.verdict == PROBLEM for finding in findings) else 0)
+    context.exit(PlatformError.exit_code if any(finding.verdict == PROBLEM for finding in findings) else 0)
 
 
 @click.command("install-service", context_settings={"ignore_unknown_options": True})

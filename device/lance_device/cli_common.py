@@ -28,9 +28,10 @@ def check_signature(file: Path, public_key: Path | None) -> None:
 
 def require_runtime_within_memory() -> None:
     """See that there is a runtime, and that a lack of memory will be an error of the command."""
-    from lance_device.guard import bounded_memory, expect_address_space
+    from lance_device.address_space import expect_address_space
 
     expect_address_space()
+    from lance_device.guard import bounded_memory
     from lance_device.session import require_runtime
 
     require_runtime()

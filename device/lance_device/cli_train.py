@@ -9,6 +9,7 @@ import click
 from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
 from lance_device.cli_types import Number, byte_count, class_weights, minutes_or_steps
 from lance_device.cli_watch import SERVE, serving_if_asked
+from lance_device.niceness import be_nice
 
 
 @click.command()
@@ -140,6 +141,9 @@ def train(
     bit. A batch is always full: images left over at the end of an epoch join the next. A cache of features
     lies in features.cache, or in --cache-dir, where later runs on the same images find it.
     """
+    if values["cache"] == "off" and values["cache_dir"] is not None:
+        raise click.UsageError("--cache-dir is for --cache on or auto; with --cache off nothing is kept")
+    be_nice(nice)
     require_runtime_within_memory()
     from lance_device.live import Live, Silent
     from lance_device.pace import PaceOptions

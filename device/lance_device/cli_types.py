@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
-from lance_edge.errors import LanceError
-
-BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+from lance_edge.counts import parse_bytes
+from lance_edge.errors import Interrupted, LanceError, PlatformError
 
 
 def auto_or_count(context: click.Context, option: click.Parameter, text: str) -> int | None:
@@ -38,20 +37,15 @@ def byte_count(context: click.Context, option: click.Parameter, text: str | None
     """Parse `512MiB`, `1.5 GB` or `4096` to bytes; nothing stays nothing."""
     if text is None:
         return None
-    number = text.strip().rstrip("KMGTiB")
-    unit = text.strip()[len(number) :]
-    try:
-        count = float(number) * BYTES[unit]
-    except (ValueError, KeyError):
-        count = -1
-    if not 0 <= count < math.inf:
+    count = parse_bytes(text)
+    if count is None:
         raise click.BadParameter(f"expected bytes such as 512MiB or 2GB, found {text!r}")
-    return int(count)
+    return count
 
 
 def class_weights(context: click.Context, option: click.Parameter, text: str) -> str:
     """Let `none`, `balanced` and `1,2.5,1` pass."""
-    from lance_device.class_weights import is_understood
+    from lance_device.class_weights_text import is_understood
 
     if not is_understood(text):
         raise click.BadParameter(
@@ -83,9 +77,10 @@ class Commands(click.Group):
         except LanceError as error:
             _fail(ctx, str(error), error.exit_code)
         except KeyboardInterrupt:
-            _fail(ctx, "stopped on request", 130)
+            _fail(ctx, "stopped on request", Interrupted.exit_code)
         except MemoryError:
-            _fail(ctx, "not enough memory; close other programs or use a smaller --micro-batch", 9)
+            text = "not enough memory; close other programs or use a smaller --micro-batch"
+            _fail(ctx, text, PlatformError.exit_code)
 
 
 def _fail(context: click.Context, message: str, exit_code: int) -> None:

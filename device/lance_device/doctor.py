@@ -18,21 +18,20 @@ from typing import Any
 
 import psutil
 
-from lance_device.guard import LEAST_ADDRESS_SPACE, free_bytes, group_limit_bytes
+from lance_device.address_space import LEAST_ADDRESS_SPACE
+from lance_device.guard import free_bytes, group_limit_bytes
 from lance_device.probe import HealthProbe
+from lance_device.run_record import BOARD, CPU_INFO
 from lance_edge.throttling import REMEDIES, earlier_troubles, flags_of, troubles
 from lance_edge.units import size
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
-LEAST_PYTHON = (3, 11)
 LEAST_GLIBC = (2, 28)  # of onnxruntime's wheels
 LEAST_FREE_BYTES = LEAST_ADDRESS_SPACE // 2  # of memory: Python, numpy and onnxruntime with a small network
 LEAST_DISK_BYTES = 64 << 20  # checkpoints and measurements of a small network
 HOT_C = 75.0  # a Pi throttles at 80
 TRIAL_TIMEOUT_S = 120.0
-CPU_INFO = Path("/proc/cpuinfo")
-BOARD = Path("/proc/device-tree/model")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 USEFUL_FEATURES = ("fp", "asimd", "asimddp", "asimdhp", "crc32", "sse4_2", "avx", "avx2", "avx512f", "fma")
 
@@ -114,18 +113,12 @@ def _board(folder: Path) -> Iterator[Finding]:
 
 def _bits(folder: Path) -> Iterator[Finding]:
     if sys.maxsize >= 2**32:
-        yield Finding("Python", f"{platform.python_version()}, 64-bit, {sys.executable}", *_python_verdict())
+        yield Finding("Python", f"{platform.python_version()}, 64-bit, {sys.executable}")
         return
     remedy = "install a 64-bit OS (Raspberry Pi OS 64-bit): there is no onnxruntime for 32-bit ARM"
     if platform.machine() in ("aarch64", "arm64"):
         remedy += "; the kernel is 64-bit already, but the programs are not"
     yield Finding("Python", f"{platform.python_version()}, 32-bit", PROBLEM, remedy)
-
-
-def _python_verdict() -> tuple[str, str]:
-    if sys.version_info[:2] >= LEAST_PYTHON:
-        return OK, ""
-    return PROBLEM, f"install Python {'.'.join(map(str, LEAST_PYTHON))} or newer"
 
 
 def _c_library(folder: Path) -> Iterator[Finding]:

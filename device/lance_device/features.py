@@ -20,7 +20,7 @@ from lance_device.graphs import run_prefix
 from lance_device.session import Array, Graph
 from lance_edge.errors import ArtifactError
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import InputSpec, TensorSpec
+from lance_edge.manifest import DROPOUT_SEEDS, LABELS, InputSpec, TensorSpec
 
 Float = NDArray[np.float32]
 Half = NDArray[np.float16]
@@ -38,12 +38,14 @@ class Batch:
     Attributes:
         indices: images of `part`, `[B]`.
         flips: which of them to mirror, `[B]`.
+        dropout_seeds: what is dropped of each, `[B]`; `None`: nothing.
     """
 
     part: Part
     indices: NDArray[np.int64]
     flips: NDArray[np.bool_]
     preprocessing: InputSpec
+    dropout_seeds: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -55,6 +57,11 @@ class Batch:
     def labels(self, rows: slice) -> NDArray[np.int64]:
         """Class indices `[N]`."""
         return np.ascontiguousarray(self.part.labels[self.indices[rows]], dtype=np.int64)
+
+    def fed(self, rows: slice) -> dict[str, NDArray[np.int64]]:
+        """What graphs are fed of the samples beside their features, by name: `[N]` each."""
+        labels, seeds = self.labels(rows), self.dropout_seeds
+        return {LABELS: labels, DROPOUT_SEEDS: np.full(len(labels), -1) if seeds is None else seeds[rows]}
 
 
 class Meter(Protocol):

@@ -5,14 +5,11 @@ once, and the run ends in one line with its last complete step saved.
 """
 
 import contextlib
-import ctypes
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-
-from lance_edge.errors import PlatformError
 
 STATUS = Path("/proc/self/status")
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -26,9 +23,6 @@ GROUP_FILES = {
         ("total_inactive_file", "total_active_file"),
     ),
 }
-M_ARENA_MAX = -8  # malloc.h
-# Address space that Python with numpy, pillow and onnxruntime 1.31 takes on x86-64 before any network: 155 MiB.
-LEAST_ADDRESS_SPACE = 176 << 20
 
 
 @contextlib.contextmanager
@@ -49,26 +43,6 @@ def bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def expect_address_space() -> None:
-    """See that a limit on address space (`ulimit -v`) leaves room to load the libraries at all, and save some.
-
-    glibc reserves 64 MiB of address space for every thread that allocates; one heap for all is enough here.
-
-    Raises:
-        PlatformError: if not; they would fail to load in many ways, some of them without a word.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit == resource.RLIM_INFINITY:
-        return
-    if limit < LEAST_ADDRESS_SPACE:
-        raise PlatformError(
-            f"ulimit -v is {limit >> 20} MiB, but Python with numpy and onnxruntime needs"
-            f" {LEAST_ADDRESS_SPACE >> 20} MiB of address space before any network; allow it more"
-        )
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-
-
 def status_bytes(*names: str) -> int | None:
     """Entries of /proc/self/status (`VmData`, `VmPeak`), added up; `None` where there is no such file."""
     prefixes = tuple(f"{name}:" for name in names)
@@ -87,9 +61,14 @@ def free_bytes() -> int:
 
 
 def group_limit_bytes() -> int | None:
-    """The tightest limit of the control groups that this process is in; `None` if there is none."""
-    limits = [limit for limit, _ in _group_memory() if limit < psutil.virtual_memory().total]
-    return min(limits, default=None)
+    """What the control groups leave to this process, the tightest of them; `None` if there is no limit.
+
+    That is a group's limit without what others in it use.
+    """
+    own = status_bytes("RssAnon") or 0
+    total = psutil.virtual_memory().total
+    left = [limit - max(0, used - own) for limit, used in _group_memory() if limit < total]
+    return max(0, min(left)) if left else None
 
 
 def _group_memory() -> Iterator[tuple[int, int]]:

@@ -11,7 +11,6 @@ from lance_device.measure import PhaseMeter
 from lance_device.run_log import RunLog
 from lance_device.run_setup import CheckpointEvery, Run, make_checkpoint
 from lance_edge.bundle import Bundle
-from lance_edge.errors import NumericalError
 from lance_edge.profiles import HistoryRow
 
 
@@ -28,28 +27,22 @@ class Keeper:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Weights and momentum are being updated: if that breaks off, they are no state and never saved."""
-        self._is_torn = True
-        try:
-            yield
-        except NumericalError:  # nothing was changed
-            self._is_torn = False
-            raise
+        """Weights, progress and rows go on together: if that breaks off, they are no state and never saved."""
+        self._is_saved, self._is_torn = False, True
+        yield
         self._is_torn = False
 
-    def changed(self) -> None:
-        """The state is no longer what is on disk."""
-        self._is_saved = False
+    @property
+    def lost(self) -> str:
+        """What a user must know if the state broke off halfway, and so could not be saved; else nothing."""
+        if not self._is_torn:
+            return ""
+        return f"; what came after step {self._saved_step}, the last that was saved, is lost"
 
     def remember_best(self, row: HistoryRow) -> None:
         """Keep a copy of the state; it reaches the disk with the next `last.npz`, to spare an SD card."""
         self._run.progress.best = Best(
-            row.epoch,
-            row.step,
-            _or_nan(row.train_loss),
-            row.validation_accuracy,
-            row.validation_loss,
-            row.test_accuracy,
+            row.epoch, row.step, row.train_loss, row.validation_accuracy, row.validation_loss, row.test_accuracy
         )
         self._log.mark()
         self._unwritten_best = copy.deepcopy(make_checkpoint(self._run, self._bundle))
@@ -63,7 +56,7 @@ class Keeper:
             self.save()
 
     def save(self) -> None:
-        """Make the state durable; `recover.py` relies on the order.
+        """Make the state durable, if it is one; `recover.py` relies on the order.
 
         Raises:
             StorageError: if it cannot be written; what was saved before still stands.
@@ -91,11 +84,12 @@ def is_better(row: HistoryRow, best: Best | None) -> bool:
     if best is None:
         return True
     if row.validation_accuracy is None or best.validation_accuracy is None:
-        return _or_nan(row.train_loss) < best.train_loss or math.isnan(best.train_loss)
+        return _is_lower(row.train_loss, best.train_loss)
     if row.validation_accuracy != best.validation_accuracy:
         return row.validation_accuracy > best.validation_accuracy
-    return (row.validation_loss or 0.0) < (best.validation_loss or 0.0)
+    return _is_lower(row.validation_loss or 0.0, best.validation_loss or 0.0)
 
 
-def _or_nan(loss: float | None) -> float:
-    return math.nan if loss is None else loss
+def _is_lower(loss: float, other: float) -> bool:
+    """Any number is better than none."""
+    return loss < other or (math.isnan(other) and not math.isnan(loss))

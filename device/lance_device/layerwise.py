@@ -24,6 +24,7 @@ from lance_device.step_graphs import (
     micro_batches,
     total_bytes,
 )
+from lance_edge.errors import NumericalError
 from lance_edge.manifest import LABELS, LOGITS, LOSS, Manifest, core_name, projection_name
 
 Float = NDArray[np.float32]
@@ -51,14 +52,14 @@ class LayerwiseStep:
     ) -> StepOutcome:
         """See `step.TrainingStep`; the codec's time is part of forward."""
         graphs = self._graphs
-        labels = batch.labels(slice(0, len(batch)))
+        fed = batch.fed(slice(0, len(batch)))
         with meter.phase("forward"):
             constants = graphs.constants(batch)
-        way = _Way(list(micro_batches(len(batch), micro_batch)), {LABELS: labels}, constants, before_each)
+        way = _Way(list(micro_batches(len(batch), micro_batch)), {**fed}, constants, before_each)
         live = self._features(batch, way, meter)
         with meter.phase("forward"):
             self._forward(live, way)
-        loss, correct = graphs.finite_loss(live), count_correct(live[LOGITS], labels)
+        loss, correct = graphs.finite_loss(live), count_correct(live[LOGITS], fed[LABELS])
         live.clear()
         saved_bytes = sum(kept.nbytes for kept in way.kept) + way.compressed.nbytes
         with meter.phase("backward"):
@@ -91,7 +92,14 @@ class LayerwiseStep:
         """Compress the activations that are there and were not before."""
         for layer, name in self._input_of.items():
             if name in live and layer not in way.compressed.batches:
-                way.compressed.add(layer, self._codec.compress(layer, live[name]))
+                way.before_each()  # of a large batch, a layer takes seconds
+                way.compressed.add(layer, self._compress(layer, live[name]))
+
+    def _compress(self, layer: str, activation: Array) -> Compressed:
+        try:
+            return self._codec.compress(layer, activation)
+        except NumericalError as error:
+            raise NumericalError(f"the input of layer {layer}: {error}") from None
 
     def _release(self, live: dict[str, Array], later: Sequence[Graph], way: "_Way") -> None:
         """Drop what nobody reads any more, or keep it for backward; masks are packed then."""
@@ -108,7 +116,7 @@ class LayerwiseStep:
             way.before_each()
             kept, rows = way.kept.pop(), way.parts[len(way.kept)]
             fed = {**way.constants, **way.compressed.rows(rows), **kept.tensors()}
-            fed |= _rows_of(graphs.backward, way.labels, rows)
+            fed |= _rows_of(graphs.backward, way.fed, rows)
             graphs.accumulate(statistics, graphs.backward.run(fed))
         return statistics
 
@@ -151,12 +159,12 @@ class _Compressed:
 class _Way:
     """A batch on its way through the graphs.
 
-    `parts` are its micro-batches, and `kept` has for each of them what backward reads.  `labels` are those
-    of the whole batch, by their input's name; `constants` are the same for all samples.
+    `parts` are its micro-batches, and `kept` has for each of them what backward reads.  `fed` are labels
+    and seeds of the whole batch, by their input's name; `constants` are the same for all samples.
     """
 
     parts: Sequence[slice]
-    labels: Mapping[str, Array]
+    fed: Mapping[str, Array]
     constants: Mapping[str, Array]
     before_each: Callable[[], None]
     kept: list[Kept] = field(init=False)
@@ -182,7 +190,7 @@ def _run_in_parts(graph: Graph, values: Mapping[str, Array], way: _Way) -> dict[
     whole: dict[str, Array] = {}
     for rows in way.parts:
         way.before_each()
-        fed = {**way.constants, **_rows_of(graph, {**values, **way.labels}, rows)}
+        fed = {**way.constants, **_rows_of(graph, {**values, **way.fed}, rows)}
         for name, array in graph.run(fed).items():
             axis = graph.batch_axes[name]
             if axis is None:

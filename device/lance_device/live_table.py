@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lance_edge.profiles import STEP_PHASES, HistoryRow, StepRow
+from lance_edge.profiles import STEP_PHASES, HistoryRow, StepRow, finite
 from lance_edge.throttling import flags_of, troubles
 from lance_edge.units import duration, percent, size
 
@@ -62,7 +62,7 @@ def view_of_rows(
         epochs=epochs,
         step=whole.step,
         total_steps=total_steps,
-        loss=whole.loss,
+        loss=finite(whole.loss),
         accuracy=accuracy,
         images_per_s=1e3 * whole.samples / whole.latency_ms if whole.latency_ms else 0.0,
         rss_kib=whole.rss_kib,
@@ -117,7 +117,7 @@ def epoch_text(row: HistoryRow) -> str:
     )
     test = f"  test {percent(row.test_accuracy)}" if row.test_accuracy is not None else ""
     best = " (best)" if row.best else ""
-    loss = "-" if row.train_loss is None else f"{row.train_loss:.3f}"
+    loss = "-" if finite(row.train_loss) is None else f"{row.train_loss:.3f}"
     return (
         f"epoch {row.epoch}  train loss {loss}, accuracy {percent(row.train_accuracy)}"
         f"{validation}{best}{test}  {duration(row.time_s)}"

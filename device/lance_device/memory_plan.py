@@ -16,13 +16,15 @@ import sys
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
 
 from lance_device.features import Batch, ComputedFeatures
-from lance_device.graphs import Network, load_graph, starting_parameters
+from lance_device.graphs import Network, load_graph, load_prefix, starting_parameters
 from lance_device.guard import group_limit_bytes, status_bytes
+from lance_device.image_memory import LargestImage, Limit, bytes_beyond, largest_image
 from lance_device.measure import PhaseMeter
 from lance_device.options import TrainOptions
 from lance_device.probe import MemoryProbe
@@ -36,41 +38,32 @@ from lance_edge.units import size
 
 FAILED = "failed"
 MANY = 4  # images of the second measurement
-TRIAL_TIMEOUT_S = 900.0  # two images on a slow board take seconds
+TRIAL_TIMEOUT_S = 900.0  # a few images take seconds on a slow board; by layer, a whole batch takes a minute
 LARGEST_STACK = 8 << 20  # of a thread, where `ulimit -s` sets no limit
 LEAST_BESIDE_STACKS = 16 << 20  # the graphs themselves, before an allocation may fail
-MARGIN_BYTES = 4 << 20  # Python's own growth, larger images to come, the rows of a long run
+MARGIN_BYTES = 4 << 20  # Python's own growth, the rows of a long run
 MARGIN_SHARE = 0.02  # of everything: how well the measurement repeats itself
 
 
 @dataclass(frozen=True)
-class Limit:
-    """Memory that this process may use.
+class MemoryPlan:
+    """What fits, for the user and for `run.json`; `needed_bytes` is of the tightest limit.
 
     Attributes:
-        what: who says so, for messages.
-        kind: `VmHWM` (resident memory) or `VmPeak` (address space), as in proc(5).
+        cache: what was asked for, or `off` where the run fits only without one.
     """
-
-    nbytes: int
-    what: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What fits, for the user and for `run.json`; `needed_bytes` is of the tightest limit."""
 
     limit_bytes: int
     limit: str
     needed_bytes: int
     micro_batch: int
     threads: int
+    cache: str
 
     def __str__(self) -> str:
         return (
             f"memory: {self.limit} {size(self.limit_bytes)}, needs {size(self.needed_bytes)} with --micro-batch"
-            f" {self.micro_batch} --threads {self.threads}"
+            f" {self.micro_batch} --threads {self.threads} --cache {self.cache}"
         )
 
 
@@ -95,7 +88,10 @@ def find_limits(wanted_bytes: int | None) -> tuple[Limit, ...]:
 def plan_memory(
     limits: Collection[Limit], options: TrainOptions, given: Collection[str], bundle: Bundle, dataset: Dataset
 ) -> tuple[TrainOptions, MemoryPlan | None]:
-    """Options with a micro-batch, and threads, that fit; what was given by name stays as it is.
+    """Options with a micro-batch, threads and a cache that fit; what was given by name stays as it is.
+
+    The largest micro-batch with all threads and a cache is best; with fewer images at a time a step is hardly
+    slower, with one thread it is, and without a cache every step is.
 
     Args:
         options: resolved; their micro-batch is the largest that is considered.
@@ -106,26 +102,28 @@ def plan_memory(
     """
     if not limits:
         return options, None
-    threads = {options.threads} if "threads" in given else {options.threads, 1}
-    for count in sorted(threads, reverse=True):
-        trial = _Trial(replace(options, threads=count), bundle, dataset)
-        is_measured = trial.measure()
-        largest = options.micro_batch
-        choices = [largest] if "micro_batch" in given else range(largest if is_measured else 0, 0, -1)
-        for micro_batch in choices:
-            if is_measured and all(trial.needed(limit.kind, micro_batch) <= limit.nbytes for limit in limits):
-                plan = _plan(limits, trial, micro_batch, count)
-                return replace(options, micro_batch=micro_batch, threads=count), plan
-    raise _too_little(limits, trial, largest if "micro_batch" in given else 1)
+    largest_of_all = largest_image(dataset)
+    counts = {options.threads} if "threads" in given else {options.threads, 1}
+    trials = [_Trial(replace(options, threads=count), bundle, dataset, largest_of_all) for count in counts]
+    trials.sort(key=lambda trial: -trial.threads)
+    largest = options.micro_batch
+    choices = [largest] if "micro_batch" in given else range(largest, 0, -1)
+    for cache in dict.fromkeys((options.cache, "off" if options.cache == "auto" else options.cache)):
+        for trial in trials:
+            for micro_batch in choices if trial.fits_at_all else ():
+                if all(trial.needed(limit.kind, micro_batch, cache) <= limit.nbytes for limit in limits):
+                    plan = _plan(limits, trial, micro_batch, cache)
+                    return replace(options, micro_batch=micro_batch, threads=trial.threads, cache=cache), plan
+    raise _too_little(limits, trials[-1], choices[-1], cache)
 
 
-def _plan(limits: Collection[Limit], trial: "_Trial", micro_batch: int, threads: int) -> MemoryPlan:
-    tightest = max(limits, key=lambda limit: trial.needed(limit.kind, micro_batch) / limit.nbytes)
-    needed = trial.needed(tightest.kind, micro_batch)
-    return MemoryPlan(tightest.nbytes, tightest.what, needed, micro_batch, threads)
+def _plan(limits: Collection[Limit], trial: "_Trial", micro_batch: int, cache: str) -> MemoryPlan:
+    tightest = max(limits, key=lambda limit: trial.needed(limit.kind, micro_batch, cache) / limit.nbytes)
+    needed = trial.needed(tightest.kind, micro_batch, cache)
+    return MemoryPlan(tightest.nbytes, tightest.what, needed, micro_batch, trial.threads, cache)
 
 
-def _too_little(limits: Collection[Limit], trial: "_Trial", micro_batch: int) -> PlatformError:
+def _too_little(limits: Collection[Limit], trial: "_Trial", micro_batch: int, cache: str) -> PlatformError:
     """What to say; `micro_batch` is the smallest that was considered."""
     flags = f"--micro-batch {micro_batch} --threads {trial.threads}"
     remedy = "allow it more, or calibrate a smaller package (fewer --layers, a smaller --resolution or --model)"
@@ -133,13 +131,12 @@ def _too_little(limits: Collection[Limit], trial: "_Trial", micro_batch: int) ->
         names = " and ".join(f"{limit.what} ({size(limit.nbytes)})" for limit in limits)
         where = f": an allocation failed at {size(trial.failed_at_bytes)}" if trial.failed_at_bytes else ""
         return PlatformError(f"this run needs more memory than {names} permits with {flags}{where}; {remedy}")
-    worst = max(limits, key=lambda limit: trial.needed(limit.kind, micro_batch) - limit.nbytes)
-    hint = (
-        f"; with --micro-batch 1 it would need {size(trial.needed(worst.kind, 1))}" if micro_batch > 1 else ""
-    )
+    worst = max(limits, key=lambda limit: trial.needed(limit.kind, micro_batch, cache) - limit.nbytes)
+    with_one = trial.needed(worst.kind, 1, cache)
+    hint = f"; with --micro-batch 1 it would need {size(with_one)}" if micro_batch > 1 else ""
     return PlatformError(
-        f"this run needs {size(trial.needed(worst.kind, micro_batch))} with {flags}, but {worst.what} is"
-        f" {size(worst.nbytes)}{hint}; {remedy}"
+        f"this run needs {size(trial.needed(worst.kind, micro_batch, cache))} with {flags}, but {worst.what} is"
+        f" {size(worst.nbytes)}{hint}{trial.about_images}; {remedy}"
     )
 
 
@@ -147,7 +144,7 @@ def in_a_fork(measure: Callable[[], dict[str, int]]) -> dict[str, int]:
     """What `measure` gives in a copy of this process; `{"failed": address space}` if memory did not suffice.
 
     Raises:
-        LanceError: what `measure` raised, but for a lack of memory.
+        LanceError: what `measure` raised, but for a lack of memory; `PlatformError` if it takes too long.
         RuntimeError: with the traceback, if it raised anything else.
     """
     readable, writable = os.pipe()
@@ -161,6 +158,11 @@ def in_a_fork(measure: Callable[[], dict[str, int]]) -> dict[str, int]:
             os.kill(child, signal.SIGKILL)
         answer = pipe.read()
     os.waitpid(child, 0)
+    if not is_ready:
+        raise PlatformError(
+            f"measuring how much memory a step takes has not ended after {TRIAL_TIMEOUT_S:g} s; try again"
+            " when the board has less to do, or train without a limit"
+        )
     if not answer:  # killed, or ended by a library: it took more memory than there was
         return {FAILED: status_bytes("VmPeak") or 0}
     found = json.loads(answer)
@@ -191,7 +193,8 @@ def _answer(measure: Callable[[], dict[str, int]], readable: int, writable: int)
 class _Trial:
     """Micro-batches of one image and of four, measured; the rest by calculation."""
 
-    def __init__(self, options: TrainOptions, bundle: Bundle, dataset: Dataset) -> None:
+    def __init__(self, options: TrainOptions, bundle: Bundle, dataset: Dataset, largest: LargestImage) -> None:
+        self._largest = largest
         self._options, self._bundle, self._dataset = options, bundle, dataset
         self._variant = bundle.manifest.variant(options.method, options.layers)
         self._one: dict[str, int] = {}
@@ -208,7 +211,14 @@ class _Trial:
         """Address space when memory did not even suffice for one image."""
         return self._one.get(FAILED)
 
-    def measure(self) -> bool:
+    @property
+    def about_images(self) -> str:
+        """What a user must know of the largest image, if it is larger than those that were measured."""
+        beyond = self._beyond_bytes
+        return f" (its largest image, {self._largest.path}, takes {size(beyond)} of it)" if beyond else ""
+
+    @cached_property
+    def fits_at_all(self) -> bool:
         """Run the two; whether memory sufficed for the first.
 
         Raises:
@@ -227,13 +237,19 @@ class _Trial:
         threads = len(self._variant.graphs) * (self._options.threads - 1)
         return (status_bytes("VmSize") or 0) + threads * _stack_bytes() + LEAST_BESIDE_STACKS < limit
 
-    def needed(self, kind: str, micro_batch: int) -> int:
+    @cached_property
+    def _beyond_bytes(self) -> int:
+        """Of the largest image, beyond those that were measured; they are decoded one at a time."""
+        return bytes_beyond(self._largest, self._dataset, 2)
+
+    def needed(self, kind: str, micro_batch: int, cache: str) -> int:
         """Bytes that a whole run takes with this micro-batch."""
         if FAILED in self._many and micro_batch > 1:
             return sys.maxsize
         an_image = max(0, self._many.get(kind, 0) - self._one[kind]) / (MANY - 1)
         measured = self._one[kind] + an_image * (micro_batch - 1)
-        whole_run = self._state_bytes() + self._kept_bytes(micro_batch) + self._cache_bytes(micro_batch)
+        whole_run = self._state_bytes() + self._kept_bytes(micro_batch) + self._beyond_bytes
+        whole_run += self._cache_bytes(micro_batch) if cache != "off" else 0
         if kind == "VmPeak":
             whole_run += _stack_bytes()  # of the thread that hears of signals (stop.py)
         return int((measured + whole_run) * (1 + MARGIN_SHARE)) + MARGIN_BYTES
@@ -252,8 +268,6 @@ class _Trial:
 
     def _cache_bytes(self, micro_batch: int) -> int:
         """Records of a micro-batch, and the table: 8 bytes for each of two views of an image, twice."""
-        if self._options.cache == "off":
-            return 0
         images = sum(map(len, (self._dataset.train, self._dataset.validation, self._dataset.test)))
         record = sum(spec.nbytes(1) for spec in self._variant.boundary)  # float32: halves, widened
         return 2 * record * micro_batch + 2 * 2 * 8 * images
@@ -265,7 +279,7 @@ class _Trial:
             0, self._before - (status_bytes("VmRSS") or 0)
         )  # a fork maps libraries only as it uses them
         parameters = starting_parameters(self._bundle, self._variant)
-        prefix = load_graph(self._bundle, self._variant, "prefix", options.threads)
+        prefix = load_prefix(self._bundle, self._variant, options.threads, micro_batch)
         features = ComputedFeatures(prefix)
         step = training_step(self._bundle, self._variant, parameters, options.threads, features)
         predict = load_graph(self._bundle, self._variant, "predict", options.threads)

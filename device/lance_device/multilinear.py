@@ -117,7 +117,7 @@ def _sizes(shape: Sequence[int], mode: int) -> tuple[int, int, int]:
 
 def _require_finite(array: Double) -> None:
     if not np.isfinite(array).all():
-        raise NumericalError("the input of a trainable layer is not finite, or too large to be squared")
+        raise NumericalError("an activation is not finite, or too large to be squared")
 
 
 # --- products with the factors ------------------------------------------------------------------------

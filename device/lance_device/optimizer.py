@@ -26,16 +26,21 @@ class SGD:
     weight_decay: float
     clip: float
 
-    @np.errstate(over="ignore", invalid="ignore")  # what overflows is found below and ends in one clear line
     def update(self, parameters: Tensors, velocity: Tensors, gradients: Tensors, learning_rate: float) -> None:
         """One step, in place: of `parameters`, and of `velocity`, which is empty before the first step.
 
         Takes the arrays of `gradients` for its own use.  Nothing is changed when a value does not fit
-        in float32.
+        in float32, or memory does not suffice.
 
         Raises:
             NumericalError: naming the parameter whose gradient or update is not finite.
         """
+        self.prepare(parameters, velocity, gradients, learning_rate)
+        self.apply(parameters, velocity, gradients, learning_rate)
+
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is found below and ends in one clear line
+    def prepare(self, parameters: Tensors, velocity: Tensors, gradients: Tensors, learning_rate: float) -> None:
+        """The first half of `update`, which may fail: makes the new momentum of each array of `gradients`."""
         _clip(gradients, self.clip)
         for name, gradient in gradients.items():
             if self.weight_decay:
@@ -43,8 +48,13 @@ class SGD:
             if self.momentum and name in velocity:
                 gradient += np.float32(self.momentum) * velocity[name]
             _check_range(name, parameters[name], gradient, learning_rate)
+
+    def apply(self, parameters: Tensors, velocity: Tensors, gradients: Tensors, learning_rate: float) -> None:
+        """The second half: all memory that it takes, it takes before it changes anything."""
+        scratch = np.empty(max((gradient.size for gradient in gradients.values()), default=0), np.float32)
         for name, gradient in gradients.items():
-            parameters[name] -= np.float32(learning_rate) * gradient
+            change = scratch[: gradient.size].reshape(gradient.shape)
+            parameters[name] -= np.multiply(gradient, np.float32(learning_rate), out=change)
             if self.momentum:
                 velocity[name] = gradient  # the gradient array has become the new momentum
 

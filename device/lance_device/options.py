@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from lance_device.board import choose_board
-from lance_device.class_weights import is_understood
+from lance_device.class_weights_text import is_understood
 from lance_device.numerics import ON_NAN
 from lance_device.schedule import SCHEDULES
 from lance_edge.boards import Advice
@@ -31,7 +31,7 @@ class TrainOptions:
     Stored in every checkpoint; a resumed run keeps them, so that it ends with the same bits.
 
     Attributes:
-        layers: trained convolutions.
+        layers: number of trained layers.
         steps: train so many batches, whatever `epochs` says; `None` follows `epochs`.
         clip: largest global gradient norm; 0 is off.
         label_smoothing: share of the target that all classes divide.

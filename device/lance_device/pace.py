@@ -1,6 +1,5 @@
 """Going easy on a board: pauses between steps against heat, and to leave time for other programs."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ class PaceOptions:
     Attributes:
         max_temp_c: pause between steps above it.
         duty_cycle: share of the time that is worked, above 0 and at most 1.
-        nice: of the process, 0 to 19; `None` leaves it.
+        nice: of the process, 0 to 19, for the record: it is set before libraries load (`niceness.py`).
     """
 
     max_temp_c: float | None = None
@@ -32,17 +31,16 @@ class Pacer:
     """Pauses between the steps of a run, and says what troubles the board."""
 
     def __init__(self, options: PaceOptions, health: HealthProbe, note: Callable[[str], None]) -> None:
-        """Begin; sets the niceness of this process.
+        """Begin.
 
         Raises:
             PlatformError: if there is a highest temperature and no thermometer.
         """
         self._options, self._health, self._note = options, health, note
         self._seen: set[str] = set()
+        self._is_blind = False  # the thermometer is gone, which --max-temp relies on
         self._debt_s = 0.0  # of rest
         self._since = time.monotonic()  # of the work that is not yet accounted for
-        if options.nice is not None:
-            os.setpriority(os.PRIO_PROCESS, 0, options.nice)
         if options.max_temp_c is not None and health.read().temperature_c is None:
             raise PlatformError(
                 "--max-temp needs a thermometer, and neither vcgencmd nor /sys/class/thermal shows one here;"
@@ -53,6 +51,9 @@ class Pacer:
         """Whether a pause is due after the work since the last call; says what is new about power and heat."""
         health, now = self._health.read(), time.monotonic()
         self._report(health)
+        if health.temperature_c is None and self._options.max_temp_c is not None and not self._is_blind:
+            self._note("warning: no thermometer can be read any more; --max-temp does not protect this board")
+        self._is_blind = health.temperature_c is None
         self._debt_s += (now - self._since) * (1 / self._options.duty_cycle - 1)
         self._since = now
         return self._debt_s >= SLICE_S or self._is_hot(health)

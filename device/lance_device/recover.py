@@ -8,19 +8,22 @@ A run saves in this order, each durable before the next begins: the rows of its 
 2. else the first of `last.npz`, `previous.npz`, `best.npz` that is whole, and damaged rows are given up;
 3. rows of later steps are dropped: those steps are about to be done again, to the same bits.
 
+What is given up is set aside (`last.npz.damaged`, `steps.csv.damaged`), not written over.
+
 Nothing here trusts a file because it is there, and being cut off here again does no harm.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lance_device.checkpoint import Checkpoint, FileMark, read_checkpoint, write_checkpoint
+from lance_device.checkpoint import Checkpoint, FileMark, read_checkpoint, read_meta, write_checkpoint
 from lance_device.run_folder import RunFolder
 from lance_device.run_record import read_record
 from lance_edge.bundle import Bundle
-from lance_edge.errors import CheckpointError, DamagedCheckpointError, DataError, StorageError
+from lance_edge.errors import DamagedCheckpointError, DataError, StorageError
 from lance_edge.files import file_digest
 from lance_edge.records import RecordError, from_json
 
@@ -56,6 +59,24 @@ def recover(folder: RunFolder, bundle: Bundle) -> Recovered:
     return Recovered(checkpoint, tuple(notes))
 
 
+def marks_on_record(folder: RunFolder, bundle: Bundle) -> Mapping[str, FileMark]:
+    """What the newest whole checkpoint says that the files of a run held; nothing where none is whole.
+
+    Raises:
+        CheckpointError: if it belongs to another package.
+    """
+    for path in (folder.last, folder.previous, folder.best):
+        if path.exists():
+            with contextlib.suppress(DamagedCheckpointError):
+                return read_meta(path, bundle).progress.rows
+    return {}
+
+
+def is_whole(path: Path, marks: Mapping[str, FileMark]) -> bool:
+    """Whether a file begins with what is on record of it."""
+    return path.name in marks and _begins_with(path, marks[path.name])
+
+
 def _choose(folder: RunFolder, bundle: Bundle, notes: list[str]) -> Checkpoint:
     whole: list[tuple[Path, Checkpoint]] = []
     for path in (folder.last, folder.previous):
@@ -80,8 +101,25 @@ def _choose(folder: RunFolder, bundle: Bundle, notes: list[str]) -> Checkpoint:
 def _taken(choice: tuple[Path, Checkpoint], folder: RunFolder, notes: list[str]) -> Checkpoint:
     path, checkpoint = choice
     if path != folder.last:
-        notes.append(f"going on from {path.name}, step {checkpoint.meta.step}")
+        aside = _set_aside(folder.last)
+        kept = f"; last.npz is kept as {aside.name}" if aside is not None else ""
+        notes.append(f"going on from {path.name}, step {checkpoint.meta.step}{kept}")
     return checkpoint
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Give a file that is not gone on with another name; `None` if there is no such file."""
+    aside = path.with_name(path.name + ".damaged")
+    try:
+        path.replace(aside)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot rename it to {aside.name} ({error.strerror or error}); check the card and its"
+            " permissions"
+        ) from None
+    return aside
 
 
 def _read(path: Path, bundle: Bundle, notes: list[str]) -> Checkpoint | None:
@@ -92,14 +130,8 @@ def _read(path: Path, bundle: Bundle, notes: list[str]) -> Checkpoint | None:
     try:
         return read_checkpoint(path, bundle)
     except DamagedCheckpointError as error:
-        notes.append(f"{path.name} is damaged ({_reason(error)})")
+        notes.append(f"{path.name} is damaged ({error.reason})")
         return None
-
-
-def _reason(error: CheckpointError) -> str:
-    """What stands within the parentheses of a message."""
-    text = str(error)
-    return text[text.find("(") + 1 : text.rfind(")")] if "(" in text else text
 
 
 def _rows_are_whole(path: Path, checkpoint: Checkpoint) -> bool:
@@ -120,17 +152,16 @@ def _cut_rows(folder: RunFolder, path: Path, checkpoint: Checkpoint, notes: list
     step, rows = checkpoint.meta.progress.step, checkpoint.meta.progress.rows
     if not path.exists() and path.name not in rows:
         return
-    try:
-        if _rows_are_whole(path, checkpoint):
-            mark, end = rows.get(path.name, NOTHING), _mark_at_the_end(folder, checkpoint, path.name)
-            is_end = end.size > mark.size and _begins_with(path, end)
-            _truncate(path, end.size if is_end else max(mark.size, 0))
-            return
+    if not _rows_are_whole(path, checkpoint):
         rows.pop(path.name)
-        aside = path.with_name(path.name + ".damaged")
-        if path.exists():
-            path.replace(aside)
-        notes.append(f"{path.name} is damaged: its rows up to step {step} are lost (see {aside.name})")
+        aside = _set_aside(path)
+        problem, see = ("is damaged", f" (see {aside.name})") if aside is not None else ("is missing", "")
+        notes.append(f"{path.name} {problem}: its rows up to step {step} are lost{see}")
+        return
+    mark, end = rows.get(path.name, NOTHING), _mark_at_the_end(folder, checkpoint, path.name)
+    is_end = end.size > mark.size and _begins_with(path, end)
+    try:
+        _truncate(path, end.size if is_end else max(mark.size, 0))
     except OSError as error:
         raise StorageError(
             f"{path}: cannot cut it back to step {step} ({error.strerror or error}); check the card and its"

@@ -13,6 +13,7 @@ from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, StorageError
 from lance_edge.files import sync_folder
 from lance_edge.images import Part
+from lance_edge.profiles import read_rows
 
 
 @dataclass(frozen=True)
@@ -100,36 +101,47 @@ class RunFolder:
         if not self.path.is_dir():
             yield
             return
-        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: cannot open this folder ({error.strerror}); check its permissions, or choose"
+                " another --out"
+            ) from None
         try:
             self._lock(descriptor)
-            yield
+            try:
+                yield
+            finally:  # while it is still locked: nobody else can have begun here
+                with contextlib.suppress(OSError):  # not empty: the rule
+                    self.path.rmdir()
         finally:
             os.close(descriptor)
-            with contextlib.suppress(OSError):  # not empty: the rule
-                self.path.rmdir()
 
     def _make(self) -> None:
         try:
-            is_new = not self.path.exists()
+            made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            if is_new:
-                sync_folder(self.path.parent)
+            for folder in made:
+                sync_folder(folder.parent)
         except OSError as error:
             raise StorageError(
                 f"{self.path}: cannot make this folder ({error.strerror}); choose another --out"
             ) from None
 
     def _lock(self, descriptor: int) -> None:
+        busy = StorageError(
+            f"{self.path}: another process is training into this folder; wait for it, or choose another --out"
+        )
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                f"{self.path}: another process is training into this folder; wait for it, or choose another"
-                " --out"
-            ) from None
+            own, there = os.fstat(descriptor), self.path.stat()
+        except (BlockingIOError, FileNotFoundError):
+            raise busy from None
         except OSError:
             return  # a file system without locks
+        if not os.path.samestat(own, there):  # it was removed, and made anew, before it was locked here
+            raise busy
 
     def claim(self) -> None:
         """See that a new run may begin here, and clear away what a killed process left half-written.
@@ -170,15 +182,24 @@ class RunFolder:
 
     def write_split(self, dataset: Dataset) -> bool:
         """Write which image is in which part; `False` if that was on record already."""
-        lines = b"".join(csv_lines(SplitRow, _split_rows(dataset)))
+        lines = b"".join(csv_lines(SplitRow, split_rows(dataset)))
         with contextlib.suppress(OSError):
             if self.split.read_bytes() == lines:
                 return False
-        write_rows(self.split, SplitRow, _split_rows(dataset))
+        write_rows(self.split, SplitRow, split_rows(dataset))
         return True
 
+    def read_split(self) -> tuple[SplitRow, ...]:
+        """What was written.
 
-def _split_rows(dataset: Dataset) -> Iterator[SplitRow]:
+        Raises:
+            DataError: if it cannot be read.
+        """
+        return tuple(read_rows(self.split, SplitRow, undecodable="surrogateescape"))
+
+
+def split_rows(dataset: Dataset) -> Iterator[SplitRow]:
+    """What `split.csv` says of a data set."""
     parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     for part_name, part in parts.items():
         for name, label in zip(part.names, part.labels, strict=True):

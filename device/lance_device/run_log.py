@@ -83,6 +83,7 @@ class RunLog:
         self._peak_rss_kib: int | None = None
         self._saved_bytes, self._activation_bytes = 0, run.variant.activation_bytes
         self.last_evaluation: HistoryRow | None = None
+        self._is_at_checkpoint = True
         self._steps = RowLog(run.folder.steps, StepRow)
         self._history = RowLog(run.folder.history, HistoryRow)
         self._take_up_earlier_rows()
@@ -107,6 +108,7 @@ class RunLog:
 
     def step(self, outcome: StepOutcome, costs: dict[str, PhaseCost], cached: bool) -> None:
         """A row per phase of a complete step; `cached`: all of its features came from the cache."""
+        self._is_at_checkpoint = False
         self._saved_bytes = max(self._saved_bytes, outcome.saved_bytes)
         if outcome.activation_bytes is not None:  # a method whose ranks differ from step to step
             self._activation_bytes = outcome.activation_bytes
@@ -127,10 +129,11 @@ class RunLog:
 
     def mark(self) -> None:
         """Put on record what the rows so far are."""
-        self._run.progress.rows = {log.name: log.mark() for log in (self._steps, self._history)}
+        self._run.progress.rows |= {log.name: log.mark() for log in (self._steps, self._history)}
 
     def evaluation(self, row: HistoryRow, samples: int, cost: PhaseCost, cached: bool) -> None:
         """An evaluation of so many images."""
+        self._is_at_checkpoint = False
         self.last_evaluation = row
         self._history.write(row)
         self._write([("eval", cost)], None, samples, cached=cached)
@@ -141,6 +144,7 @@ class RunLog:
 
     def checkpoint(self, cost: PhaseCost) -> None:
         """A checkpoint was written."""
+        self._is_at_checkpoint = True
         self._write([("checkpoint", cost)], None, 0)
 
     def finish(self, status: str, message: str = "") -> TrainResult:
@@ -153,6 +157,8 @@ class RunLog:
         self._steps.sync()
         self._history.sync()
         rows = {log.name: asdict(log.mark()) for log in (self._steps, self._history)}
+        if not self._is_at_checkpoint:  # steps or evaluations that last.npz does not know: they will come again
+            rows = {}
         self._steps.close()
         self._history.close()
         summary = self._collector.rows()

@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 BOARD = Path("/proc/device-tree/model")
 CPU_INFO = Path("/proc/cpuinfo")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-PACKAGES = ("lance-edge", "numpy", "pillow", "psutil", "click")
+PACKAGES = ("lance-edge", "numpy", "pillow", "psutil", "click", "threadpoolctl")
 SEAL = "sha256"
 
 

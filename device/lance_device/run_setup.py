@@ -160,12 +160,15 @@ def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
     options = resolve(request.values, bundle.manifest)
     folder = RunFolder(request.out)
     limits = find_limits(request.memory_limit)
+    wanted = options.cache
     options, memory = plan_memory(limits, options, request.given, bundle, dataset)
     variant = bundle.manifest.variant(options.method, options.layers)
     _expect_possible_augment(options.augment, bundle.manifest.preprocessing)
     parameters = starting_parameters(bundle, variant)
     plan = _plan(options, bundle, dataset, folder)
     cache, reason = choose(plan["cache"], options.cache)
+    if options.cache != wanted:
+        reason = "with a cache the run would not fit into its memory"
     return Run(
         folder=folder,
         run_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",

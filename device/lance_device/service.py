@@ -1,24 +1,29 @@
 """A systemd unit that trains in the background, from boot to boot, until the run has finished."""
 
-import contextlib
 import getpass
+import itertools
 import os
+import pwd
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from lance_edge.errors import StorageError
+from lance_edge.errors import Interrupted, StorageError
 from lance_edge.files import atomic_writer
 
 # Exit codes after which starting again would only repeat the message: wrong usage, package, checkpoint, data,
 # model, numbers, platform.  A full disk (8) may have room later.
 FINAL_EXIT_CODES = (2, 3, 4, 5, 6, 7, 9)
-STOPPED = 130  # on request: the state is saved
+STOPPED = Interrupted.exit_code  # on request: the state is saved
+PATH_OPTIONS = ("--cache-dir", "--require-signature")  # of train: beside the three that every service has
 UNIT = """\
 # Written by lance-device install-service; it may be edited.
 [Unit]
 Description=On-device training into {out}
+# A disk of /etc/fstab that is mounted late is waited for.
+RequiresMountsFor={mounts}
 ConditionPathExists={artifact}
 
 [Service]
@@ -82,17 +87,44 @@ class ServiceRequest:
         config = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
         return Path(config) / "systemd" / "user" / f"{self.name}.service"
 
+    @property
+    def absolute_arguments(self) -> tuple[str, ...]:
+        """`arguments` that mean the same from another folder."""
+        words: list[str] = []
+        for word in self.arguments:
+            option, equals, value = word.partition("=")
+            if equals and option in PATH_OPTIONS:
+                word = f"{option}={Path(value).absolute()}"
+            elif words and words[-1] in PATH_OPTIONS:
+                word = str(Path(word).absolute())
+            words.append(word)
+        return tuple(words)
+
+    @property
+    def cache_folders(self) -> tuple[Path, ...]:
+        """Where `--cache-dir` keeps features; none without it."""
+        words = self.absolute_arguments
+        given = [value for option, value in itertools.pairwise(words) if option == "--cache-dir"]
+        given += [word.partition("=")[2] for word in words if word.startswith("--cache-dir=")]
+        return tuple(map(Path, given))
+
+    @property
+    def user(self) -> str:
+        """Who trains."""
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+
 
 def unit_text(request: ServiceRequest) -> str:
     """The unit."""
     artifact, data, out = (path.absolute() for path in (request.artifact, request.data, request.out))
     words = [sys.executable, "-m", "lance_device.cli", "train", "--artifact", artifact, "--data", data]
-    words += ["--out", out, "--resume-or-start", *request.arguments]
+    words += ["--out", out, "--resume-or-start", *request.absolute_arguments]
     return UNIT.format(
         artifact=_escaped(artifact),
-        command=" ".join(_quoted(str(word)) for word in words),
+        command=" ".join(_quoted(word).replace("$", "$$") for word in words),
         final=" ".join(map(str, FINAL_EXIT_CODES)),
         home=_escaped(out.parent),
+        mounts=" ".join(map(_quoted, (artifact, data, out.parent, *request.cache_folders))),
         name=request.name,
         nice=request.nice,
         out=_escaped(out),
@@ -104,11 +136,9 @@ def unit_text(request: ServiceRequest) -> str:
 
 def _confinement(request: ServiceRequest, folder: Path) -> str:
     """Settings that the systemd of a user cannot make on every system."""
-    following = zip(request.arguments, request.arguments[1:], strict=False)
-    places = [folder, *(Path(value).absolute() for option, value in following if option == "--cache-dir")]
-    paths = " ".join(_quoted(str(place)) for place in places)
-    user = os.environ.get("SUDO_USER") or getpass.getuser()
-    return CONFINEMENT.format(user=user, writable=paths)
+    # "-": a cache that was removed since does not keep the service from its start.
+    places = [_quoted(folder), *(_quoted(f"-{place}") for place in request.cache_folders)]
+    return CONFINEMENT.format(user=request.user, writable=" ".join(places))
 
 
 def install(request: ServiceRequest) -> Path:
@@ -118,8 +148,8 @@ def install(request: ServiceRequest) -> Path:
         StorageError: if it cannot be written.
     """
     path = request.unit_path
-    with contextlib.suppress(OSError):  # atomic_writer says it better
-        request.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    for folder in (request.out.absolute().parent, *request.cache_folders):
+        _make_folder(folder, request.user)
     try:
         with atomic_writer(path) as file:
             file.write(unit_text(request).encode())
@@ -131,20 +161,35 @@ def install(request: ServiceRequest) -> Path:
     return path
 
 
+def _make_folder(folder: Path, user: str) -> None:
+    """Make a folder that the service writes into, of the user who trains: `sudo` would make it root's."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in made if os.geteuid() == 0 else ():
+            shutil.chown(place, user, pwd.getpwnam(user).pw_gid)
+    except (OSError, LookupError) as error:
+        raise StorageError(f"{folder}: cannot make this folder ({error}); make it, or choose another") from None
+
+
 def commands(request: ServiceRequest) -> tuple[str, ...]:
     """What starts the service, and shows what it does."""
     user = ["--user"] if request.is_for_user else []
     control = ["systemctl", *user]
+    # Without it, the services of a user begin when he logs in, and end when he logs out.
+    linger = (shlex.join(["loginctl", "enable-linger", request.user]),) if request.is_for_user else ()
     return (
+        *linger,
         shlex.join([*control, "daemon-reload"]),
         shlex.join([*control, "enable", "--now", request.name]),
         shlex.join(["journalctl", *user, "-u", request.name, "-f"]),
     )
 
 
-def _quoted(word: str) -> str:
-    """A word of a command line of a unit (systemd.service(5): quotes, C escapes; `%` and `$` are doubled)."""
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+def _quoted(value: object) -> str:
+    """A word of a list in a unit (systemd.syntax(7)): quotes, C escapes; `%` is doubled (`$` in commands)."""
+    word = str(value)
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     needs_quotes = not word or not set(" \t;'\"\\").isdisjoint(word)
     return f'"{escaped}"' if needs_quotes else escaped
 

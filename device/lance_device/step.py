@@ -128,16 +128,16 @@ class StreamedStep:
         self, batch: Batch, rows: slice, constants: Mapping[str, Array], sums: "_Sums", meter: PhaseMeter
     ) -> "_Waiting":
         """Features and forward of a micro-batch; adds to the sums and gives what backward needs."""
-        graphs, labels = self._graphs, batch.labels(rows)
+        graphs, fed = self._graphs, batch.fed(rows)
         values = graphs.features.boundary(batch, rows, meter)
         with meter.phase("forward"):
-            values |= self._forward.run({**constants, **graphs.own_rows(rows), **values, LABELS: labels})
+            values |= self._forward.run({**constants, **graphs.own_rows(rows), **values, **fed})
             graphs.accumulate(sums.statistics, values)
             sums.loss += graphs.finite_loss(values)
-            sums.correct += count_correct(values[LOGITS], labels)
+            sums.correct += count_correct(values[LOGITS], fed[LABELS])
             kept = Kept.of({name: values[name] for name in graphs.crossing})
         sums.hold(kept)
-        return _Waiting(rows, labels, kept)
+        return _Waiting(rows, fed, kept)
 
     def _run_backward(
         self, waiting: "_Waiting", constants: Mapping[str, Array], sums: "_Sums", meter: PhaseMeter
@@ -145,7 +145,7 @@ class StreamedStep:
         """Backward of a micro-batch; adds to the sums."""
         graphs = self._graphs
         with meter.phase("backward"):
-            fed = {**constants, **sums.statistics, **graphs.own_rows(waiting.rows), LABELS: waiting.labels}
+            fed = {**constants, **sums.statistics, **graphs.own_rows(waiting.rows), **waiting.fed}
             graphs.accumulate(sums.statistics, graphs.backward.run(fed | waiting.kept.tensors()))
         sums.release(waiting.kept)
 
@@ -155,7 +155,7 @@ class _Waiting:
     """A micro-batch between forward and backward."""
 
     rows: slice
-    labels: NDArray[np.int64]
+    fed: dict[str, NDArray[np.int64]]
     kept: Kept
 
 

@@ -39,7 +39,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals(
-    notify: Callable[[str], None], interrupt: Callable[[bool], None] = lambda wanted: None
+    notify: Callable[[str], None],
+    interrupt: Callable[[bool], None] = lambda wanted: None,
+    request: StopRequest | None = None,
 ) -> Iterator[StopRequest]:
     """A request that Ctrl-C or SIGTERM sets; a second signal ends the process at once.
 
@@ -47,8 +49,9 @@ def stop_on_signals(
 
     Args:
         interrupt: called with true, from any thread, as soon as a signal has come; with false at the end.
+        request: to be set; a new one by default.
     """
-    request = StopRequest()
+    request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -56,8 +59,8 @@ def stop_on_signals(
     def on_signal(number: int, frame: FrameType | None) -> None:
         request.requested = True
         interrupt(True)  # the listener may not have come to it yet
-        for heard in previous:
-            signal.signal(heard, signal.SIG_DFL)
+        for heard in previous:  # a terminal that closes says so twice, by its shell and by the kernel
+            signal.signal(heard, signal.SIG_IGN if heard == signal.SIGHUP else signal.SIG_DFL)
         with contextlib.suppress(RuntimeError):  # the signal may have come amid a write to the same stream
             notify("stopping after this micro-batch; a second Ctrl-C stops at once, without saving")
 

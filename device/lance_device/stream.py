@@ -48,6 +48,11 @@ class SampleStream:
             return np.zeros(self.batch_size, dtype=np.bool_)
         return _lookup(epochs, offsets, lambda epoch: coin_tosses(self.seed, epoch, self.count))
 
+    def dropout_seeds(self, step: int) -> NDArray[np.int64]:
+        """What is dropped of each sample of that batch: `[batch_size]`, from 0 to below 2^31 - 1."""
+        drawn = np.random.PCG64([self.seed, step, 2]).random_raw(self.batch_size)
+        return (drawn >> np.uint64(34)).astype(np.int64)
+
     def total_steps(self, epochs: int) -> int:
         """Batches after which every image was seen at least `epochs` times."""
         return -(-epochs * self.count // self.batch_size)

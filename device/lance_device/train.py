@@ -13,7 +13,7 @@ from lance_device.cache_plan import open_features
 from lance_device.checkpoint import write_checkpoint
 from lance_device.evaluate import Evaluation, evaluate
 from lance_device.features import Batch, Features, Unmetered
-from lance_device.graphs import load_graph
+from lance_device.graphs import load_graph, load_prefix
 from lance_device.keeper import Keeper
 from lance_device.live import Reporter
 from lance_device.measure import PhaseMeter
@@ -54,20 +54,23 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
     """Train from a package as asked for, and leave a complete run folder, however it ends.
 
     Raises:
-        LanceError: of the kind that fits; all but `StorageError` leave the last complete step in `last.npz`.
+        LanceError: of the kind that fits; all but `StorageError` leave the last complete step in `last.npz`, or
+            say that memory ran out while a step was applied, so that it holds an earlier one.
     """
     with Bundle(request.artifact) as bundle, RunFolder(request.out).held(create=not request.resume):
         check_request(request, bundle)
         dataset, skipped = open_images(request, bundle, reporter.note)
         absentees = Absentees(reporter.note)
-        dataset = steady(dataset, absentees.report)
+        request_to_stop = StopRequest()
+        dataset = steady(dataset, absentees.report, request_to_stop.check)  # large images take seconds a batch
         run = open_run(request, bundle, dataset)
+        absentees.take_down(run, dataset, skipped)
         with (
-            stop_on_signals(reporter.note, interrupt_graphs) as stop,
+            stop_on_signals(reporter.note, interrupt_graphs, request_to_stop) as stop,
             closing(_features(run, bundle, dataset, reporter)) as features,
         ):
             training = Training(request, run, bundle, dataset, features, reporter)
-            absentees.begin(run, skipped, features.stop_keeping)
+            absentees.begin(run, features.stop_keeping)
             result = training.run(stop)
             features.close(discard=run.cache.is_own)
             return result
@@ -76,7 +79,7 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
 def _features(run: Run, bundle: Bundle, dataset: Dataset, reporter: Reporter) -> Features:
     options = run.options
     reporter.note(f"feature cache {options.cache}: {run.cache_reason}")
-    prefix = load_graph(bundle, run.variant, "prefix", options.threads)
+    prefix = load_prefix(bundle, run.variant, options.threads, options.micro_batch)
     return open_features(run.cache, options, prefix, dataset, reporter.note)
 
 
@@ -149,6 +152,9 @@ class Training:
         )
         if self._run.memory is not None:
             self._reporter.note(str(self._run.memory))
+        asked, batch = self._request.values.get("micro_batch"), self._run.stream.batch_size
+        if asked is not None and asked > batch:
+            self._reporter.note(f"micro-batch {batch}: a batch has no more images than that")
         if not len(dataset.validation):
             self._reporter.note("no validation images: best.npz will be the epoch of the lowest training loss")
 
@@ -159,26 +165,32 @@ class Training:
             run.stream.indices(number),
             run.stream.flips(number),
             self._bundle.manifest.preprocessing,
+            run.stream.dropout_seeds(number),
         )
         computed = self._features.computed
         try:
             outcome = self._step.run(batch, run.options.micro_batch, self._meter, stop.check)
-            with self._meter.phase("update"), self._keeper.changing():
-                rate = self._learning_rate(number)
-                self._sgd.update(run.parameters, run.velocity, outcome.gradients, rate)
-            run.progress.skipped_in_a_row = 0
+            with self._meter.phase("update"):
+                update = (run.parameters, run.velocity, outcome.gradients, self._learning_rate(number))
+                self._sgd.prepare(*update)
+            codec_state = self._step.state()
         except NumericalError as error:
-            outcome = self._skip(error)
-        self._count(outcome)
-        costs = self._meter.take_step()
-        self._log.step(outcome, costs, cached=self._features.computed == computed)
+            if run.options.on_nan == "stop" or run.progress.skipped_in_a_row == MOST_IN_A_ROW:
+                raise self._explain(error) from None
+            with self._keeper.changing():
+                outcome = self._skip(error)
+                self._count(outcome, computed)
+        else:
+            with self._keeper.changing():
+                with self._meter.phase("update"):
+                    self._sgd.apply(*update)
+                run.codec_state, run.progress.skipped_in_a_row = codec_state, 0
+                self._count(outcome, computed)
         self._reporter.step(step_view(run, self._log))
 
     def _skip(self, error: NumericalError) -> StepOutcome:
-        """Leave weights and momentum as they are and go on, if that is what the options say."""
+        """Leave weights and momentum as they are and go on, as the options say."""
         run, progress = self._run, self._run.progress
-        if run.options.on_nan == "stop" or progress.skipped_in_a_row == MOST_IN_A_ROW:
-            raise self._explain(error) from None
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         progress.rate_factor *= RATE_FACTORS[run.options.on_nan]
@@ -200,18 +212,17 @@ class Training:
         rate = SCHEDULES[options.schedule](options.lr, step, self._run.total_steps)
         return rate * self._run.progress.rate_factor
 
-    def _count(self, outcome: StepOutcome) -> None:
-        """The step is complete: weights, momentum and progress belong together again."""
+    def _count(self, outcome: StepOutcome, computed: int) -> None:
+        """Take the step into progress and rows, so that all belongs together again; what it cost."""
         progress, stream = self._run.progress, self._run.stream
-        self._keeper.changed()
         progress.step += 1
         progress.epoch = stream.complete_epochs(progress.step)
-        self._run.codec_state = self._step.state()
         if math.isfinite(outcome.loss):
             progress.loss_sum += outcome.loss * stream.batch_size
             progress.correct += outcome.correct
             progress.samples += stream.batch_size
         progress.seconds = self._log.seconds()
+        self._log.step(outcome, self._meter.take_step(), cached=self._features.computed == computed)
 
     def _evaluate_if_due(self, stop: StopRequest) -> None:
         progress, stream, every = self._run.progress, self._run.stream, self._run.options.eval_every
@@ -229,12 +240,12 @@ class Training:
             test = self._evaluate_part(dataset.test, stop.check)
         rate = self._learning_rate(progress.step - 1)
         row = history_row(self._run, self._log, rate, validation, test)
-        progress.evaluated_step = progress.step
-        progress.loss_sum, progress.correct, progress.samples = 0.0, 0, 0
-        progress.seconds = self._log.seconds()
-        self._keeper.changed()
         samples, cached = len(dataset.validation) + len(dataset.test), self._features.computed == computed
-        self._log.evaluation(row, samples, self._meter.take("eval"), cached)
+        with self._keeper.changing():
+            progress.evaluated_step = progress.step
+            progress.loss_sum, progress.correct, progress.samples = 0.0, 0, 0
+            progress.seconds = self._log.seconds()
+            self._log.evaluation(row, samples, self._meter.take("eval"), cached)
         if row.best:
             self._keeper.remember_best(row)
         self._reporter.epoch(row)
@@ -257,6 +268,8 @@ class Training:
                 self._log.finish("failed", str(error))
             return error
         self._keeper.save()
+        if self._keeper.lost:
+            error = type(error)(f"{error}{self._keeper.lost}")
         if not isinstance(error, Interrupted):
             self._log.finish("failed", str(error))
             return error

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lance_edge import __version__
 from lance_edge.bundle import describe, npz_bytes, write_bundle
 from lance_edge.datasets import Dataset, open_dataset
+from lance_edge.errors import ModelError
 from lance_edge.images import Part, load_batch
 from lance_edge.manifest import (
     PROJECTIONS_MEMBER,
@@ -28,7 +29,7 @@ from lance_edge.screening import steady
 from lance_host.autodiff.emit import Emit
 from lance_host.budget import check_budget
 from lance_host.calibrate import calibration_batches, choose_batch_size, layer_spectra
-from lance_host.capture import Captured, capture_layers, clone, export
+from lance_host.capture import Captured, capture_layers, clone_of_evaluation, export
 from lance_host.compile import Compiled, compile_variant, serialise
 from lance_host.hosvd import Spectrum
 from lance_host.layer_nodes import geometry, input_of
@@ -40,7 +41,7 @@ from lance_host.shapes import infer_specs
 from lance_host.share import share
 from lance_host.stages import bind, extract
 from lance_host.trainable import check_trainable
-from lance_host.verify import Samples, verify_on_any
+from lance_host.verify import Samples, check_samples_apart, verify_on_any
 
 VERIFY_IMAGES = 8  # a set; U0 has no rows for more than a batch
 VERIFY_SETS = 3
@@ -60,6 +61,9 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
         request.network, len(dataset.classes), feedback.say, feedback.download, dataset.array_shape
     )
     batch_size = choose_batch(request, dataset, feedback)
+    check_samples_apart(
+        network.module, verification_samples(dataset, network.preprocessing, VERIFY_IMAGES)[0][0]
+    )
 
     captured = capture_selections(network)
     check_trainable(captured[-1], request.layers)
@@ -86,10 +90,15 @@ def choose_batch(request: Request, dataset: Dataset, feedback: Feedback) -> int:
 
 def capture_selections(network: Network) -> tuple[Captured, ...]:
     """The captured network for each count of trainable layers, ascending, from one export."""
-    exported = export(network.module, network.preprocessing.sample_shape)
-    return tuple(
+    exported = export(network.module, network.preprocessing.sample_shape, network.has_dropout)
+    captured = tuple(
         capture_layers(exported, layers, network.head, network.extras) for layers in network.selections
     )
+    if network.has_dropout and captured[-1].seeds is None:
+        raise ModelError(
+            "--dropout: no nn.Dropout stands behind the first trained layer; leave it out, or train more layers"
+        )
+    return captured
 
 
 # --- phase I ------------------------------------------------------------------------------------------
@@ -146,7 +155,7 @@ def tap_inputs(
     captured: Captured, weights: Mapping[str, NDArray[np.generic]]
 ) -> tuple[ir.Model, dict[str, str]]:
     """The network from images to the inputs of its trainable layers, weights constant."""
-    copy = clone(captured)
+    copy = clone_of_evaluation(captured)
     bind(copy.model, weights)
     emit = Emit(copy.model.graph, "taps/")
     inputs = {

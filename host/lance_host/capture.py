@@ -18,11 +18,14 @@ from onnxscript import optimizer
 
 from lance_edge.errors import ModelError
 from lance_edge.manifest import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, TARGET_OFF, TARGET_ON, Layer
+from lance_host.autodiff.dropout import drop_nothing, seed_dropouts
 from lance_host.autodiff.emit import Emit, static_dims
 from lance_host.extras import NOTHING_MORE, Extras, extra_parameters
 from lance_host.fold import fold_batch_norm
 from lance_host.layer_nodes import describe, find_node
 from lance_host.simplify import simplify
+from lance_host.text import one_line
+from lance_host.traverse import descendants
 
 OPSET = 18
 
@@ -36,7 +39,7 @@ class Captured:
     logits.  `nodes` are those of the trainable layers, `parameters` the trainable inputs in the order weights
     (module order), head weight, head bias, and the `extras`: biases, affine of norms.  `norms` has
     for each layer whose trained norm is folded into it the norm's name.  `targets` are the inputs that say what
-    the target of each class is.
+    the target of each class is; `seeds` those that say what is dropped, where anything is.
     """
 
     model: ir.Model
@@ -52,6 +55,7 @@ class Captured:
     loss: ir.Value
     seed: ir.Value
     logits: ir.Value
+    seeds: ir.Value | None
 
 
 def clone(captured: Captured) -> Captured:
@@ -76,7 +80,15 @@ def clone(captured: Captured) -> Captured:
         loss=same(captured.loss),
         seed=same(captured.seed),
         logits=same(captured.logits),
+        seeds=None if captured.seeds is None else same(captured.seeds),
     )
+
+
+def clone_of_evaluation(captured: Captured) -> Captured:
+    """An independent copy from images to loss and logits in which nothing is dropped."""
+    copy = clone(captured)
+    drop_nothing(copy.model, copy.seeds)
+    return replace(copy, logits=copy.model.graph.outputs[1], seeds=None)
 
 
 def capture(
@@ -85,6 +97,7 @@ def capture(
     layers: Sequence[str],
     head: str | None,
     extras: Extras = NOTHING_MORE,
+    has_dropout: bool = False,
 ) -> Captured:
     """Export a network, then `capture_layers`.
 
@@ -96,7 +109,7 @@ def capture(
         ModelError: if the export fails or a layer cannot be found in the exported graph.
     """
     shape = (3, sample, sample) if isinstance(sample, int) else sample
-    return capture_layers(export(network, shape), layers, head, extras)
+    return capture_layers(export(network, shape, has_dropout), layers, head, extras)
 
 
 def capture_layers(
@@ -124,6 +137,8 @@ def capture_layers(
     norms = fold_batch_norm(model, frozenset(names))
     described = tuple(describe(name, node) for name, node in zip(layers, nodes, strict=True))
     parameters = tuple(_as_input(graph, name) for name in names)
+    seeds = seed_dropouts(graph, descendants(graph, parameters))
+    passes.IdentityEliminationPass()(model)
     _fold_constants(model)
     labels, targets, scale, loss, seed = _append_loss(graph)
     return Captured(
@@ -140,16 +155,21 @@ def capture_layers(
         loss=loss,
         seed=seed,
         logits=graph.outputs[1],
+        seeds=seeds,
     )
 
 
-def export(network: torch.nn.Module, sample: Sequence[int]) -> ir.Model:
-    """The network as ONNX simplified, with batch-norm as it is, opset 18, dynamic batch."""
+def export(network: torch.nn.Module, sample: Sequence[int], has_dropout: bool = False) -> ir.Model:
+    """The network as ONNX simplified, with batch-norm as it is, opset 18, dynamic batch.
+
+    Args:
+        has_dropout: whether its `nn.Dropout` modules drop, as in training.
+    """
     example = torch.zeros(2, *sample)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), _dropping(network, has_dropout):
             program = torch.onnx.export(
-                network.eval(),
+                network,
                 (example,),
                 dynamo=True,
                 optimize=False,
@@ -160,9 +180,9 @@ def export(network: torch.nn.Module, sample: Sequence[int]) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:  # the exporter raises many kinds; its last line names the construct
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"this network cannot be exported to ONNX: {reason}; check that torch.export.export works on it"
+            f"this network cannot be exported to ONNX: {one_line(error)}; check that torch.export.export works"
+            " on it"
         ) from error
     assert program is not None
     model: ir.Model = program.model
@@ -186,6 +206,20 @@ def _fold_constants(model: ir.Model, keep: Collection[str] = ()) -> None:
 
     optimizer.fold_constants(model, onnx_shape_inference=bool(keep), should_fold=should_fold)
     passes.RemoveUnusedNodesPass()(model)
+
+
+@contextlib.contextmanager
+def _dropping(network: torch.nn.Module, is_on: bool) -> Iterator[None]:
+    """The network in evaluation mode, its `nn.Dropout` modules in training mode for the time being."""
+    network.eval()
+    dropouts = [module for module in network.modules() if is_on and isinstance(module, torch.nn.Dropout)]
+    try:
+        for module in dropouts:
+            module.train()
+        yield
+    finally:
+        for module in dropouts:
+            module.eval()
 
 
 @contextlib.contextmanager

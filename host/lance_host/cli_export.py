@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-PATH = click.Path(path_type=Path)
+from lance_host.cli_options import FILE
 
 
 @click.command("export-ort")
-@click.option("--artifact", type=PATH, required=True, help="The package to export.")
+@click.option("--artifact", type=FILE, required=True, help="The package to export.")
 @click.option("--method", default="lance", show_default=True, help="lance or bp, as the package holds it.")
 @click.option(
     "--layers", type=click.IntRange(min=0), help="Of a package with several counts. Default: the largest."
@@ -29,7 +29,7 @@ PATH = click.Path(path_type=Path)
     help="Python of the environment that has onnxruntime-training; it writes the checkpoint. Default: this"
     " one.",
 )
-@click.option("-o", "--output", type=PATH, required=True, help="New folder for the four files.")
+@click.option("-o", "--output", type=FILE, required=True, help="New folder for the four files.")
 def export_ort(
     artifact: Path,
     method: str,

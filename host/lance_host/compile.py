@@ -10,7 +10,7 @@ from lance_edge.energy import energy_kept
 from lance_edge.errors import ModelError
 from lance_edge.manifest import Layer, LayerPlan, Variant, kept_bytes
 from lance_host import accounting
-from lance_host.capture import Captured, clone
+from lance_host.capture import Captured, clone, clone_of_evaluation
 from lance_host.graph_cost import graph_macs
 from lance_host.hosvd import Spectrum
 from lance_host.methods import METHODS, rank_names
@@ -147,7 +147,7 @@ def inference_tails(captured: Captured) -> dict[str, ir.Model]:
     """
     tails = {}
     for role in ("tail", "predict"):
-        copy = clone(captured)
+        copy = clone_of_evaluation(captured)
         graph = copy.model.graph
         boundary = split_prefix(graph, copy.images, copy.parameters)
         graph.outputs[:] = [copy.logits]

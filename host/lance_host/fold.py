@@ -14,8 +14,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from lance_edge.errors import ModelError
-from lance_host.autodiff.emit import Emit
+from lance_host.autodiff.emit import Emit, dims
 from lance_host.edit import constant
 
 
@@ -31,6 +30,8 @@ def fold_batch_norm(model: ir.Model, trainable: Collection[str]) -> dict[str, st
         conv = source.producer() if source is not None else None
         if conv is None or conv.op_type != "Conv" or len(list(conv.outputs[0].uses())) != 1:
             continue
+        if not all(_is_parameter(value, trainable) for value in (*conv.inputs[1:], *norm.inputs[1:])):
+            continue  # computed at every step, as by weight normalisation: the norm stays as it is
         weight, gamma, beta = str(_name(conv, 1)), str(_name(norm, 1)), str(_name(norm, 2))
         is_affine = gamma in trainable or beta in trainable
         if is_affine and weight not in trainable:
@@ -50,6 +51,11 @@ def fold_batch_norm(model: ir.Model, trainable: Collection[str]) -> dict[str, st
     return folded
 
 
+def _is_parameter(value: ir.Value | None, trainable: Collection[str]) -> bool:
+    """Whether an operand is left out, trains, or is constant."""
+    return value is None or value.name in trainable or ir.convenience.get_const_tensor(value) is not None
+
+
 def _name(node: ir.Node, index: int) -> str | None:
     value = node.inputs[index] if index < len(node.inputs) else None
     return None if value is None else value.name
@@ -61,11 +67,12 @@ def _as_numbers(graph: ir.Graph, conv: ir.Node, norm: ir.Node, is_trained: bool)
     scale, weight = gamma * inverse, conv.inputs[1]
     assert weight is not None
     bias = _numpy(conv.inputs[2]) if _name(conv, 2) is not None else 0.0
-    new_bias = _initializer(graph, f"{weight.name}/folded_bias", (bias - mean) * scale + beta)
+    name = norm.outputs[0].name  # a module that is called twice has one weight and two outputs
+    new_bias = _initializer(graph, f"{name}/folded_bias", (bias - mean) * scale + beta)
+    factor = scale.reshape(_per_filter(weight))
     if not is_trained:
-        return _initializer(graph, f"{weight.name}/folded", _numpy(weight) * _per_filter(scale)), new_bias
-    factor = _initializer(graph, f"{weight.name}/scale", _per_filter(scale))
-    return _scaled(graph, weight, factor), new_bias
+        return _initializer(graph, f"{name}/folded", _numpy(weight) * factor), new_bias
+    return _scaled(graph, weight, _initializer(graph, f"{name}/scale", factor)), new_bias
 
 
 def _visibly(graph: ir.Graph, conv: ir.Node, norm: ir.Node) -> tuple[ir.Value, ir.Value]:
@@ -88,7 +95,8 @@ def _visibly(graph: ir.Graph, conv: ir.Node, norm: ir.Node) -> tuple[ir.Value, i
     if bias is not None:
         centre = known(emit("Add", bias, centre), size)
     shift = known(emit("Add", known(emit("Mul", centre, scale), size), beta), size)
-    return _scaled(graph, weight, known(emit.reshape(scale, -1, 1, 1, 1), size, 1, 1, 1)), shift
+    per_filter = _per_filter(weight)
+    return _scaled(graph, weight, known(emit.reshape(scale, *per_filter), size, *per_filter[1:])), shift
 
 
 def _numbers(norm: ir.Node, affine: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -100,8 +108,9 @@ def _numbers(norm: ir.Node, affine: bool = True) -> tuple[np.ndarray, np.ndarray
     return _numpy(norm.inputs[1]), _numpy(norm.inputs[2]), mean, inverse
 
 
-def _per_filter(scale: np.ndarray) -> np.ndarray:
-    return scale.reshape(-1, 1, 1, 1)
+def _per_filter(weight: ir.Value) -> tuple[int, ...]:
+    """The shape of a number for each filter, `[O, 1, ...]`, beside a weight `[O, C / groups, k, ...]`."""
+    return (-1, *[1] * (len(dims(weight)) - 1))
 
 
 def _scaled(graph: ir.Graph, weight: ir.Value, factor: ir.Value) -> ir.Value:
@@ -112,10 +121,7 @@ def _scaled(graph: ir.Graph, weight: ir.Value, factor: ir.Value) -> ir.Value:
 
 def _numpy(value: ir.Value | None) -> np.ndarray:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is None:
-        raise ModelError(
-            f"{getattr(value, 'name', None)}: batch-norm statistics must be constants of the network"
-        )
+    assert tensor is not None  # `_is_parameter`, and it does not train
     return tensor.numpy().astype(np.float64)
 
 

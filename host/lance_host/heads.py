@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lance_edge.errors import ModelError
+from lance_host.text import one_line
 
 FIND, KEEP = "linear", "none"
 RUN_SAMPLES = 2  # of a trial run
@@ -61,7 +62,7 @@ def is_classifier(module: nn.Module) -> bool:
 
 
 def run_once(network: nn.Module, shape: Sequence[int]) -> torch.Tensor:
-    """The logits `[2, classes]` of two samples of noise.
+    """The logits `[2, classes]` of two samples of zeros.
 
     Raises:
         ModelError: if the network cannot be run on them, or gives anything else.
@@ -96,12 +97,6 @@ def check_classes(network: nn.Module, shape: Sequence[int], classes: int) -> Non
             f"the network gives {found} logits, but --data has {classes} classes; leave --head none away to"
             " get a new head, or name the layer that gives the logits with --head MODULE.NAME"
         )
-
-
-def one_line(error: Exception) -> str:
-    """The kind of an exception and the last line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def _found(network: nn.Module, shape: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ stays frozen, unless it is among the names, or `all` are asked for.
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,30 +53,59 @@ class Candidate:
 
 
 def layer_modules(network: nn.Module) -> list[str]:
-    """Names of all 2-D convolutions and linear layers, in module order.
+    """Names of all 2-D convolutions and linear layers with a weight of their own, in module order.
 
-    Without those inside of `nn.MultiheadAttention`, which reads their weights and never calls them.
+    Without those inside of `nn.MultiheadAttention`, which reads their weights and never calls them, and those
+    whose weight is computed, as by weight normalisation.
     """
     return [
         name
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, UNCALLED)
+        if isinstance(module, nn.Conv2d | nn.Linear)
+        and not isinstance(module, UNCALLED)
+        and "weight" in dict(module.named_parameters(recurse=False))
     ]
 
 
+def running_layers(network: nn.Module, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Input shape of one sample of each of the `layer_modules` that takes part when the network runs.
+
+    Args:
+        shape: of one sample, `[3, R, R]`.
+    """
+    inputs: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str) -> Any:
+        return lambda module, arguments, output: inputs.update({name: _sample_shape(module, arguments[0])})
+
+    names = layer_modules(network)
+    handles = [network.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    try:
+        run_once(network, shape)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: inputs[name] for name in names if name in inputs}
+
+
 def select_layers(
-    network: nn.Module, selection: str, head: str | None = None, kept: str | None = None
+    network: nn.Module,
+    selection: str,
+    head: str | None = None,
+    kept: str | None = None,
+    among: Collection[str] | None = None,
 ) -> list[str]:
     """The trainable layers in module order; never the new head, which trains anyway.
 
     Args:
         kept: the network's own last layer, where it is no new head: it does not count.
+        among: these layers, such as `running_layers`; by default all `layer_modules`.
 
     Raises:
         ModelError: for a selection that is not understood, matches nothing, or asks for more layers than
             there are.
     """
-    names = [name for name in layer_modules(network) if name != head]
+    names = [name for name in layer_modules(network) if name != head and (among is None or name in among)]
     kind, _, count = selection.rpartition(":")
     if kind in LAYER_KINDS and count.isdecimal():
         modules = dict(network.named_modules())
@@ -110,8 +139,8 @@ def _no_match(selection: str, pattern: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or list(names[-3:])
     return (
         f"--layers {selection}: expected a count such as 4, several such as 1-10 or 2,4, or pointwise:4, or"
-        f" all, or names such as {', '.join(close) or 'features.*'}; no layer is called {pattern!r}:"
-        " lance-host layers lists them"
+        f" all, or names such as {', '.join(close) or 'features.*'}; no layer is called {pattern!r}, or"
+        " it takes no part: lance-host layers lists them"
     )
 
 
@@ -122,22 +151,10 @@ def list_layers(network: nn.Module, shape: Sequence[int], head: str | None) -> l
         head: is left out: the new one, or the network's own that is kept.
         shape: of one sample, `[3, R, R]`.
     """
-    inputs: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str) -> Any:
-        return lambda module, arguments, output: inputs.update({name: _sample_shape(module, arguments[0])})
-
-    modules = {name: network.get_submodule(name) for name in layer_modules(network) if name != head}
-    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
-    try:
-        run_once(network, shape)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [
-        Candidate(name, describe(module), tuple(module.weight.shape), inputs[name])
-        for name, module in modules.items()
-        if name in inputs and isinstance(module.weight, torch.Tensor)
+        Candidate(name, describe(module), tuple(module.weight.shape), input_shape)
+        for name, input_shape in running_layers(network, shape).items()
+        if name != head and isinstance(module := network.get_submodule(name), nn.Conv2d | nn.Linear)
     ]
 
 

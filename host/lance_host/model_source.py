@@ -1,7 +1,7 @@
 """What `--model` names: a network that can be built, and what is known of it beforehand."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -9,6 +9,8 @@ from torch import nn
 from lance_edge.manifest import Preprocessing
 
 State = Mapping[str, torch.Tensor]
+
+OTHER_WEIGHTS = "give a file as --weights FILE, or start from --weights random"
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,11 @@ class ModelSource:
     Attributes:
         name: as written after `--model`, without folders of this machine: packages carry it.
         build: classes -> a new network.  Where the number of classes cannot be chosen, it is ignored.
+        build_for_arrays: the network for float32 arrays, where it is not the one for images.
         preprocessing: what the network was trained with; `None` where nobody says.
         input_shape: of one sample, where the source says that and no more.
         head: module that is replaced for the user's classes; `None`: the one that gives the logits.
+        note: what is to be said of its preprocessing.
         published, bundled, provided: where weights are found unless the user names some; `bundled` is a
             file of `lance_host/checkpoints`.  Without any of them `build` gives a network with weights.
     """
@@ -59,3 +63,9 @@ class ModelSource:
     published: Published | None = None
     bundled: str | None = None
     provided: Callable[[], ProvidedWeights] | None = None
+    build_for_arrays: Callable[[int], nn.Module] | None = None
+    note: str = ""
+
+    def for_arrays(self) -> "ModelSource":
+        """The source of the network that takes float32 arrays unchanged."""
+        return self if self.build_for_arrays is None else replace(self, build=self.build_for_arrays)

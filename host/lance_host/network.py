@@ -8,13 +8,14 @@ import torch
 from lance_edge.errors import ModelError
 from lance_edge.manifest import InputSpec
 from lance_host.extras import NOTHING_MORE, Extras, norm_modules
-from lance_host.heads import FIND, check_classes, choose_head, find_classifier, one_line, replace_head
+from lance_host.heads import FIND, check_classes, choose_head, find_classifier, replace_head
 from lance_host.inputs import InputRequest, settle_input
-from lance_host.layers import select_layers
+from lance_host.layers import running_layers, select_layers
 from lance_host.model_source import ModelSource
 from lance_host.published import Progress
 from lance_host.selection import single_selections
 from lance_host.sources import open_source
+from lance_host.text import one_line
 from lance_host.weights import load_weights
 
 MANY_CLASSES = 1000  # ImageNet's: what a network is built with where the user's classes are not known
@@ -34,6 +35,7 @@ class NetworkRequest:
     train_norm: bool = False
     input: InputRequest = field(default_factory=InputRequest)
     seed: int = 0
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Network:
     """A network with its weights and a head for the user's classes.
 
     `selections` are the module names that train, one selection for each count that was asked for,
-    ascending: the last holds all others.  `extras` train beside their weights.
+    ascending: the last holds all others.  `extras` train beside their weights.  `has_dropout`: training drops
+    activations where the network has an `nn.Dropout`.
     """
 
     module: torch.nn.Module
@@ -65,6 +68,7 @@ class Network:
     selections: tuple[tuple[str, ...], ...]
     head: str | None
     extras: Extras = NOTHING_MORE
+    has_dropout: bool = False
 
 
 def load_network(
@@ -89,13 +93,17 @@ def load_network(
     say(f"weights: {loaded.source}")
     if loaded.note:
         say(loaded.note)
+    running = running_layers(module, opened.preprocessing.sample_shape)
     selections = tuple(
-        tuple(select_layers(module, one, head, opened.kept)) for one in single_selections(request.layers)
+        tuple(select_layers(module, one, head, opened.kept, among=running))
+        for one in single_selections(request.layers)
     )
     if head is None and not selections[0]:
         raise ModelError("--layers 0 --head none: nothing is left to train; ask for layers, or for a new head")
     extras = Extras(request.train_bias, norm_modules(module) if request.train_norm else ())
-    return Network(module, source.name, opened.preprocessing, loaded.source, selections, head, extras)
+    return Network(
+        module, source.name, opened.preprocessing, loaded.source, selections, head, extras, request.dropout
+    )
 
 
 def open_network(
@@ -107,7 +115,10 @@ def open_network(
         ModelError: if there is no such network, or it does not give one logit for each class.
     """
     source = open_source(request.model)
+    source = source if array_shape is None else source.for_arrays()
     module = build(source, classes or MANY_CLASSES, request.seed)
+    if source.note and array_shape is None and request.input.interpolation is None:
+        say(source.note)
     preprocessing = settle_input(source, module, request.input, array_shape, say)
     shape = preprocessing.sample_shape
     head = choose_head(module, request.head, source.head, shape)
@@ -121,6 +132,8 @@ def open_network(
 
 def build(source: ModelSource, classes: int, seed: int) -> torch.nn.Module:
     """The network as its source makes it, on the CPU in float32; random weights follow from `seed`.
+
+    Every parameter asks for a gradient, also one that the source froze.
 
     Raises:
         ModelError: if the source's own code fails.
@@ -137,5 +150,8 @@ def build(source: ModelSource, classes: int, seed: int) -> torch.nn.Module:
             ) from error
     for module in network.modules():
         if getattr(module, "inplace", None) is True:
-            setattr(module, "inplace", False)  # noqa: B010 - verification reads inputs and outputs of layers
-    return network.to("cpu", torch.float32).eval()
+            setattr(module, "inplace", False)  # noqa: B010 - the first layer would overwrite the user's samples
+    network.to("cpu", torch.float32).eval()
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())  # `--layers` says what trains, not the factory
+    return network

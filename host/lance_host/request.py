@@ -31,6 +31,7 @@ class Request:
     head: str = FIND
     train_bias: bool = False
     train_norm: bool = False
+    dropout: bool = False
     methods: tuple[str, ...] = ("lance", "bp")
     energy: float = 0.7
     budgets: Mapping[str, int] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Request:
             self.train_norm,
             inputs,
             self.seed,
+            self.dropout,
         )
 
 

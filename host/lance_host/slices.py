@@ -37,6 +37,8 @@ def _part(node: ir.Node) -> Part | None:
         return None
     if node.op_type == "Slice" and known_integer(node, 4, default=1) == 1:
         start, stop, axis = known_integer(node, 1), known_integer(node, 2), known_integer(node, 3, default=0)
+        if stop is None:  # computed
+            return None
     elif node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].shape == ir.Shape([]):
         start, axis = known_integer(node, 1), node.attributes.get_int("axis", 0)
         stop = None if start is None else start + 1 or None

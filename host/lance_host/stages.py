@@ -46,7 +46,7 @@ def cut_stages(step: Step) -> Stages:
     complete = [*step.compressed, *(early if step.schedule == "two passes" else [])]
     saved = _choose_saved(step, late, complete, after_loss, specs)
     crossing = [value for value in saved if value not in step.boundary and value is not step.logits]
-    fed = [*step.parameters, *step.projections, step.labels, *step.targets, step.scale]
+    fed = [*step.parameters, *step.projections, *_of_samples(step), *step.targets, step.scale]
     results = [step.loss, step.logits, *crossing, *early]
     prepared = _prepared(step, [*results, *step.activations, *late])
     final = [value for value in step.gradients if value not in step.statistics]
@@ -66,6 +66,11 @@ def cut_stages(step: Step) -> Stages:
         saved=tuple(_spec(value, specs) for value in saved),
         statistics=tuple(_spec(value, specs) for value in step.statistics),
     )
+
+
+def _of_samples(step: Step) -> list[ir.Value]:
+    """What a micro-batch is fed of its samples beside the images."""
+    return [step.labels] if step.seeds is None else [step.labels, step.seeds]
 
 
 def _behind_copies(value: ir.Value, boundary: Sequence[ir.Value]) -> ir.Value:
@@ -90,7 +95,7 @@ def _choose_saved(
         for value in node.outputs
         if value.name in specs
     }
-    free = {*step.parameters, *step.projections, step.labels, *step.targets, *complete}
+    free = {*step.parameters, *step.projections, *_of_samples(step), *step.targets, *complete}
     return values_to_save(reads, given=set(step.boundary), free=free, sizes=sizes)
 
 
@@ -98,7 +103,7 @@ def _prepared(step: Step, ends: Sequence[ir.Value]) -> list[ir.Value]:
     bounds = {*step.boundary, *step.statistics} - set(ends)
     return prepared_values(
         step.model.graph,
-        data=[step.images, *step.batch_projections, *step.compressed, step.labels, step.scale],
+        data=[step.images, *step.batch_projections, *step.compressed, *_of_samples(step), step.scale],
         fed=[*step.parameters, *step.projections, *step.targets],
         needed=ancestors(ends, stop=lambda value: value in bounds),
     )

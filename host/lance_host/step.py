@@ -34,7 +34,7 @@ class Step:
     `boundary` are the prefix's outputs, `statistics` the sums over micro-batches, `gradients` the final
     gradient of each parameter, `projections` the inputs of a method that the package holds, of which
     `batch_projections` have a row for each sample.  `activations` are what a codec compresses, and `compressed`
-    the inputs that it gives: the core of every layer and its factors.
+    the inputs that it gives: the core of every layer and its factors.  `seeds` say what is dropped.
     """
 
     model: ir.Model
@@ -44,6 +44,7 @@ class Step:
     labels: ir.Value
     targets: tuple[ir.Value, ...]
     scale: ir.Value
+    seeds: ir.Value | None
     loss: ir.Value
     logits: ir.Value
     boundary: tuple[ir.Value, ...]
@@ -71,7 +72,8 @@ def differentiate(
         schedule: how micro-batches go through a method with compressed batch modes.
     """
     graph = captured.model.graph
-    boundary = split_prefix(graph, captured.images, captured.parameters)
+    fed = captured.parameters if captured.seeds is None else (*captured.parameters, captured.seeds)
+    boundary = split_prefix(graph, captured.images, fed)
     contexts = {
         layer.name: _context(layer, method, ranks.get(layer.name, ()), batch_size, schedule)
         for layer in captured.layers
@@ -79,20 +81,8 @@ def differentiate(
     cores = [context.core for context in contexts.values() if context.core is not None]
     factors = [value for context in contexts.values() for value in context.projections.values()]
     graph.inputs.extend([*cores, *factors])
-    overrides = {
-        (node, 1): _override(METHODS[method].gradient, contexts[layer.name])
-        for layer, node in zip(captured.layers, captured.nodes, strict=True)
-    }
-    emit = Emit(graph, "grad/")
-    results = gradients(emit, captured.logits, captured.seed, captured.parameters, overrides)
-    results = [emit("Identity", v) if v in results[:i] else v for i, v in enumerate(results)]  # a name for each
-    statistics = [value for context in contexts.values() for value in context.statistics]
-    from_statistics = descendants(graph, statistics)
-    for parameter, value in zip(captured.parameters, results, strict=True):
-        assert parameter.name is not None
-        value.name = gradient_name(parameter.name)
-        if value not in from_statistics:
-            statistics.append(value)
+    results = _append_gradients(captured, method, contexts)
+    statistics = _all_statistics(captured, contexts, results)
     lower_forward(graph, captured.nodes)
     graph.outputs[:] = [captured.loss, captured.logits, *results]
     activations = [context.activation for context in contexts.values() if context.activation is not None]
@@ -105,6 +95,7 @@ def differentiate(
         labels=captured.labels,
         targets=captured.targets,
         scale=captured.scale,
+        seeds=captured.seeds,
         loss=own(captured.loss),
         logits=own(captured.logits),
         boundary=boundary,
@@ -119,12 +110,38 @@ def differentiate(
     )
 
 
-def split_prefix(graph: ir.Graph, images: ir.Value, parameters: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
+def _append_gradients(captured: Captured, method: str, contexts: Mapping[str, LayerContext]) -> list[ir.Value]:
+    """The gradient of each parameter, named after it; the method's own of the layers' weights."""
+    overrides = {
+        (node, 1): _override(METHODS[method].gradient, contexts[layer.name])
+        for layer, node in zip(captured.layers, captured.nodes, strict=True)
+    }
+    emit = Emit(captured.model.graph, "grad/")
+    results = gradients(emit, captured.logits, captured.seed, captured.parameters, overrides)
+    results = [emit("Identity", v) if v in results[:i] else v for i, v in enumerate(results)]  # a name for each
+    for parameter, value in zip(captured.parameters, results, strict=True):
+        value.name = gradient_name(str(parameter.name))
+    return results
+
+
+def _all_statistics(
+    captured: Captured, contexts: Mapping[str, LayerContext], results: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """Those of the method, and the gradients that are sums over micro-batches themselves."""
+    statistics = [value for context in contexts.values() for value in context.statistics]
+    from_statistics = descendants(captured.model.graph, statistics)
+    return [*statistics, *(value for value in results if value not in from_statistics)]
+
+
+def split_prefix(graph: ir.Graph, images: ir.Value, fed: Sequence[ir.Value]) -> tuple[ir.Value, ...]:
     """The boundary tensors, `[N, ...]`: what the trainable part reads of the frozen part.
 
     Where it reads the images themselves, an Identity stands between, so that a prefix always exists.
+
+    Args:
+        fed: the parameters, and whatever else the prefix must not read.
     """
-    tail = descendants(graph, parameters)
+    tail = descendants(graph, fed)
     boundary: dict[ir.Value, None] = {}
     for node in graph:
         if any(output in tail for output in node.outputs):

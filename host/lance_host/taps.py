@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.grad import conv2d_weight
 
+from lance_edge.errors import ModelError
 from lance_edge.manifest import Layer
 
 CHUNK_IMAGES = 16  # of a batch in PyTorch at a time: bounds the memory of its intermediate tensors
@@ -51,11 +52,29 @@ def _chunk_tensors(
     with module_taps(network, [layer.name for layer in layers]) as taps, torch.enable_grad():
         logits = network(torch.from_numpy(images))
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels), reduction="sum")
-        gradients = torch.autograd.grad(loss / batch_size, [taps[layer.name][1] for layer in layers])
+        gradients = loss_gradients(loss / batch_size, {layer.name: taps[layer.name][1] for layer in layers})
     return {
         layer.name: as_described(layer, taps[layer.name][0], gradient)
         for layer, gradient in zip(layers, gradients, strict=True)
     }
+
+
+def loss_gradients(loss: torch.Tensor, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The gradient of a loss with respect to each value, of its shape.
+
+    Raises:
+        ModelError: naming the first value that PyTorch itself has no gradient of.
+    """
+    cut = [name for name, value in values.items() if not value.requires_grad]
+    if not cut:
+        found = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+        cut = [name for name, gradient in zip(values, found, strict=True) if gradient is None]
+    if cut:
+        raise ModelError(
+            f"{cut[0]}: PyTorch has no gradient of it: forward detaches it, or computes it under"
+            " torch.no_grad; leave it out of --layers, or change forward"
+        )
+    return list(found)
 
 
 def as_described(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

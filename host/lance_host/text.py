@@ -20,6 +20,12 @@ def human_bytes(number: int) -> str:
     return f"{value:.2f} GiB"
 
 
+def one_line(error: Exception) -> str:
+    """The kind of an exception and the last line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
 def human_macs(number: int) -> str:
     """Multiply-adds in the largest decimal unit that leaves at least 1: `512`, `12.3 M`, `1.20 G`."""
     for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lance_edge.errors import ModelError
 from lance_edge.manifest import (
+    DROPOUT_SEEDS,
     IMAGES,
     LABELS,
     LOSS,
@@ -31,7 +32,7 @@ from lance_edge.manifest import (
 from lance_edge.targets import Targets
 from lance_host.compile import Compiled
 from lance_host.runtime import open_session
-from lance_host.taps import as_described, module_taps, weight_gradient
+from lance_host.taps import as_described, loss_gradients, module_taps, weight_gradient
 
 Arrays = dict[str, NDArray[np.generic]]
 Samples = tuple[NDArray[np.float32], NDArray[np.int64]]  # images [n, 3, R, R] and labels [n]
@@ -81,6 +82,28 @@ def verify(
             f" expected at most {TOLERANCE:.0e}; the package was not written: please report this network"
         )
     return errors[worst]
+
+
+def check_samples_apart(network: torch.nn.Module, images: NDArray[np.float32]) -> None:
+    """Refuse a network in which the samples of a batch see each other: micro-batches would change its logits.
+
+    Args:
+        images: float32 `[n, 3, R, R]`, two or more.
+
+    Raises:
+        ModelError: if the logits of the images together differ from those of the images in two parts.
+    """
+    samples, first = torch.from_numpy(images), max(1, len(images) // 2)
+    with torch.no_grad():
+        whole = network(samples).numpy()
+        parts = torch.cat([network(samples[:first]), network(samples[first:])]).numpy()
+    error = _relative_error(parts, whole)
+    if error > TOLERANCE:
+        raise ModelError(
+            f"the network mixes the samples of a batch: in two parts, the logits of {len(images)} samples"
+            f" differ by {error:.1e} relative, expected at most {TOLERANCE:.0e}; look for sums, means or a"
+            " softmax over axis 0, and take them over other axes"
+        )
 
 
 def stand_in_factors(variant: Variant, layers: Sequence[Layer], samples: int) -> dict[str, NDArray[np.float32]]:
@@ -170,9 +193,9 @@ def _by_autograd(
     parameters = dict(network.named_parameters())
     with module_taps(network, names) as taps, torch.enable_grad():
         loss = torch.nn.functional.cross_entropy(network(torch.from_numpy(images)), torch.from_numpy(labels))
-        outputs = [taps[name][1] for name in names]
-        trained = [parameters[name] for name in compiled.variant.parameters]
-        results = torch.autograd.grad(loss, [*outputs, *trained])
+        outputs = {name: taps[name][1] for name in names}
+        trained = {name: parameters[name] for name in compiled.variant.parameters}
+        results = loss_gradients(loss, outputs | trained)
     expected = {
         gradient_name(name): gradient.numpy()
         for name, gradient in zip(compiled.variant.parameters, results[len(names) :], strict=True)
@@ -193,6 +216,7 @@ def run_graphs(
     for name in compiled.variant.batch_projections:
         known[name] = known[name][: len(images)]
     known |= {IMAGES: images, LABELS: labels, SCALE: np.array(1 / len(images), np.float32)}
+    known[DROPOUT_SEEDS] = np.full(len(images), -1)  # drops nothing, as the network in evaluation mode
     variant = compiled.variant
     for role in ("prefix", "prepare", *variant.forward_roles, "backward", "gradient"):
         if role == "backward":

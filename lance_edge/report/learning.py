@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from lance_edge.profiles import HistoryRow
+from lance_edge.profiles import HistoryRow, finite
 from lance_edge.report.colours import run_colours
 from lance_edge.report.names import runs_of
 from lance_edge.report.plots import Line, LinePlot, Section, Style
@@ -122,7 +122,7 @@ def _evaluations(runs: Sequence[View], what: str) -> LinePlot:
 
 def _evaluation_line(view: View, colour: str, kind: Kind, scale: float) -> Line:
     name, style, figure = kind
-    found = [(row.step, value) for row in view.evaluations if (value := figure(row)) is not None]
+    found = [(row.step, value) for row in view.evaluations if (value := finite(figure(row))) is not None]
     return Line(
         f"{view.name}, {name}",
         colour,

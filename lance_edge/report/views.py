@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_edge.bench_rows import BenchRow
-from lance_edge.profiles import STEP_PHASES, HistoryRow, StepRow
+from lance_edge.profiles import STEP_PHASES, HistoryRow, StepRow, finite
 from lance_edge.recordings import read_record
 from lance_edge.report.costs import Costs, Setting, setting_of
 from lance_edge.report.machines import Machine, machine_of
@@ -118,7 +118,7 @@ class View:
         self.arm_mhz.add(row.time_s, row.arm_mhz)
         self.throttled.add(row.time_s, float(bool(troubles(flags_of(row.throttled)))))
         if row.phase == "step":
-            self.loss.add(row.step, row.loss)
+            self.loss.add(row.step, finite(row.loss))
 
     def _add_evaluation(self, row: HistoryRow) -> None:
         self.last_evaluation = row

@@ -7,6 +7,7 @@ first check.
 import hashlib
 import io
 import json
+import os
 import select
 import struct
 import subprocess
@@ -26,16 +27,28 @@ from hypothesis import strategies as st
 from lance_edge.bundle import DIGEST_MEMBER, MANIFEST_MEMBER
 from lance_edge.sealed import write_sealed
 
+EVIL = f"/tmp/lance-edge-evil-{os.getpid()}"
+PAYLOAD = b"cos\nsystem\n(S'touch evil'\ntR."  # a pickle that runs a program
 TIMEOUT_S = 60.0  # of a case: a good one takes 0.1 s; the machine may be busy
 
 
 @dataclass
 class Worker:
-    """A process that tries cases; a new one takes its place when it dies."""
+    """A process that tries cases; a new one takes its place when it dies.
+
+    Its folder is `home`: there a payload that runs leaves a file, and so do names that lead out of a case.
+    """
 
     images: Path
     good: Path
+    home: Path
+    prelude: str = ""
     process: subprocess.Popen[str] | None = None
+
+    @property
+    def outside(self) -> tuple[Path, ...]:
+        """Files that nothing in a case may make."""
+        return (self.home / "evil", Path(EVIL))
 
     def try_case(self, kind: str, path: Path) -> dict[str, Any]:
         """`{"outcome": ..., "seconds": ..., "peak_kib": ...}`, where the outcome may be `died` or `hung`."""
@@ -51,9 +64,16 @@ class Worker:
         return {"outcome": "died" if ready else "hung", "seconds": TIMEOUT_S, "peak_kib": 0}
 
     def _start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, str(Path(__file__).with_name("hostile_worker.py"))]
+        script = Path(__file__).with_name("hostile_worker.py")
+        lines = f"""
+PAYLOAD = {PAYLOAD!r}
+{self.prelude}
+import runpy
+runpy.run_path({str(script)!r}, None, "__main__")
+"""
+        command = [sys.executable, "-c", lines, str(self.images), str(self.good)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([*command, str(self.images), str(self.good)], text=True, **pipes)
+        process = subprocess.Popen(command, text=True, cwd=self.home, **pipes)
         assert process.stdout.readline() == "ready\n", "the worker does not start"
         return process
 
@@ -103,7 +123,7 @@ def raw_package(draw: Draw, members: dict[str, bytes]) -> bytes:
     return mutate_bytes(draw, pack(members))
 
 
-NAMES = ["../evil", "/tmp/evil", "a/../../evil", "graphs\\evil", "x" * 99, "\u202eevil", "graphs", "."]
+NAMES = ["../evil", EVIL, "a/../../evil", "graphs\\evil", "x" * 99, "\u202eevil", "graphs", "."]
 KINDS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, b"x", b"S", b"V"]
 
 
@@ -185,9 +205,7 @@ def mutate_npz(draw: Draw, data: bytes) -> bytes:
     elif kind == "names":
         entries[draw(st.sampled_from([*NAMES, "meta.npy", "optimizer/x.npy"]))] = entries.pop(name)
     else:
-        entries[name] = npy(
-            {"descr": "|O", "fortran_order": False, "shape": (1,)}, b"cos\nsystem\n(S'touch evil'\ntR."
-        )
+        entries[name] = npy({"descr": "|O", "fortran_order": False, "shape": (1,)}, PAYLOAD)
     return _zip_bytes(entries, compression)
 
 

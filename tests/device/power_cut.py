@@ -74,12 +74,22 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert _meta(found / name) == _meta(expected / name), name
     for name in ("steps.csv", "history.csv"):
         assert rows_of(found / name) == rows_of(expected / name), name
-    saved = [row["step"] for row in table(found / "steps.csv") if row["phase"] == "checkpoint"]
+    saved = _saved_states(found / "steps.csv")
     assert len(saved) == len(set(saved)), "a checkpoint's row stands twice"
     assert (found / "split.csv").read_bytes() == (expected / "split.csv").read_bytes()
     assert json.loads((found / "run.json").read_text())["status"] == "finished"
     left = {file.name for file in found.iterdir()}
     assert not [name for name in left if name.startswith(".") or name == "features.cache"]
+
+
+def _saved_states(path: Path) -> list[tuple[str, int]]:
+    """Step and evaluations before, of each checkpoint's row: a stop before an evaluation saves a step twice."""
+    rows, evaluations, saved = table(path), 0, []
+    for row in rows:
+        evaluations += row["phase"] == "eval"
+        if row["phase"] == "checkpoint":
+            saved.append((row["step"], evaluations))
+    return saved
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:

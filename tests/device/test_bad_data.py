@@ -93,14 +93,79 @@ RunLog.step = step
     assert (out / "skipped.csv").read_bytes() == listed
 
 
-@pytest.mark.parametrize("damage", [b"", b"junk", None])
+@pytest.mark.parametrize("damage", [b"", b"junk", None, b"0", b"split"])
 def test_a_list_that_is_lost_is_made_again(package, spoiled, tmp_path, damage):
     out = tmp_path / "run"
     started(train(package, spoiled, out, *LENGTH))
+    listed = (out / "skipped.csv").read_bytes()
     (out / "skipped.csv").unlink()
-    if damage is not None:
+    if damage in (b"0", b"split"):  # another step, or another name
+        changed = listed.replace(b",0,", b",7,", 1) if damage == b"0" else listed.replace(b"007", b"008")
+        assert changed != listed
+        (out / "skipped.csv").write_bytes(changed)
+        if damage == b"split":
+            (out / "split.csv").unlink()
+    elif damage is not None:
         (out / "skipped.csv").write_bytes(damage)
     started(train(package, spoiled, out, "--resume"))
+    assert sorted((out / "skipped.csv").read_bytes().splitlines()) == sorted(listed.splitlines())
+
+
+@pytest.fixture
+def stopped(package, spoiled, tmp_path):
+    """A run on a folder with bad images, stopped after its second step."""
+    prelude = """
+import os
+from lance_device.run_log import RunLog
+write = RunLog.step
+def step(self, *arguments, **named):
+    write(self, *arguments, **named)
+    if self._run.progress.step == 2:
+        os.kill(os.getpid(), 15)
+RunLog.step = step
+"""
+    out = tmp_path / "run"
+    process = spawn(*train_words(package, spoiled, out), *LENGTH, "--cache", "off", prelude=prelude)
+    assert process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    return out
+
+
+def test_new_images_take_no_part_in_a_run_that_is_taken_up(package, spoiled, images, stopped, tmp_path):
+    started(train(package, spoiled, tmp_path / "whole", *LENGTH, "--cache", "off"))
+    for number in range(3):
+        shutil.copy(images / "red/001.png", spoiled / f"red/new{number}.png")
+    (spoiled / "violet").mkdir()  # a class of which the package knows nothing: the listing is refused
+    result = started(train(package, spoiled, stopped, "--resume"))
+    assert "are new" not in result.stderr
+    assert_same_arrays(stopped / "last.npz", tmp_path / "whole" / "last.npz")
+    (spoiled / "violet").rmdir()
+    result = started(train(package, spoiled, stopped, "--resume"))
+    assert f"{spoiled}: 3 images are new; this run goes on without them, as it began" in result.stderr
+
+
+def test_an_image_that_is_gone_when_a_run_is_taken_up_is_stood_in_for(package, spoiled, stopped):
+    split = {row["name"]: row["part"] for row in table(stopped / "split.csv")}
+    gone = [name for name, part in split.items() if part == "train"][:12:4]
+    for name in gone:
+        (spoiled / name).unlink()
+    result = started(train(package, spoiled, stopped, "--resume"))
+    assert f"warning: 3 images of this run are gone from {spoiled}; others of their class" in result.stderr
+    later = {row["name"]: row["reason"] for row in table(stopped / "skipped.csv") if row["step"] != "0"}
+    assert later == dict.fromkeys(gone, "No such file or directory")
+    assert {row["name"] for row in table(stopped / "skipped.csv") if row["step"] == "0"} == BAD
+    assert {row["name"]: row["part"] for row in table(stopped / "split.csv")} == split
+
+
+def test_strict_also_looks_at_a_run_that_is_taken_up(package, spoiled, images, stopped, tmp_path):
+    line = refused(train(package, spoiled, stopped, "--resume", "--strict"), 5)
+    assert "and 2 more; replace or remove such images, or leave --strict out" in line
+    good, out = tmp_path / "good", tmp_path / "strict"
+    shutil.copytree(images, good)
+    started(train(package, good, out, *LENGTH, "--strict"))
+    started(train(package, good, out, "--resume", "--strict"))
+    (good / "red/002.png").write_bytes(b"")
+    assert "red/002.png (found 0 bytes)" in refused(train(package, good, out, "--resume", "--strict"), 5)
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])

@@ -63,7 +63,6 @@ def test_a_pi_as_it_describes_itself(tmp_path, monkeypatch):
     ("changes", "name", "verdict", "words"),
     [
         ({"sys.maxsize": 2**31 - 1}, "Python", PROBLEM, "install a 64-bit OS (Raspberry Pi OS 64-bit)"),
-        ({"sys.version_info": (3, 9, 2)}, "Python", PROBLEM, "install Python 3.11 or newer"),
         ({"platform.libc_ver": lambda: ("", "")}, "C library", WARNING, "use a distribution with glibc"),
         ({"platform.libc_ver": lambda: ("glibc", "2.24")}, "C library", PROBLEM, "needs glibc 2.28"),
         ({"time.gmtime": lambda: _Year}, "clock", WARNING, "runs will have odd names"),

@@ -84,8 +84,8 @@ def exported(package, members):
 
 
 @pytest.fixture(scope="module")
-def worker(package, images):
-    worker = Worker(images, package.path)
+def worker(package, images, tmp_path_factory):
+    worker = Worker(images, package.path, tmp_path_factory.mktemp("home"))
     yield worker
     worker.close()
 
@@ -106,6 +106,7 @@ def _try(worker, folder, kind, content):
     assert answer["seconds"] < SLOW_S
     assert answer["peak_kib"] < PEAK_KIB
     assert [entry.name for entry in folder.iterdir()] == ["case"], "it wrote beside its folder"
+    assert not any(place.exists() for place in worker.outside), "it ran code, or wrote outside its folder"
     return outcome
 
 
@@ -125,6 +126,16 @@ def test_what_is_mutated_here_is_good(worker, folder, good, checkpoint, exported
         assert _try(worker, folder, kind, path.read_bytes()) == "used"
     assert _try(worker, folder, "checkpoint", checkpoint) == "used"
     assert _try(worker, folder, "graph", exported) == "used"
+
+
+def test_code_that_runs_would_be_seen(package, images, folder, tmp_path):
+    """A worker that unpickles whatever it gets, given what `mutate_npz` hides in an array."""
+    worker = Worker(images, package.path, tmp_path, prelude="import pickle; pickle.loads(PAYLOAD)")
+    try:
+        with pytest.raises(AssertionError, match="it ran code"):
+            _try(worker, folder, "checkpoint", b"")
+    finally:
+        worker.close()
 
 
 @pytest.mark.parametrize("count", [CASES, pytest.param(MANY_CASES, marks=pytest.mark.slow)])

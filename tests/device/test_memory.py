@@ -4,16 +4,23 @@ import json
 import os
 import re
 import resource
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from device_harness import spawn, started, train, train_words
+from PIL import Image
 from tiny_package import write_images, write_tiny_package
 
-from lance_device import guard
+from lance_device import guard, memory_plan
 from lance_device.guard import bounded_memory, free_bytes, group_limit_bytes, status_bytes
 from lance_device.memory_plan import Limit, find_limits, in_a_fork
-from lance_edge.errors import ArtifactError
+from lance_edge.errors import ArtifactError, PlatformError
 
 MIB = 1 << 20
 
@@ -108,6 +115,14 @@ def test_a_run_that_is_taken_up_again_must_fit_too(large, needed, tmp_path):
     assert (tmp_path / "run/last.npz").read_bytes() == before
 
 
+def test_too_little_address_space_is_said_before_any_library_fails_to_load(large, tmp_path):
+    """OpenBLAS, which numpy loads, would end the process by itself; here numpy cannot be imported at all."""
+    prelude = f"import resource, sys; resource.setrlimit(resource.RLIMIT_AS, ({100 * MIB}, {100 * MIB}))"
+    code, errors, _ = _run(large, tmp_path / "run", prelude=f"{prelude}; sys.modules['numpy'] = None")
+    assert code == 9, errors
+    assert errors.startswith("error: ulimit -v is 100 MiB, but Python with numpy and onnxruntime needs")
+
+
 @pytest.mark.parametrize("mib", [100, 180, 200, 230, 400])
 def test_under_a_real_limit_on_address_space(large, tmp_path, mib):
     """`ulimit -v`: every allocation beyond it fails at once."""
@@ -159,6 +174,88 @@ def test_under_a_real_control_group(large, tmp_path, group, mib):
         assert mib < 200
 
 
+@pytest.fixture
+def with_a_photo(large, tmp_path):
+    """Tiny images, and one photo of 12 megapixels that is none of the first: 46 MiB in pillow's memory."""
+    package, images = large
+    root = tmp_path / "photos"
+    shutil.copytree(images, root)
+    Image.new("RGB", (4000, 3000), "red").save(root / "red/zzz.jpg")
+    return package, root
+
+
+def test_the_largest_image_is_counted(with_a_photo, needed, tmp_path):
+    limit = int(needed * 1.12) + 50 * MIB
+    code, errors, peak = _run(with_a_photo, tmp_path / "run", "--memory-limit", limit)
+    assert code == 0, errors
+    assert peak <= limit
+    memory = json.loads((tmp_path / "run/run.json").read_text())["memory"]
+    assert needed + 45 * MIB < memory["needed_bytes"] <= limit
+
+
+def test_a_photo_that_does_not_fit_is_named_before_it_is_decoded(with_a_photo, needed, tmp_path):
+    code, errors, peak = _run(with_a_photo, tmp_path / "run", "--memory-limit", int(needed * 1.12))
+    assert code == 9, errors
+    assert re.search(
+        r"zzz\.jpg(: decoding it takes 45\.78 MiB beside|, takes 45\.78 MiB of it\); allow)", errors
+    )
+    assert peak <= needed * 1.12
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_cache_is_given_up_before_a_run_is_refused(large, needed, tmp_path):
+    prelude = "from lance_device import memory_plan; memory_plan._Trial._cache_bytes = lambda *words: 1 << 30"
+    flags = ("--epochs", 2, "--memory-limit", int(needed * 2))
+    words = [word for word in train_words(*large, tmp_path / "run") if word != "--steps"]
+    process = spawn(*words, *flags, prelude=prelude)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "--micro-batch 8 --threads 1 --cache off" in errors
+    assert "feature cache off: with a cache the run would not fit into its memory" in errors
+    assert json.loads((tmp_path / "run/run.json").read_text())["memory"]["cache"] == "off"
+    process = spawn(*train_words(*large, tmp_path / "on"), *flags, "--cache", "on", prelude=prelude)
+    assert "this run needs 1." in process.communicate(timeout=300)[1]
+    assert process.returncode == 9
+
+
+DECODE = """
+import os, sys
+from pathlib import Path
+from lance_edge.images import Image, decoding_bytes, load_image
+Image.init()
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+for file in map(Path, sys.argv[1:]):
+    child = os.fork()
+    if child == 0:
+        claimed, before = decoding_bytes(file), kib("VmRSS")
+        load_image(file)
+        print(file.name, claimed, 1024 * (kib("VmHWM") - before), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def test_what_an_image_takes_is_known_from_its_header(tmp_path):
+    """In forks of a process that has decoded nothing yet: freed memory would be used again."""
+    small = np.random.default_rng(0).integers(0, 255, (150, 200, 3), dtype=np.uint8)
+    image, exif = Image.fromarray(small).resize((2000, 1500)), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "rgb.jpg")
+    image.save(tmp_path / "progressive.jpg", progressive=True, subsampling=0)
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "rgb.webp", quality=20)
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    image.quantize(16).save(tmp_path / "palette.gif")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    files = sorted(map(str, tmp_path.iterdir()))
+    done = subprocess.run([sys.executable, "-c", DECODE, *files], capture_output=True, text=True, check=True)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert len(rows) == 7
+    for name, claimed, taken in rows:  # a MiB for the decoder itself, a twentieth for rows and tables
+        assert 0.75 * int(claimed) < int(taken) < 1.05 * int(claimed) + MIB, name
+
+
 def test_threads_are_given_up_before_a_run_is_refused(large, tmp_path):
     """A thread is address space: with many of them the run does not fit, with one it does."""
     limit = 270 * MIB  # one thread needs some 235 MiB, and each more the 8 MiB of its stack
@@ -201,6 +298,19 @@ def test_limits_of_control_groups_of_version_2(monkeypatch, tmp_path):
     assert group_limit_bytes() == 200 * MIB
     assert free_bytes() == 180 * MIB
     assert find_limits(None)[0] == Limit(200 * MIB, "the control group's limit", "VmHWM")
+
+
+def test_what_others_in_a_control_group_use_is_not_left(monkeypatch, tmp_path):
+    files = {
+        "user.slice/memory.max": f"{900 * MIB}\n",
+        "user.slice/memory.current": f"{700 * MIB}\n",
+        "user.slice/memory.stat": "inactive_file 0\n",
+    }
+    monkeypatch.setattr(guard.psutil, "virtual_memory", lambda: SimpleNamespace(total=4096 * MIB))
+    _groups(monkeypatch, tmp_path, "0::/user.slice\n", files)
+    before = status_bytes("RssAnon")
+    assert before < 700 * MIB
+    assert abs(group_limit_bytes() - (200 * MIB + before)) < 8 * MIB  # it may grow between the readings
 
 
 def test_limits_of_control_groups_of_version_1(monkeypatch, tmp_path):
@@ -263,6 +373,14 @@ def test_a_fork_answers_fails_or_dies():
         in_a_fork(wrong)
 
 
+def test_a_fork_that_takes_too_long_is_no_lack_of_memory(monkeypatch):
+    monkeypatch.setattr(memory_plan, "TRIAL_TIMEOUT_S", 0.1)
+    with pytest.raises(
+        PlatformError, match=r"has not ended after 0\.1 s; try again when the board has less to"
+    ):
+        in_a_fork(lambda: time.sleep(60) or {})
+
+
 def test_a_mistake_in_a_fork_is_no_lack_of_memory():
     with pytest.raises(RuntimeError, match="ZeroDivisionError: integer"):
         in_a_fork(lambda: {"VmHWM": 1 // 0})
@@ -277,13 +395,13 @@ def test_a_size_that_is_none(package, images, tmp_path):
 def test_memory_that_runs_out_in_the_middle_keeps_the_last_step(package, images, tmp_path):
     """What a plan cannot foresee: the run ends in one line, with its state saved."""
     prelude = """
-from lance_device.run_log import RunLog
-write = RunLog.step
-def step(self, *arguments, **named):
-    write(self, *arguments, **named)
-    if self._run.progress.step == 3:
+from lance_device.step import StreamedStep
+run, calls = StreamedStep.run, iter(range(1, 99))
+def lack(*arguments, **named):
+    if next(calls) == 4:
         raise MemoryError
-RunLog.step = step
+    return run(*arguments, **named)
+StreamedStep.run = lack
 """
     process = spawn(*train_words(package, images, tmp_path / "run"), "--steps", 9, prelude=prelude)
     _, errors = process.communicate(timeout=60)

@@ -2,20 +2,27 @@
 
 import json
 import math
+import os
+import re
+import signal
 
 import numpy as np
 import pytest
 import torch
 from device_harness import arrays, assert_same_arrays, refused, started, table, train
+from layered_package import write_layered_package
 from tiny_package import PREPROCESSING, SPLIT
 from tiny_training import loss_of, trainable
 
 from lance_device import features
+from lance_device.checkpoint import Best
+from lance_device.keeper import is_better
 from lance_device.numerics import MOST_IN_A_ROW, check_gradients, finite_loss
+from lance_device.run_log import RunLog
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import NumericalError
 from lance_edge.images import load_batch
-from lance_edge.profiles import StepRow, read_rows
+from lance_edge.profiles import HistoryRow
 
 STEPS, LR = 6, 0.2
 PLAIN = ("--no-shuffle", "--augment", "none", "--eval-every", 0, "--cache", "off", "--micro-batch", 16)
@@ -106,6 +113,53 @@ def test_a_stopped_run_may_go_on_another_way(package, images, tmp_path, bad_batc
         np.testing.assert_allclose(arrays(out / "last.npz")[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture
+def stopped_after(monkeypatch):
+    """Makes a run get a SIGTERM when it has done so many steps."""
+
+    def stop(step):
+        write = RunLog.step
+
+        def write_and_stop(log, *arguments, **named):
+            write(log, *arguments, **named)
+            if log._run.progress.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(RunLog, "step", write_and_stop)
+
+    return stop
+
+
+def test_a_run_that_left_a_step_out_is_taken_up_again(package, images, tmp_path, bad_batches, stopped_after):
+    """Its rows hold a loss that is no number."""
+    bad_batches(3)
+    stopped_after(4)
+    out = tmp_path / "run"
+    refused(train(package, images, out, *FLAGS, "--on-nan", "skip"), 130)
+    started(train(package, images, out, "--resume"))
+    for name, value in _in_torch(package, images, {3}, 1.0).items():
+        np.testing.assert_allclose(arrays(out / "last.npz")[name], value, rtol=1e-4, atol=1e-6)
+    losses = [float(row["loss"]) for row in table(out / "steps.csv") if row["phase"] == "step"]
+    assert [math.isfinite(loss) for loss in losses] == [True, True, False, True, True, True]
+
+
+def test_a_run_whose_evaluation_is_no_number_is_taken_up_again(package, images, tmp_path):
+    out = tmp_path / "run"
+    started(train(package, images, out, *PLAIN, "--steps", 1, "--lr", 1e30, "--clip", 0))
+    [row] = table(out / "history.csv")
+    assert not math.isfinite(float(row["test_loss"]))
+    assert "resuming after step 1 of 1" in started(train(package, images, out, "--resume")).stderr
+    assert table(out / "history.csv") == [row]
+
+
+@pytest.mark.parametrize(("validation", "train_loss"), [(0.5, 1.0), (None, math.nan)])
+def test_any_evaluation_is_better_than_one_that_is_no_number(validation, train_loss):
+    loss = None if validation is None else math.nan
+    best = Best(1, 3, train_loss, validation, loss, None)
+    row = HistoryRow(2, 6, 0.1, 1.0, 0.5, validation, validation and 2.0, None, None, False, 9.0)
+    assert is_better(row, best)
+
+
 def test_when_every_step_is_bad_it_stops_all_the_same(package, images, tmp_path, bad_batches):
     bad_batches(*range(3, 100))
     words = (*PLAIN, "--steps", 40, "--on-nan", "skip")
@@ -114,12 +168,32 @@ def test_when_every_step_is_bad_it_stops_all_the_same(package, images, tmp_path,
     assert len(table(tmp_path / "run" / "history.csv")) == 0
 
 
-def test_a_run_that_diverges_names_the_layer(package, images, tmp_path):
-    line = refused(
-        train(package, images, tmp_path / "run", *PLAIN, "--lr", 1e30, "--clip", 0, "--steps", 40), 7
+def test_a_run_whose_weights_overflow_names_the_largest_layer(package, images, tmp_path):
+    flags = (*PLAIN, "--lr", 1e30, "--clip", 0, "--steps", 40)
+    line = refused(train(package, images, tmp_path / "run", *flags), 7)
+    assert re.match(
+        r"error: step 2: the loss is (nan|inf): what the frozen layers give is finite, so it is the trained"
+        r" ones; the largest weight is [0-9.e+]+, of layer (conv|head); the step was not applied",
+        line,
     )
-    assert "of layer" in line or "the update of" in line
-    assert "the step was not applied" in line
+
+
+def test_a_run_whose_update_overflows_names_its_parameter(package, images, tmp_path):
+    flags = (*PLAIN, "--lr", 3e38, "--clip", 2, "--steps", 40)
+    line = refused(train(package, images, tmp_path / "run", *flags), 7)
+    assert re.match(
+        r"error: step \d+: the update of (conv|head)\.(weight|bias) is not finite in float32;", line
+    )
+
+
+@pytest.mark.parametrize("method", ["asi", "hosvd"])
+def test_a_method_that_goes_by_layer_names_the_layer(tmp_path, images, bad_batches, method):
+    layered = write_layered_package(tmp_path / "pkg.tar")
+    bad_batches(1)
+    line = refused(train(layered, images, tmp_path / "run", "--method", method, "--cache", "off"), 7)
+    assert re.match(
+        r"error: step 1: the input of layer \w+: an activation is not finite, or too large to be squared;", line
+    )
 
 
 WEIGHTS = {"a.weight": np.array([1.0, -3e30], np.float32), "b.weight": np.ones(2, np.float32)}

@@ -1,5 +1,6 @@
 """Pauses against heat and for other programs, with a thermometer that is a file."""
 
+import errno
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 from device_harness import assert_same_arrays, refused, spawn, started, table, train, train_words
 
 from lance_device import probe
+from lance_device.niceness import be_nice
 from lance_device.pace import PaceOptions, Pacer
 from lance_device.probe import HealthProbe
 from lance_edge.errors import Interrupted, PlatformError
@@ -161,6 +163,20 @@ probe.shutil.which = lambda name: None
     assert_same_arrays(out / "last.npz", tmp_path / "whole" / "last.npz")
 
 
+def test_a_thermometer_that_vanishes_is_said_once(thermometer, tmp_path):
+    notes = []
+    thermometer(50)
+    pacer = Pacer(PaceOptions(max_temp_c=75), probe_now(), notes.append)
+    assert not pacer.owes_pause()
+    (tmp_path / "temp").unlink()
+    assert not pacer.owes_pause()
+    assert not pacer.owes_pause()
+    assert notes == ["warning: no thermometer can be read any more; --max-temp does not protect this board"]
+    thermometer(50)
+    assert not pacer.owes_pause()
+    assert len(notes) == 1
+
+
 def _firmware(folder, monkeypatch, *flags):
     """A `vcgencmd` whose answers to get_throttled come one after the other, and then stay."""
     (folder / "bin").mkdir()
@@ -192,13 +208,52 @@ def test_under_voltage_is_said_once_and_recorded(package, images, tmp_path, monk
     assert {row["arm_mhz"] for row in rows} == {"600"}
 
 
-def test_the_process_is_nice(package, images, tmp_path):
-    prelude = "import atexit, os; atexit.register(lambda: print('nice', os.getpriority(os.PRIO_PROCESS, 0)))"
-    out = tmp_path / "run"
-    process = spawn(*train_words(package, images, out), *STEPS, "--nice", 19, "--quiet", prelude=prelude)
+def test_every_thread_is_nice(package, images, tmp_path):
+    """On Linux each has its own niceness: also those that numpy and onnxruntime start."""
+    prelude = """
+import os
+from lance_device.run_log import RunLog
+finish = RunLog.finish
+def say(self, *words):
+    print(*(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")))
+    return finish(self, *words)
+RunLog.finish = say
+"""
+    words = train_words(package, images, tmp_path / "run")
+    process = spawn(*words, "--threads", 2, *STEPS, "--nice", 19, "--quiet", prelude=_LATE.format(body=prelude))
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert output == "nice 19\n"
+    levels = output.split()
+    assert len(levels) > 2
+    assert set(levels) == {"19"}
+
+
+# The prelude of a process must not load numpy, whose threads would be there before the command begins.
+_LATE = """
+import sys
+class Late:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lance_device.train":
+            sys.meta_path.remove(self)
+            exec({body!r}, {{}})
+        return None
+sys.meta_path.insert(0, Late())
+"""
+
+
+def test_less_niceness_than_there_is(monkeypatch):
+    """Only root may; the test may run as root."""
+
+    def refuse(*words):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(os, "getpriority", lambda *words: 15)
+    be_nice(None)
+    with pytest.raises(
+        PlatformError, match=r"^--nice 10: not permitted \(Permission denied\), as this process has 15; give 15"
+    ):
+        be_nice(10)
 
 
 @pytest.mark.parametrize(

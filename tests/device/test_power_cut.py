@@ -1,14 +1,21 @@
 """A run that is cut off at any moment ends as if nothing had happened; damage is found and said."""
 
+import errno
 import json
 import random
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from device_harness import lance_device, spawn, started, table, train_words
 from power_cut import ForgetfulDisk, assert_same_run, count_calls, run_until_killed, same_weights
+
+from lance_device import keeper
+from lance_device.train import Training
+from lance_edge.checkpoints import Archive
+from lance_edge.errors import Interrupted, StorageError
 
 LENGTH = ("--epochs", 6, "--lr", 0.2, "--checkpoint-every", 2)  # 14 steps, 6 evaluations, 7 checkpoints
 SECONDS = 0.4
@@ -190,10 +197,57 @@ def test_a_damaged_last_checkpoint_says_from_where_it_goes_on(words, whole, stop
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
     _flip(out / "last.npz", 0.5)
+    damaged = (out / "last.npz").read_bytes()
     said = _warnings(started(lance_device(*_to(words, out))), out)
     assert said[0].startswith("last.npz is damaged (Bad CRC-32 for file")
-    assert said[1:] == ["going on from previous.npz, step 8"]
+    assert said[1:] == ["going on from previous.npz, step 8; last.npz is kept as last.npz.damaged"]
+    assert (out / "last.npz.damaged").read_bytes() == damaged
     assert_same_run(out, whole)
+
+
+def test_too_little_memory_to_read_a_checkpoint_is_no_damage(words, whole, stopped, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+    def refuse(*words):
+        raise MemoryError
+
+    with monkeypatch.context() as patches:
+        patches.setattr(Archive, "tensor", refuse)
+        result = lance_device(*_to(words, out))
+    assert (result.exit_code, result.stderr.count("error: not enough memory")) == (9, 1)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert _warnings(started(lance_device(*_to(words, out))), out) == []
+    assert_same_run(out, whole)
+
+
+def test_a_checkpoint_that_cannot_be_set_aside_is_left(words, stopped, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    _flip(out / "last.npz", 0.5)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+    def refuse(path, target):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    result = lance_device(*_to(words, out))
+    assert result.exit_code == 8
+    assert (
+        "last.npz: cannot rename it to last.npz.damaged (Read-only file system); check the card"
+        in result.stderr
+    )
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_table_that_is_gone_is_said(words, whole, stopped, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+    (out / "history.csv").unlink()
+    said = _warnings(started(lance_device(*_to(words, out))), out)
+    assert said[-1] == "history.csv is missing: its rows up to step 9 are lost"
+    assert same_weights(out / "last.npz", whole / "last.npz")
 
 
 def test_rows_that_were_changed_are_set_aside(words, whole, stopped, tmp_path):
@@ -223,7 +277,7 @@ def test_rows_after_the_previous_checkpoint_come_again(words, whole, stopped, tm
     said = _warnings(started(lance_device(*_to(words, out))), out)
     assert said == [
         "steps.csv: not the rows that last.npz declares",
-        "going on from previous.npz, step 8",
+        "going on from previous.npz, step 8; last.npz is kept as last.npz.damaged",
     ]
     assert_same_run(out, whole)
 
@@ -259,6 +313,31 @@ def test_nothing_whole_is_left(words, stopped, tmp_path):
     assert "no checkpoint here is whole (last.npz is damaged (" in result.stderr
     assert "start a new run with another --out" in result.stderr
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_an_evaluation_that_no_checkpoint_knows_comes_again(words, whole, stopped, tmp_path, monkeypatch):
+    """The disk is full when the last evaluation is to be saved: `run.json` still fits, `last.npz` does not."""
+    out = tmp_path / "run"
+    shutil.copytree(stopped, out)
+
+    def refuse(path, *words):
+        raise StorageError(f"{path}: cannot write (No space left on device)")
+
+    def stop_before(training, stop):
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patches:
+        evaluate = Training._evaluate
+        is_end = lambda training: training._run.progress.step == training._run.total_steps  # noqa: E731
+        patches.setattr(
+            Training, "_evaluate", lambda *both: (stop_before if is_end(both[0]) else evaluate)(*both)
+        )
+        assert lance_device(*_to(words, out)).exit_code == 130
+    with monkeypatch.context() as patches:
+        patches.setattr(keeper, "write_checkpoint", refuse)
+        assert lance_device(*_to(words, out)).exit_code == 8
+    started(lance_device(*_to(words, out)))
+    assert_same_run(out, whole)
 
 
 def test_two_processes_do_not_train_into_one_folder(words, tmp_path):

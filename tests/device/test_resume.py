@@ -2,6 +2,7 @@ import json
 import signal
 import time
 
+import numpy as np
 import pytest
 from device_harness import (
     arrays,
@@ -13,7 +14,7 @@ from device_harness import (
     train,
     train_words,
 )
-from tiny_package import write_images, write_tiny_package
+from tiny_package import CLASSES, write_images, write_tiny_package
 
 LENGTH = ("--epochs", 6, "--lr", 0.2)
 TIMES = ("latency_ms", "rss_kib", "peak_rss_kib", "temperature_c", "arm_mhz", "time_s", "run_id", "warmup")
@@ -169,8 +170,25 @@ def test_the_same_options_may_be_given_again(package, images, whole):
 
 
 def test_other_images_are_refused(package, whole, tmp_path):
-    other = write_images(tmp_path / "other", per_class=24)
-    assert "are not those that" in refused(train(package, other, whole, "--resume"), 4)
+    other = write_images(tmp_path / "other")
+    for file in list((other / "green").iterdir()):
+        file.rename(file.with_name(f"other-{file.name}"))
+    assert refused(train(package, other, whole, "--resume"), 4) == (
+        f"error: {other}: none of the 12 training images of class 'green' is here that the run in {whole} began"
+        " with; give the same --data, or start a new run with another --out"
+    )
+
+
+def test_other_arrays_are_refused(package, tmp_path):
+    def write(count):
+        images = np.zeros((count, 16, 16, 3), np.uint8)
+        images[::2, :8] = 200
+        np.savez(tmp_path / "data.npz", x=images, y=np.arange(count) % 3, classes=np.array(CLASSES))
+        return tmp_path / "data.npz"
+
+    out = tmp_path / "run"
+    started(train(package, write(60), out, "--steps", 2))
+    assert "are not those that" in refused(train(package, write(66), out, "--resume"), 4)
 
 
 def test_another_package_is_refused(images, whole, tmp_path):

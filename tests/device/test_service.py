@@ -1,5 +1,7 @@
 """The systemd unit: what it says, that systemd takes it, and that its command line is what was asked for."""
 
+import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ def _words(line):
     """A command line of a unit as systemd reads it, for words without control characters."""
     words = re.findall(r'"((?:[^"\\]|\\.)*)"|(\S+)', line)
     plain = [re.sub(r"\\(.)", r"\1", quoted) if quoted else bare for quoted, bare in words]
-    return [word.replace("%%", "%").replace("$$", "$") for word in plain]
+    return [word.replace("%%", "%").replace("$$", "$") for word in plain]  # only commands double the "$"
 
 
 def _print(tmp_path, *flags, out="run"):
@@ -60,6 +62,51 @@ def test_any_name_of_a_folder_survives(tmp_path, name):
     assert words[-2:] == ["--seed", "1"]
 
 
+@pytest.mark.parametrize("is_one_word", [True, False])
+def test_paths_are_those_of_whoever_installs(tmp_path, monkeypatch, is_one_word):
+    """The service runs in another folder; systemd gives it no folder to write that is not named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    options = [("--cache-dir", "a cache/x"), ("--require-signature", "key.pub")]
+    flags = [word for pair in options for word in (["=".join(pair)] if is_one_word else pair)]
+    words = ("--artifact", "pkg.tar", "--data", "photos", "--out", "deep/run", *flags)
+    text = started(lance_device("install-service", *words, "--print")).stdout
+    expected = [(option, str(tmp_path / value)) for option, value in options]
+    found = _words(_setting(text, "ExecStart")[0])[-2 if is_one_word else -4 :]
+    assert found == [word for pair in expected for word in (["=".join(pair)] if is_one_word else pair)]
+    assert _words(_setting(text, "ReadWritePaths")[0]) == [str(tmp_path / "deep"), f"-{tmp_path}/a cache/x"]
+    places = [tmp_path / name for name in ("pkg.tar", "photos", "deep", "a cache/x")]
+    assert _words(_setting(text, "RequiresMountsFor")[0]) == list(map(str, places))
+    assert not (tmp_path / "a cache").exists()
+    started(lance_device("install-service", *words, "--user"))
+    assert (tmp_path / "a cache/x").is_dir()
+    assert (tmp_path / "deep").is_dir()
+
+
+def test_a_dollar_is_doubled_where_systemd_expands_it(tmp_path):
+    text = _print(tmp_path, out="a$b/run")
+    assert _setting(text, "ReadWritePaths") == [f"{tmp_path}/a$b"]
+    assert f"--out {tmp_path}/a$$b/run" in _setting(text, "ExecStart")[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives folders away")
+def test_folders_that_sudo_makes_are_of_the_user_who_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUDO_USER", "nobody")
+    monkeypatch.setattr(ServiceRequest, "unit_path", tmp_path / "unit")
+    words = ("--artifact", "pkg.tar", "--data", "photos", "--out", tmp_path / "a/b/run")
+    started(lance_device("install-service", *words))
+    assert [(tmp_path / name).owner() for name in ("a", "a/b")] == ["nobody", "nobody"]
+    assert tmp_path.owner() == "root"
+    assert "User=nobody" in (tmp_path / "unit").read_text()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    words = ("--artifact", "pkg.tar", "--data", "photos", "--out", tmp_path / "file/deep/run")
+    line = refused(lance_device("install-service", *words), 8)
+    assert re.search(r"file/deep: cannot make this folder \(.*Not a directory.*\); make it, or choose", line)
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 @pytest.mark.parametrize("flags", [(), ("--user",), ("--cache-dir", "/var/cache/lance features")])
 def test_systemd_takes_the_unit(tmp_path, flags):
@@ -77,6 +124,7 @@ def test_installing_says_what_to_do_next(tmp_path, monkeypatch):
     path = tmp_path / "config/systemd/user/mine.service"
     assert output.splitlines() == [
         f"wrote {path}; now run:",
+        f"  loginctl enable-linger {getpass.getuser()}",
         "  systemctl --user daemon-reload",
         "  systemctl --user enable --now mine",
         "  journalctl --user -u mine -f",

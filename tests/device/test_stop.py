@@ -41,6 +41,36 @@ def test_a_signal_ends_a_graph_that_runs():
     assert _long_graph(1).run(values)["x1"].shape == (1500, 1500)  # after that all is as before
 
 
+def test_a_terminal_that_closes_twice_is_one_request():
+    """The shell and the kernel each send SIGHUP: the second must not end the run unsaved."""
+    with stop_on_signals(lambda note: None) as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_no_image_is_decoded_after_a_signal(package, images, tmp_path):
+    prelude = """
+import atexit, os, signal
+from lance_edge import screening
+load, after = screening.load_image, []
+calls = []
+def count(path):
+    calls.append(path)
+    if len(calls) == 60 + 20:  # amid the second step of 16 images, after each was looked at once
+        os.kill(os.getpid(), signal.SIGTERM)
+    return load(path)
+screening.load_image = count
+atexit.register(lambda: print("decoded", len(calls)))
+"""
+    flags = ("--cache", "off", "--augment", "none", "--steps", 20, "--eval-every", 0)
+    process = spawn(*train_words(package, images, tmp_path / "run"), *flags, prelude=prelude)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert output == "decoded 80\n"
+
+
 def test_listening_leaves_nothing_behind():
     before = os.listdir("/proc/self/fd")  # noqa: PTH208 - names only
     threads = threading.active_count()

@@ -55,6 +55,19 @@ def test_about_half_are_flipped_anew_each_epoch():
     assert not _stream(flip=False).flips(0).any()
 
 
+def test_dropout_seeds_need_no_history_and_are_those_of_the_step():
+    assert _stream(batch_size=3).dropout_seeds(5).tolist() == [
+        191877565,
+        499344637,
+        49800520,
+    ]  # as long as runs resume
+    drawn = np.concatenate([_stream(seed=seed).dropout_seeds(step) for seed in range(2) for step in range(50)])
+    assert drawn.dtype == np.int64
+    assert len(set(drawn.tolist())) == len(drawn), "30 bits: 1,600 rarely meet"
+    assert 0 <= drawn.min() < 2**22
+    assert 2**30 - 2**22 < drawn.max() < 2**30
+
+
 @pytest.mark.parametrize(("steps", "epochs"), [(2, 0), (3, 1), (5, 1), (6, 2)])
 def test_complete_epochs(steps, epochs):
     assert _stream().complete_epochs(steps) == epochs

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from lance_edge.manifest import DROPOUT_SEEDS
 from lance_edge.targets import Targets
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.reverse import InputGradient, gradients
@@ -228,7 +229,10 @@ class Device:
         return float(values["loss"]), {name: values[f"{name}/grad"] for name in names}
 
     def _own_rows(self, values: Mapping[str, Array], rows: slice) -> dict[str, Array]:
-        return {name: array[rows] if name.endswith("/U0") else array for name, array in values.items()}
+        return {
+            name: array[rows] if name.endswith(("/U0", DROPOUT_SEEDS)) else array
+            for name, array in values.items()
+        }
 
     def _add(self, totals: dict[str, Array], values: Mapping[str, Array]) -> None:
         for spec in self.stages.statistics:

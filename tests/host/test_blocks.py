@@ -146,6 +146,10 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: Tokens(Attention()),
     "attention, tokens first": lambda: Tokens(MultiHead()),
     "attention in windows": Windows,
+    "transformer encoder layer": lambda: Tokens(nn.TransformerEncoderLayer(CHANNELS, 2, 12, batch_first=True)),
+    "transformer encoder layer, norm first": lambda: Tokens(
+        nn.TransformerEncoderLayer(CHANNELS, 2, 12, activation="gelu", batch_first=True, norm_first=True)
+    ),
 }
 
 

@@ -1,10 +1,19 @@
 """What `--layers` selects, and what `lance-host layers` lists."""
 
+import functools
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+import torch
 from small_networks import CONVS, HEAD, ConvHead, small_net
+from torch import nn
+from torch.nn.utils import parametrizations
 
 from lance_edge.errors import ModelError
-from lance_host.layers import list_layers, select_layers
+from lance_host.capture import capture
+from lance_host.layers import layer_modules, list_layers, select_layers
+from lance_host.network import NetworkRequest, load_network
 from lance_host.search_tables import candidate_table
 
 BLOCK = tuple(name for name in CONVS if name.startswith("down."))
@@ -54,6 +63,46 @@ def test_the_head_is_never_among_the_layers() -> None:
     assert select_layers(network, "1", head="classifier.1") == ["unused"]
     with pytest.raises(ModelError, match="no layer is called 'classifier'"):
         select_layers(network, "classifier", head="classifier.1")
+
+
+def test_counts_and_names_are_of_the_layers_that_run() -> None:
+    """An auxiliary classifier that only training uses is neither listed nor counted."""
+    path = Path(__file__).parent / "small_networks.py"
+    loaded = functools.partial(load_network, classes=4, say=lambda line: None, progress=lambda done, size: None)
+    request = NetworkRequest(f"{path}:ConvHead", layers="1")
+    assert loaded(request).selections == (("features.2",),)
+    with pytest.raises(ModelError, match="no layer is called 'unused', or it takes no part"):
+        loaded(replace(request, layers="unused"))
+    with pytest.raises(ModelError, match="--layers 3: the network has only 2 such layers"):
+        loaded(replace(request, layers="3"))
+
+
+class Auxiliary(nn.Module):
+    """As GoogLeNet: a second classifier in the middle, of training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 6, 3)
+        self.fc = nn.Linear(6, 5)
+        self.aux = nn.Sequential(nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.stem(x))
+        logits: torch.Tensor = self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+        return (logits, self.aux(x)) if self.training else logits
+
+
+def test_an_auxiliary_classifier_is_no_layer_and_no_head() -> None:
+    request = NetworkRequest(f"{__file__}:Auxiliary", layers="2")
+    network = load_network(request, 4, lambda line: None, lambda done, size: None)
+    assert (network.head, network.selections) == ("fc", (("stem", "conv"),))
+    captured = capture(network.module, 33, network.selections[0], network.head)
+    assert [layer.name for layer in captured.layers] == ["stem", "conv"]
+
+
+def test_a_layer_whose_weight_is_computed_is_none() -> None:
+    network = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.Conv2d(3, 3, 1))
+    assert layer_modules(network) == ["1"]
 
 
 def test_the_list_has_what_runs_with_shapes_and_bytes() -> None:

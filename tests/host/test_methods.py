@@ -24,7 +24,7 @@ from graph_runner import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lance_edge.manifest import Schedule
+from lance_edge.manifest import METHOD_NAMES, Schedule
 from lance_host import conv_forms
 from lance_host.autodiff import conv
 from lance_host.autodiff.emit import Emit
@@ -254,3 +254,7 @@ def test_projection_inputs_have_the_names_and_shapes_that_a_device_feeds() -> No
         "blocks.1.conv/U3": ["4", "1"],
     }
     assert 0 not in projection_inputs("blocks.1.conv", (6, 5, 4), (16, 3, 2, 1), batch_size=16)
+
+
+def test_the_names_that_devices_know_are_those_of_the_table() -> None:
+    assert tuple(METHODS) == METHOD_NAMES

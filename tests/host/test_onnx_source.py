@@ -16,6 +16,7 @@ from torch import nn
 from lance_edge.errors import ModelError
 from lance_host.network import NetworkRequest, load_network, open_network
 from lance_host.sources import open_source
+from lance_host.sources.onnx_ops import OPS
 from lance_host.zoo import ZOO
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -249,6 +250,51 @@ def test_channels_last_of_the_file_are_channels_first_here(tmp_path):
     assert_logits(built(path), images, runtime_logits(path, images.transpose(0, 2, 3, 1)))
 
 
+def test_float32_arrays_of_the_files_own_shape_go_in_unchanged(tmp_path):
+    """49 steps of 40 features and one channel look like an image with its channels last."""
+    head = RNG.standard_normal((40, 4)).astype(np.float32)
+    nodes = [node("ReduceMean", "x", "m", axes=[1, 3], keepdims=0), node("MatMul", "m head", "y")]
+    path = written(tmp_path, proto_of(nodes, {"head": head}, images=("N", 49, 40, 1)))
+    request = NetworkRequest(str(path), layers="0")
+    opened = open_network(request, 4, lambda line: None, array_shape=(49, 40, 1))
+    assert opened.preprocessing.sample_shape == (49, 40, 1)
+    assert opened.module(torch.zeros(2, 49, 40, 1)).shape == (2, 4)
+    assert_logits(
+        open_source(str(path)).for_arrays().build(4),
+        noise(2, 49, 40, 1),
+        runtime_logits(path, noise(2, 49, 40, 1)),
+    )
+
+
+def test_a_squeeze_of_an_axis_before_the_batch(tmp_path):
+    nodes = [*FLATTENED, *LINEAR[:1], node("Add", "bias product", "z")]
+    front = [node("Unsqueeze", "z zero", "u"), node("Squeeze", "u zero", "y")]
+    path = written(tmp_path, proto_of([*nodes, *front], WEIGHTS | {"zero": np.array([0])}))
+    assert_logits(built(path), noise(3, 3, 8, 8), runtime_logits(path, noise(3, 3, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    "back", [node("Squeeze", "u", "y"), node("Reshape", "u to", "y")], ids=lambda part: part.op_type
+)
+def test_what_has_the_batch_first_only_behind_a_reshape(tmp_path, back):
+    nodes = [*FLATTENED, *LINEAR[:1], node("Add", "bias product", "z"), node("Unsqueeze", "z zero", "u"), back]
+    numbers = {"zero": np.array([0]), "to": np.array([-1, 4])}
+    used = {name: value for name, value in numbers.items() if name == "zero" or name in back.input}
+    path = written(tmp_path, proto_of(nodes, WEIGHTS | used))
+    assert_logits(built(path), noise(3, 3, 8, 8), runtime_logits(path, noise(3, 3, 8, 8)))
+
+
+def test_a_reshape_of_a_constant_keeps_its_numbers(tmp_path):
+    """`Reshape(gamma, [1, C, 1, 1])` in a file of one image begins with a 1 that is not the batch."""
+    nodes = [*CONV_NODES[:1], node("Reshape", "gamma to", "g"), node("Mul", "c g", "m"),
+             node("GlobalAveragePool", "m", "pooled"), node("Flatten", "pooled", "flat"), *LINEAR]  # fmt: skip
+    constants = WEIGHTS | {"gamma": NUMBERS["gamma"], "to": np.array([1, 6, 1, 1])}
+    path = written(tmp_path, proto_of(nodes, constants, images=(1, 3, 8, 8), logits=(1, 4)))
+    images = noise(3, 3, 8, 8)
+    expected = np.concatenate([runtime_logits(path, images[i : i + 1]) for i in range(3)])
+    assert_logits(built(path), images, expected)
+
+
 ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "Elu", "Softplus", "HardSigmoid", "Abs", "Exp")
 OPERATORS = {
     "activations": [
@@ -377,9 +423,7 @@ def test_a_shape_that_is_left_open(tmp_path):
 
 
 def test_logits_that_differ_are_not_accepted(small_file, monkeypatch):
-    monkeypatch.setitem(
-        __import__("lance_host.sources.onnx_ops", fromlist=["OPS"]).OPS, "Add", lambda op, x: x[0]
-    )
+    monkeypatch.setitem(OPS, "Add", lambda op, x: x[0])
     with pytest.raises(
         ModelError, match=r"come out .* different in PyTorch, expected at most 1e-03; please report"
     ):

@@ -3,6 +3,8 @@
 `tests/ort_training` trains with them.
 """
 
+import errno
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -359,6 +361,30 @@ def test_a_stand_in_for_the_library_gets_what_it_needs(wanted, tmp_path):
     assert names(tensors) == list(start)
     for tensor in tensors:
         np.testing.assert_array_equal(numpy_helper.to_array(tensor), start[tensor.name])
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_disk_that_fills_up_leaves_nothing(wanted, tmp_path, monkeypatch, is_there):
+    if is_there:
+        wanted["output"].mkdir()
+    python, copyfile = interpreter(tmp_path, 'echo written > "$2/checkpoint"'), shutil.copyfile
+
+    def fill_up(source, target):
+        if target.name == export.ARTIFACTS[2]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return copyfile(source, target)
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(export.shutil, "copyfile", fill_up)
+    message = refusal(StorageError, **wanted, python=python)
+    assert f"{wanted['output']}: cannot write (No space left on device); free space there" in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_folder_is_filled(wanted, tmp_path):
+    wanted["output"].mkdir()
+    export_artifacts(Request(**wanted, python=interpreter(tmp_path, 'echo written > "$2/checkpoint"')))
+    assert sorted(path.name for path in wanted["output"].iterdir()) == sorted(export.ARTIFACTS)
 
 
 def test_the_command_says_where_it_goes_wrong_on_one_line(wanted, lance_host):

@@ -127,6 +127,19 @@ def test_slices_that_overlap_or_leave_a_gap_stay(second: str) -> None:
     assert "Split" not in operators
 
 
+def test_a_slice_up_to_a_computed_position_stays() -> None:
+    """How many rows there are says the batch: it is no slice to the end."""
+    _, operators = simplified(
+        "g (float[N,6] x) => (float[2,6] y, float[M,6] z)"
+        " <int64[1] zero = {0}, int64[1] two = {2}>"
+        " { t = Transpose<perm=[1, 0]>(x)  r = MatMul(t, x)  n = Shape<start=0, end=1>(x)  stop = Add(n, two)"
+        "   a = Slice(r, zero, two, zero)  b = Slice(r, two, stop, zero)  y = Neg(a)  z = Relu(b) }",
+        {"x": ("N", 6)},
+    )
+    assert "Split" not in operators
+    assert operators.count("Slice") == 2
+
+
 def test_an_expand_over_the_batch_reads_its_size_from_its_neighbour() -> None:
     """A class token before the patches: not a number of its own between prefix and tail."""
     model, operators = simplified(

@@ -1,5 +1,6 @@
 """What `--model` may name: the zoo, the user's own code, torchvision and timm."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -235,11 +236,14 @@ class Weights(enum.Enum):
         return {name: value + 1 for name, value in net().state_dict().items()}
 
 OFFLINE = False
-def list_models(module=None): return ["small_net", "smaller_net"]
+NAMES = ["small_net", "smaller_net"]
+def list_models(module=None): return NAMES
 def get_model_weights(name): return Weights
-def get_model(name, weights="DEFAULT"):
+def get_model(name, weights="DEFAULT", **arguments):
     assert weights is None
-    return net()
+    network = net()
+    network.arguments = arguments
+    return network
 """
 
 TIMM = """
@@ -288,12 +292,31 @@ def test_a_library_brings_network_weights_and_preprocessing(libraries, model, pr
     network, said = loaded(model)
     assert network.preprocessing == preprocessing
     assert (network.name, network.head, network.weights_source) == (model, "3", f"default of {model}")
-    assert said == [f"weights: default of {model}"]
+    *notes, weights = said
+    assert weights == f"weights: default of {model}"
+    stands_in = "resizes images by random, which is not known here: bilinear stands in; choose another with"
+    assert [stands_in in note for note in notes] == [True] * model.startswith("timm")
     torch.manual_seed(1)
     start = nn.Conv2d(3, 4, 3)
     assert torch.equal(network.module[0].weight, start.weight + 1)
     assert network.module[3].out_features == 4
     assert loaded(model, weights="random")[0].weights_source == "random, seed 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("small_net", {}),
+        ("googlenet", {"transform_input": True}),
+        ("inception_v3", {"transform_input": True}),
+        ("vit_h_14", {"image_size": 48}),
+    ],
+)
+def test_a_network_of_torchvision_is_built_as_for_its_weights(libraries, name, arguments):
+    """Its builders set these where they are given weights, which we load ourselves."""
+    importlib.import_module("torchvision.models").NAMES.append(name)
+    network, _ = loaded(f"torchvision:{name}")
+    assert network.module.arguments == arguments
 
 
 @pytest.mark.parametrize(

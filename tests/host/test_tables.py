@@ -180,7 +180,7 @@ def test_ranks_of_a_budget_are_not_said_to_be_those_of_an_energy() -> None:
     budgeted = replace(manifest, variants=(manifest.variant("bp"), lance))
     heading = layer_table(budgeted).splitlines()[0]
     assert heading == ("2 trainable layers, batch size 128, memory budget 96.00 KiB, 50 calibration batches.")
-    assert row(package_table(budgeted), "memory budget") == words("LANCE 96.00 KiB")
+    assert row(package_table(budgeted), "compression") == words("LANCE memory budget 96.00 KiB; channel mode")
     assert "memory budget" not in package_table(manifest)
 
 
@@ -223,7 +223,7 @@ def test_fewer_layers_are_a_line_each() -> None:
         ("weights ", "mcunet-256kb-1mb_imagenet.pth"),
         ("classes", "4: cat, cow, dog, elephant"),
         ("batch size", "128"),
-        ("energy threshold", "0.7, channel mode"),
+        ("compression", "LANCE energy threshold 0.7; channel mode"),
         ("calibration", "50 batches, seed 7"),
         (
             "preprocessing",

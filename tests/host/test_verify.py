@@ -14,7 +14,7 @@ from lance_host.capture import capture
 from lance_host.compile import compile_variant
 from lance_host.hosvd import Spectrum
 from lance_host.ranks import ranks_by_energy
-from lance_host.verify import TOLERANCE, rebuild, run_graphs, verify
+from lance_host.verify import TOLERANCE, check_samples_apart, rebuild, run_graphs, verify
 
 RESOLUTION, CLASSES, BATCH, IMAGES = 12, 3, 8, 5
 LAYERS = ("spatial", "depthwise", "pointwise")
@@ -194,3 +194,71 @@ def test_the_message_names_the_tensor_and_what_to_do(case):
     assert "/grad differs from PyTorch" in message
     assert "expected at most 1e-03" in message
     assert "the package was not written: please report this network" in message
+
+
+class Mixing(SmallNetwork):
+    """What it makes of a sample depends on the others."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.mix = mix
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.mix(images))
+
+
+MIXES = {
+    "mean": lambda x: x - x.mean(0, keepdim=True),
+    "sum": lambda x: x + x.sum(0, keepdim=True),
+    "softmax": lambda x: x.softmax(0),
+    "order": lambda x: x.flip(0),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_network_that_mixes_samples_is_refused(case, mix, count):
+    network = Mixing(MIXES[mix])
+    network.load_state_dict(case.network.state_dict())
+    message = (
+        rf"mixes the samples of a batch: in two parts, the logits of {count} samples differ by .*over other"
+    )
+    with pytest.raises(ModelError, match=message):
+        check_samples_apart(network.eval(), case.images[:count])
+
+
+def test_a_network_that_looks_at_each_sample_by_itself_is_not(case):
+    check_samples_apart(case.network, case.images)
+    check_samples_apart(case.network, case.images[:2])
+
+
+class Cut(SmallNetwork):
+    """Its first trained layers are cut off from the loss."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(self.way != "no_grad" and torch.is_grad_enabled()):
+            x = torch.relu(self.norm(self.spatial(torch.relu(self.stem(images)))))
+        x = x.detach() if self.way == "detach" else x
+        return self.head(torch.relu(self.pointwise(torch.relu(self.depthwise(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("way", ["no_grad", "detach"])
+def test_a_layer_that_pytorch_has_no_gradient_of_is_named(case, way):
+    network = Cut(way)
+    network.load_state_dict(case.network.state_dict())
+    with pytest.raises(
+        ModelError, match=r"^spatial: PyTorch has no gradient of it: .*leave it out of --layers"
+    ):
+        verify(
+            network.eval(),
+            case.captured.layers,
+            case.compiled["bp"],
+            case.weights,
+            case.projections,
+            case.images,
+            case.labels,
+        )

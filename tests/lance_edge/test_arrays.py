@@ -159,10 +159,12 @@ def test_files_of_one_or_many_arrays(tmp_path):
 
 def test_files_that_hold_something_else(tmp_path):
     np.save(tmp_path / "wide.npy", arrays(2, (4, 1, 8)))
+    np.save(tmp_path / "nan.npy", np.where(np.arange(7) < 2, np.nan, arrays(2)).astype(np.float32))
     np.savez(tmp_path / "no.npz", y=np.arange(3))
     (tmp_path / "text.npy").write_text("not an array")
     cases = {
-        "wide.npy": r"expected finite float32 \[N, 4, 1, 7\], found float32 \[2, 4, 1, 8\]; convert it",
+        "wide.npy": r"expected float32 \[N, 4, 1, 7\], found float32 \[2, 4, 1, 8\]; convert it",
+        "nan.npy": "expected finite values, found 16 that are NaN or infinite; repair them",
         "no.npz": r"no array x in this file; write it with numpy.savez\(file, x=...\)",
         "text.npy": r"not a readable .npz or .npy file \(",
         "absent.npy": r"not a readable .npz or .npy file \(No such file or directory\)",

@@ -139,6 +139,14 @@ def test_a_bad_cell_is_named(tmp_path, line, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_may_be_no_number_and_nothing_else_may(tmp_path, value):
+    [found] = read_rows(_write(tmp_path / "steps.csv", _line(loss=value)), StepRow)
+    assert found.loss == value or (math.isnan(found.loss) and math.isnan(value))
+    with pytest.raises(DataError, match=r"column 17 \(temperature_c\): expected a number, found '-?(nan|inf)'"):
+        list(read_rows(_write(tmp_path / "steps.csv", _line(temperature_c=value)), StepRow))
+
+
 def test_other_columns_and_missing_files_are_named(tmp_path):
     other = tmp_path / "other.csv"
     other.write_text("phase,speed\n")

@@ -3,12 +3,14 @@
 import io
 import re
 import struct
+import threading
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lance_edge import screening
 from lance_edge.datasets import ArrayPart, FilePart, open_dataset
 from lance_edge.errors import DataError
 from lance_edge.manifest import Split
@@ -137,6 +139,39 @@ def test_strict_names_the_first_and_counts_the_others(root):
 def test_only_the_parts_that_are_asked_for_are_read(root):
     dataset = open_dataset(root, SPLIT)
     assert {row.part for row in find_bad(dataset, 1, ("test",))} <= {"test"}
+
+
+def test_threads_that_find_no_memory_leave_it_to_one(root, monkeypatch):
+    """Several large images at a time may be too many where each fits by itself."""
+    expected = find_bad(open_dataset(root, SPLIT), 1)
+    main, load = threading.get_ident(), screening.load_image
+
+    def lack(path):
+        if threading.get_ident() != main:
+            raise MemoryError
+        return load(path)
+
+    monkeypatch.setattr(screening, "load_image", lack)
+    assert find_bad(open_dataset(root, SPLIT), 2) == expected
+
+
+def test_the_reason_is_whole_whatever_the_name(tmp_path):
+    (tmp_path / "IMG (1).jpg").write_bytes(b"")
+    with pytest.raises(DataError) as raised:
+        screening.load_image(tmp_path / "IMG (1).jpg")
+    assert raised.value.reason == "found 0 bytes"
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_a_bad_image(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"no image")
+
+    def vanish(path, **options):
+        path.unlink()
+        raise ValueError("cannot identify image file")
+
+    monkeypatch.setattr("lance_edge.images.Image.open", vanish)
+    with pytest.raises(DataError, match=r"cannot read this image \(cannot identify image file\)"):
+        screening.load_image(tmp_path / "a.png")
 
 
 def test_memory_that_runs_out_is_not_an_image_s_fault(root, monkeypatch):

@@ -1,8 +1,10 @@
 """The benchmark beside ONNX Runtime's training API, at its smallest."""
 
 import csv
+import subprocess
+import sys
 
-from benchmarks.ort_training import CONTENDERS, main
+from benchmarks.ort_training import CONTENDERS, main, version_there
 
 
 def test_whoever_is_measured_computes_the_same(photo_package, ort_python, tmp_path, capsys, monkeypatch):
@@ -36,7 +38,19 @@ def test_whoever_is_measured_computes_the_same(photo_package, ort_python, tmp_pa
     assert (tmp_path / "report.md").read_text().strip() == text.strip()
 
 
+def test_the_version_measured_is_that_of_the_interpreter(ort_python):
+    ask = "import onnxruntime.training.api, onnxruntime; print(onnxruntime.__version__)"
+    loaded = subprocess.run([ort_python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    assert version_there(str(ort_python)) == loaded
+
+
 def test_an_interpreter_without_the_library_is_named(photo_package, tmp_path, capsys):
+    words = ("--artifact", photo_package, "--ort-python", sys.executable, "--layers", 4, "--out", tmp_path)
+    assert main([str(word) for word in words]) == 9
+    assert f"onnxruntime-training, which {sys.executable} does not have" in capsys.readouterr().err
+
+
+def test_an_interpreter_that_is_not_there_is_named(photo_package, tmp_path, capsys):
     words = (
         "--artifact",
         photo_package,

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from lance_host.autodiff.emit import Emit, static_dims
 from lance_host.autodiff.rules.common import operand, rank_of
 from lance_host.autodiff.rules.norm import batch_moments, epsilon_of, per_channel
+from lance_host.edit import take_over
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,10 @@ def lower_batch_norm(graph: ir.Graph) -> list[RunningStatistic]:
         scaled = emit("Mul", moments.unit, per_channel(emit, gamma, rank))
         result = emit("Add", scaled, per_channel(emit, beta, rank))
         result.type, result.shape = y.type, y.shape
-        result.name, y.name = y.name, f"{y.name}/before"
-        ir.convenience.replace_all_uses_with(y, result, replace_graph_outputs=True)
         unbiased = emit("Mul", moments.variance, _correction(emit, x))
         for index, statistic in ((3, moments.mean), (4, unbiased)):
             found.append(_running(emit, node, operand(node, index), statistic))
-        graph.remove(node, safe=True)
+        take_over(graph, node, result)
     graph.sort()
     return found
 

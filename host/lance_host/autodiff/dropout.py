@@ -12,20 +12,28 @@ and position j is kept where h2 >= ratio p.
 """
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
+from lance_edge.manifest import BATCH_DIM, DROPOUT_SEEDS
 from lance_host.autodiff.emit import Emit, dims, static_dims
 from lance_host.autodiff.rules.common import constant_of, operand, optional, unsupported
+from lance_host.edit import take_over
 
-SEEDS = "dropout_seeds"  # int64 [N], each below PRIME, or negative
+MASK = "/dropout_mask"  # suffix of the values that a mask is
 PRIME = 2**31 - 1  # the square of what is below it fits into 63 bits
 MULTIPLIER, STRIDE, INCREMENT = 48271, 69621, 1_013_904_223
 
 
-def seed_dropouts(graph: ir.Graph) -> ir.Value | None:
+def seed_dropouts(graph: ir.Graph, trained: Collection[ir.Value]) -> ir.Value | None:
     """Replace every Dropout in training mode by a product with a mask computed from the seeds.
+
+    Args:
+        trained: values of the trained part.  Elsewhere nothing is dropped, so that the features of an image
+            are always the same, and can be kept.
 
     Returns:
         the new graph input `dropout_seeds` `[N]`, or `None` if nothing is dropped.
@@ -34,26 +42,59 @@ def seed_dropouts(graph: ir.Graph) -> ir.Value | None:
         ModelError: if the first axis of what is dropped is not the batch.
     """
     nodes = [node for node in graph if node.op_type == "Dropout" and constant_of(optional(node, 2), False)]
+    for node in [node for node in nodes if not _is_in(trained, node)]:
+        _leave_out(graph, node)
+    nodes = [node for node in nodes if node.graph is graph]
     if not nodes:
         return None
-    seeds = ir.Value(name=SEEDS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["N"]))
+    seeds = ir.Value(name=DROPOUT_SEEDS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([BATCH_DIM]))
     graph.inputs.append(seeds)
     emit = Emit(graph, "dropout/")
     for stream, node in enumerate(nodes):
         x, y = operand(node, 0), node.outputs[0]
-        dropped = emit("Mul", x, _mask(emit, node, seeds, stream))
+        mask = _mask(emit, node, seeds, stream)
+        mask.name = f"{y.name}{MASK}"
+        dropped = emit("Mul", x, mask)
         dropped.type, dropped.shape = y.type, x.shape
-        dropped.name, y.name = y.name, f"{y.name}/before"
-        ir.convenience.replace_all_uses_with(y, dropped, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        take_over(graph, node, dropped)
     graph.sort()
     return seeds
+
+
+def _is_in(trained: Collection[ir.Value], node: ir.Node) -> bool:
+    """Whether a Dropout is among values of the trained part, or nothing but that part reads what it gives."""
+    readers = [use.node.outputs[0] for use in node.outputs[0].uses()]
+    return node.inputs[0] in trained or (bool(readers) and all(value in trained for value in readers))
+
+
+def drop_nothing(model: ir.Model, seeds: ir.Value | None) -> None:
+    """Take the masks of `seed_dropouts` out again: the graph of evaluation, without the input `seeds`."""
+    if seeds is None:
+        return
+    for node in [node for node in model.graph if node.op_type == "Mul" and _is_mask(node.inputs[1])]:
+        _leave_out(model.graph, node)
+    passes.IdentityEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    model.graph.inputs.remove(seeds)
+
+
+def _is_mask(value: ir.Value | None) -> bool:
+    return value is not None and (value.name or "").endswith(MASK)
+
+
+def _leave_out(graph: ir.Graph, node: ir.Node) -> None:
+    """What the node reads first, in place of what it gives."""
+    y = node.outputs[0]
+    copy = ir.Value(type=y.type, shape=y.shape)
+    identity = ir.Node("", "Identity", (node.inputs[0],), outputs=[copy], name=f"{node.name}/nothing")
+    graph.insert_before(node, identity)
+    take_over(graph, node, copy)
 
 
 def _mask(emit: Emit, node: ir.Node, seeds: ir.Value, stream: int) -> ir.Value:
     """0 where a value is dropped and 1 / (1 - ratio) where it is kept; 1 everywhere for a negative seed."""
     x, ratio = operand(node, 0), float(constant_of(optional(node, 1), 0.5))
-    if dims(x)[0] != "N":
+    if dims(x)[0] != BATCH_DIM:
         raise unsupported(node, f"expected the batch as first axis of what Dropout drops, found {dims(x)}")
     shape = static_dims(x, start=1)
     column = emit("Unsqueeze", seeds, emit.constant([1]))  # [N, 1]

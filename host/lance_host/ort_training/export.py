@@ -12,8 +12,8 @@ from onnx import numpy_helper
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import trained_shapes
 from lance_edge.errors import DataError, LanceError, ModelError, PlatformError, StorageError
-from lance_edge.files import atomic_writer
-from lance_edge.manifest import WEIGHTS_MEMBER, Variant
+from lance_edge.manifest import DROPOUT_SEEDS, WEIGHTS_MEMBER, Variant
+from lance_host.graph_file import read_graph
 from lance_host.ort_training import write_checkpoint
 from lance_host.ort_training.models import OPTIMIZERS, evaluation_model, optimizer_model, training_model
 
@@ -28,7 +28,7 @@ class Request:
     """What to export.
 
     Attributes:
-        layers: number of trained convolutions, where the package holds several.
+        layers: number of trained layers, where the package holds several.
         optimizer: a name of `OPTIMIZERS`.
         clip: largest norm of the gradient; 0 leaves it as it is.
         python: the interpreter that has onnxruntime-training.
@@ -56,6 +56,7 @@ def export_artifacts(request: Request) -> int | None:
     with tempfile.TemporaryDirectory(prefix="lance-ort-") as name, Bundle(request.artifact) as bundle:
         folder = Path(name)
         variant = bundle.manifest.variant(request.method, request.layers)
+        _refuse_dropout(bundle, variant)
         models = {
             "training_model.onnx": training_model(bundle, variant),
             "eval_model.onnx": evaluation_model(bundle, variant),
@@ -65,9 +66,7 @@ def export_artifacts(request: Request) -> int | None:
             (folder / file).write_bytes(model.SerializeToString(deterministic=True))
         _write_parameters(bundle, variant, folder / "parameters")
         _let_the_library_write(folder, request.python)
-        for file in ARTIFACTS:
-            with atomic_writer(request.output / file) as target:
-                target.write((folder / file).read_bytes())
+        _publish(folder, request.output)
     return bundle.manifest.batch_size if variant.batch_projections else None
 
 
@@ -82,6 +81,32 @@ def _check(request: Request) -> None:
         raise DataError(
             f"{request.output}: expected a new or empty folder, found files in it; name another folder"
         )
+
+
+def _publish(folder: Path, output: Path) -> None:
+    """All artifacts or none: they are written beside the folder, absent or empty, that they then become."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{output.name}-", dir=output.parent) as name:
+            whole = Path(name) / output.name
+            whole.mkdir()
+            for file in ARTIFACTS:
+                shutil.copyfile(folder / file, whole / file)
+            whole.replace(output)
+    except OSError as error:
+        raise StorageError(
+            f"{output}: cannot write ({error.strerror}); free space there, or choose another place"
+        ) from None
+
+
+def _refuse_dropout(bundle: Bundle, variant: Variant) -> None:
+    """Its masks follow from seeds that our runtime draws; the library has nobody who would."""
+    for role in variant.forward_roles:
+        if DROPOUT_SEEDS in [value.name for value in read_graph(bundle, variant.graphs[role]).graph.input]:
+            raise ModelError(
+                f"{bundle.path}: was made with --dropout, which onnxruntime-training cannot be fed; calibrate"
+                " without it"
+            )
 
 
 def _write_parameters(bundle: Bundle, variant: Variant, folder: Path) -> None:

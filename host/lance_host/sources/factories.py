@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from lance_edge.errors import ModelError
-from lance_host.heads import one_line
 from lance_host.model_source import ModelSource
+from lance_host.text import one_line
 
 CLASSES_PARAMETER = "num_classes"
 

@@ -13,10 +13,10 @@ import torch
 
 from lance_edge.errors import ModelError, PlatformError
 from lance_edge.manifest import INTERPOLATIONS, Preprocessing
-from lance_host.heads import one_line
-from lance_host.model_source import ModelSource, ProvidedWeights
+from lance_host.model_source import OTHER_WEIGHTS, ModelSource, ProvidedWeights
+from lance_host.text import one_line
 
-MANUAL = "give a file as --weights FILE, or start from --weights random"
+STAND_IN = "bilinear"  # where images are resized in a way that pillow has not, or that is drawn at random
 
 
 def torchvision_source(text: str) -> ModelSource:
@@ -34,10 +34,20 @@ def torchvision_source(text: str) -> ModelSource:
     weights = models.get_model_weights(name).DEFAULT
     return ModelSource(
         name=text,
-        build=lambda classes: models.get_model(name, weights=None),
+        build=lambda classes: models.get_model(name, weights=None, **_pretrained_arguments(name, weights)),
         preprocessing=_torchvision_preprocessing(weights.transforms()),
+        note=_interpolation_note(text, weights.transforms().interpolation.value),
         provided=functools.partial(_provide, text, lambda: weights.get_state_dict(check_hash=True)),
     )
+
+
+def _pretrained_arguments(name: str, weights: Any) -> dict[str, Any]:
+    """What torchvision's builders set when they load the weights themselves: no state dict holds it."""
+    if name in ("googlenet", "inception_v3"):
+        return {"transform_input": True}  # trained with another mean and std than the transforms say
+    if name.startswith("vit_"):
+        return {"image_size": int(weights.transforms().crop_size[0])}  # the number of positions follows from it
+    return {}
 
 
 def timm_source(text: str) -> ModelSource:
@@ -58,6 +68,7 @@ def timm_source(text: str) -> ModelSource:
         name=text,
         build=lambda classes: timm.create_model(name, pretrained=False, num_classes=classes),
         preprocessing=_timm_preprocessing(config),
+        note="" if config is None else _interpolation_note(text, config.interpolation),
         head=head if isinstance(head, str) else None,
         provided=functools.partial(
             _provide, text, lambda: timm.create_model(name, pretrained=True).state_dict()
@@ -84,7 +95,9 @@ def _provide(text: str, load: Any) -> ProvidedWeights:
     try:
         state = load()
     except Exception as error:  # offline, a damaged cache, no weights for this network
-        raise ModelError(f"--model {text}: its weights cannot be had ({one_line(error)}); {MANUAL}") from None
+        raise ModelError(
+            f"--model {text}: its weights cannot be had ({one_line(error)}); {OTHER_WEIGHTS}"
+        ) from None
     return ProvidedWeights(dict(state), f"default of {text}")
 
 
@@ -112,7 +125,17 @@ def _timm_preprocessing(config: Any) -> Preprocessing | None:
 
 
 def _interpolation(name: str) -> str:
-    return name if name in INTERPOLATIONS else "bilinear"
+    return name if name in INTERPOLATIONS else STAND_IN
+
+
+def _interpolation_note(text: str, name: str) -> str:
+    """What is to be said of it; nothing where images are resized as the library does."""
+    if name in INTERPOLATIONS:
+        return ""
+    return (
+        f"--model {text}: resizes images by {name}, which is not known here: {STAND_IN} stands in; choose"
+        " another with --interpolation"
+    )
 
 
 def _some(name: str, known: list[str]) -> str:

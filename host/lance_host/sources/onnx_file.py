@@ -15,11 +15,12 @@ from onnxscript import optimizer
 from torch import nn
 
 from lance_edge.errors import ModelError
-from lance_host.heads import one_line
 from lance_host.inputs import USUAL_SIZE
 from lance_host.model_source import ModelSource
 from lance_host.runtime import open_session
 from lance_host.sources.onnx_network import OnnxNetwork
+from lance_host.text import one_line
+from lance_host.traverse import descendants
 
 OPSET = 18
 PROBABILITIES = ("Softmax", "LogSoftmax")
@@ -44,6 +45,7 @@ def onnx_source(text: str) -> ModelSource:
         name=path.name,
         build=functools.partial(_build, text, proto, shape, is_channels_last),
         input_shape=(shape[2], *shape[:2]) if is_channels_last else shape,
+        build_for_arrays=functools.partial(_build, text, proto, shape, False),
     )
 
 
@@ -127,8 +129,9 @@ def _normalised(proto: onnx.ModelProto, shape: Sequence[int]) -> ir.Model:
     images = model.graph.inputs[0]
     batch = images.shape[0] if images.shape is not None else None
     images.shape = ir.Shape(["N", *shape])
+    of_images = descendants(model.graph, [images])
     for node in model.graph:
-        if isinstance(batch, int) and node.op_type == "Reshape":
+        if isinstance(batch, int) and node.op_type == "Reshape" and node.inputs[0] in of_images:
             _free_reshape(node, batch)
         for value in node.outputs:
             value.shape = None

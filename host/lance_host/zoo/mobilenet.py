@@ -65,5 +65,4 @@ class InvertedResidual(nn.Module):
 def _conv_norm(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution without bias, batch normalisation and ReLU6."""
     conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-    # ReLU6 not in place: calibration reads the inputs of the convolutions.
     return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU6())

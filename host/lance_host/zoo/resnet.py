@@ -30,7 +30,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.relu = nn.ReLU()  # not in place: calibration reads the inputs of the convolutions
+        self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels, stages = widths[0], []
         for number, (depth, width) in enumerate(zip(depths, widths, strict=True)):

@@ -41,7 +41,8 @@ def gemms(draw: st.DrawFn) -> Case:
 
 
 def matmuls() -> st.SearchStrategy[Case]:
-    drawn = hnp.mutually_broadcastable_shapes(signature="(m,k),(k,n)->(m,n)", max_dims=2, max_side=4)
+    """Matrices, or vectors on either side."""
+    drawn = hnp.mutually_broadcastable_shapes(signature="(m?,k),(k,n?)->(m?,n?)", max_dims=2, max_side=4)
     return drawn.map(lambda found: Case(dict(zip("ab", found.input_shapes, strict=True)), torch.matmul))
 
 
@@ -67,6 +68,11 @@ FIXED: dict[str, list[Case]] = {
         Case({"a": (5, 4), "b": ("N", 4, 3)}, torch.matmul),
         Case({"a": ("N", 2, 5, 4), "b": ("N", 2, 4, 3)}, torch.matmul),
         Case({"a": ("N", 1, 5, 4), "b": (2, 4, 3)}, torch.matmul),
+        Case({"a": ("N", 4), "b": (4,)}, torch.matmul),
+        Case({"a": ("N", 5, 4), "b": (4,)}, torch.matmul),
+        Case({"a": (5,), "b": ("N", 5, 4)}, torch.matmul),
+        Case({"a": (4,), "b": (4, 3)}, torch.matmul),
+        Case({"a": (4,), "b": (4,)}, torch.matmul),
     ],
     "Gemm": [
         gemm(("N", 4), (4, 3), (3,)),

@@ -72,7 +72,13 @@ def scale_by(emit: Emit, value: ir.Value, factor: float) -> ir.Value:
 
 def sum_to(emit: Emit, gradient: ir.Value, output: ir.Value, operand: ir.Value) -> ir.Value:
     """Undo broadcasting: sum `gradient` (of `output`'s shape) to the shape of `operand`."""
-    wide, narrow = dims(output), dims(operand)
+    return sum_dims(emit, gradient, dims(output), dims(operand))
+
+
+def sum_dims(
+    emit: Emit, gradient: ir.Value, wide: Sequence[int | str], narrow: Sequence[int | str]
+) -> ir.Value:
+    """Sum over those axes of `wide`, the first of the gradient's, that broadcasting made of `narrow`."""
     lead = len(wide) - len(narrow)
     stretched = [lead + i for i, dim in enumerate(narrow) if dim == 1 and wide[lead + i] != 1]
     if stretched:

@@ -4,42 +4,55 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from lance_edge.errors import ModelError
 from lance_host.autodiff.emit import Emit, dims, static_dim
-from lance_host.autodiff.rules.common import Thunk, operand, rank_of, result, scale_by, sum_to, unsupported
+from lance_host.autodiff.rules.common import (
+    Thunk,
+    operand,
+    rank_of,
+    result,
+    scale_by,
+    sum_dims,
+    sum_to,
+    unsupported,
+)
 
 
 def matmul(emit: Emit, node: ir.Node, dy: ir.Value) -> Sequence[Thunk]:
-    """Y = A B: dA = dY B^T, dB = A^T dY."""
+    """Y = A B: dA = dY B^T, dB = A^T dY.
+
+    A vector in front is a matrix of one row, a vector behind one of one column.
+    """
     a, b = operand(node, 0), operand(node, 1)
-    rank_a, rank_b = rank_of(a), rank_of(b)
-    if min(rank_a, rank_b) < 2:
-        raise ModelError(f"{node.name}: MatMul with a vector is not supported; reshape it to a matrix")
+    rows, columns = [-2] * (rank_of(a) == 1), [-1] * (rank_of(b) == 1)  # axes that Y has not
+    dims_a, dims_b = (1,) * len(rows) + dims(a), dims(b) + (1,) * len(columns)
+    lead_y = dims(result(node))[: rank_of(result(node)) - 2 + len(rows) + len(columns)]
 
     def swapped(value: ir.Value, rank: int) -> ir.Value:
         return emit.transpose(value, *range(rank - 2), rank - 1, rank - 2)
 
     def da() -> ir.Value:
-        return _sum_leading(emit, emit("MatMul", dy, swapped(b, rank_b)), result(node), a)
+        product = emit(
+            "MatMul", _matrix(emit, dy, [*rows, *columns]), swapped(_matrix(emit, b, columns), len(dims_b))
+        )
+        gradient = sum_dims(emit, product, lead_y, dims_a[:-2])  # [..., m, k]
+        return emit("Squeeze", gradient, emit.constant(rows)) if rows else gradient
 
     def db() -> ir.Value:
-        if rank_b == 2 and rank_a > 2:  # a shared matrix: one product over all rows instead of many
-            rows = emit.reshape(a, -1, static_dim(a, rank_a - 1))
-            dy_rows = emit.reshape(dy, -1, static_dim(b, 1))
-            return emit("Gemm", rows, dy_rows, transA=1)
-        return _sum_leading(emit, emit("MatMul", swapped(a, rank_a), dy), result(node), b)
+        if len(dims_b) == 2 and len(dims_a) > 2 and not columns:  # a shared matrix: one product over all rows
+            flat = emit.reshape(a, -1, static_dim(a, -1))
+            return emit("Gemm", flat, emit.reshape(dy, -1, static_dim(b, 1)), transA=1)
+        product = emit(
+            "MatMul", swapped(_matrix(emit, a, rows), len(dims_a)), _matrix(emit, dy, [*rows, *columns])
+        )
+        gradient = sum_dims(emit, product, lead_y, dims_b[:-2])  # [..., k, n]
+        return emit("Squeeze", gradient, emit.constant(columns)) if columns else gradient
 
     return da, db
 
 
-def _sum_leading(emit: Emit, gradient: ir.Value, output: ir.Value, operand: ir.Value) -> ir.Value:
-    """Undo the broadcasting of MatMul's leading dimensions."""
-    wide, narrow = dims(output)[:-2], dims(operand)[:-2]
-    lead = len(wide) - len(narrow)
-    stretched = [lead + i for i, dim in enumerate(narrow) if dim == 1 and wide[lead + i] != 1]
-    if stretched:
-        gradient = emit.sum(gradient, *stretched, keepdims=True)
-    return emit.sum(gradient, *range(lead)) if lead else gradient
+def _matrix(emit: Emit, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+    """A value with the axes of size 1 that MatMul takes a vector to have."""
+    return emit("Unsqueeze", value, emit.constant(axes)) if axes else value
 
 
 def gemm(emit: Emit, node: ir.Node, dy: ir.Value) -> Sequence[Thunk]:

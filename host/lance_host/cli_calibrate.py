@@ -1,0 +1,172 @@
+"""`lance-host calibrate` and `layers`: from a network to a package."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lance_edge.errors import LanceError
+from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers
+
+
+@click.command()
+@MODEL
+@click.option(
+    "--data",
+    type=FILE,
+    required=True,
+    help="Class folders (photos/<class>/*.jpg, or train/ and test/) or .npz.",
+)
+@click.option(
+    "-o", "--output", type=FILE, default=Path("pkg.tar"), show_default=True, help="The package to write."
+)
+@click.option(
+    "--weights",
+    help="File (.pth, .safetensors), 'random' or 'bundled'. Default: published, from cache or download.",
+)
+@click.option(
+    "--layers",
+    default="4",
+    show_default=True,
+    help="Train the last K layers (convolutions and linear ones) and the head; 0: head only; conv:K, linear:K,"
+    " pointwise:K: of this kind (pointwise: not depthwise); names and globs such as 'layer4.*,layer3.1.conv2';"
+    " all. With several counts (1-10, or 2,4) the device chooses one.",
+)
+@HEAD
+@click.option("--train-bias", is_flag=True, help="Train the biases of these layers as well.")
+@click.option(
+    "--train-norm",
+    is_flag=True,
+    help="Train scale and shift of the norm layers from the first trained layer on; statistics stay frozen.",
+)
+@click.option(
+    "--dropout",
+    is_flag=True,
+    help="Training drops activations where the network has an nn.Dropout behind the first trained layer.",
+)
+@click.option(
+    "--methods",
+    default="lance,bp",
+    show_default=True,
+    help="Comma-separated, or all; the first is the device's default.",
+)
+@click.option(
+    "--energy", default=0.7, show_default=True, help="Share of the activations' variance that each mode keeps."
+)
+@click.option(
+    "--memory-budget",
+    metavar="SIZE",
+    help="Activation bytes of all layers, as 256KiB or lance=256KiB,asi=1MiB: choose the ranks that make the"
+    " least gradient error within it, not those of --energy.",
+)
+@click.option(
+    "--batches", default=100, show_default=True, help="Calibration batches at most; no image is used twice."
+)
+@click.option(
+    "--batch-size", type=int, help="Training batch. Default: 128, or what a small data set fills twice."
+)
+@INPUT_SIZE
+@click.option("--mean", callback=numbers, help="Of the input, per channel: 0.5 or 0.485,0.456,0.406.")
+@click.option("--std", callback=numbers, help="Of the input, per channel.")
+@click.option("--interpolation", help="When images are resized: bilinear, bicubic, lanczos, nearest.")
+@click.option(
+    "--validation",
+    default=0.1,
+    show_default=True,
+    help="Share of the training images that best.npz is chosen on.",
+)
+@click.option(
+    "--split-seed", default=0, show_default=True, help="Divides class folders that have no test/ (75/25)."
+)
+@click.option("--seed", default=0, show_default=True, help="Calibration order, new head, random weights.")
+@click.option("--threads", type=int, help="For calibration. Default: all cores.")
+def calibrate(
+    methods: str, memory_budget: str | None, validation: float, split_seed: int, **options: Any
+) -> None:
+    """Find the activations' subspaces, compile the training graphs, write one package.
+
+    \b
+    lance-host calibrate --model mcunet --data photos/ -o pkg.tar
+    lance-host calibrate --model mcunet --data photos/ --layers 2 --energy 0.9 -o better.tar
+    lance-host calibrate --model mcunet --data photos/ --memory-budget 64KiB -o small.tar
+    lance-host calibrate --model mcunet --weights own.pth --data photos/ --layers 0 -o head.tar
+    lance-host calibrate --model net.py:make --input-size 96 --data photos/ --layers 'stage4.*' -o own.tar
+    lance-host calibrate --model mcunet --data photos/ --layers 1-10 --methods all -o bench.tar
+    """
+    from lance_edge.manifest import Split
+    from lance_host.budget import parse_budget
+    from lance_host.build import calibrate as build
+    from lance_host.request import Feedback, Request
+    from lance_host.selection import method_names
+    from lance_host.tables import layer_table, saved_line
+
+    if not 0 <= validation < 1:
+        raise LanceError(f"--validation: expected a share from 0 to below 1, found {validation}")
+    split = Split(seed=split_seed, test_fraction=0.25, validation_fraction=validation)
+    names = method_names(methods)
+    budgets = {} if memory_budget is None else parse_budget(memory_budget, names)
+    with _progress() as progress:
+        manifest = build(
+            Request(methods=names, split=split, budgets=budgets, **options),
+            Feedback(say=click.echo, progress=progress),
+        )
+    click.echo()
+    click.echo(layer_table(manifest))
+    click.echo(f"\n{saved_line(manifest)}")
+    click.echo(f"wrote {options['output']} ({options['output'].stat().st_size / 2**20:.1f} MiB)")
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar per named piece of work: call it with (name, done, total)."""
+    bars: dict[str, Any] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        if total <= 0:
+            return  # a download that does not say how long it is
+        if name not in bars:
+            bars[name] = click.progressbar(length=total, label=name, file=sys.stderr)
+            bars[name].__enter__()
+        bar = bars[name]
+        bar.update(done - bar.pos)
+        if done >= total:
+            bar.__exit__(None, None, None)
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            if not bar.finished:
+                bar.__exit__(None, None, None)
+
+
+@click.command()
+@MODEL
+@INPUT_SIZE
+@HEAD
+@click.option("--data", type=FILE, help="An .npz of float32 arrays: says what the network takes.")
+@click.option("--batch-size", default=128, show_default=True, help="For which bytes are told.")
+def layers(model: str, resolution: int | None, head: str, data: Path | None, batch_size: int) -> None:
+    """List what can be trained: name, kind, weights, input, bytes of plain backpropagation.
+
+    \b
+    lance-host layers --model resnet18
+    lance-host layers --model net.py:make --input-size 96
+    lance-host layers --model examples/spoken_words.py:Network --data spoken/new.npz
+    """
+    from lance_edge.datasets import open_dataset
+    from lance_host.inputs import InputRequest, check_input
+    from lance_host.layers import list_layers
+    from lance_host.network import NetworkRequest, open_network
+    from lance_host.request import DEFAULT_SPLIT
+    from lance_host.search_tables import candidate_table
+
+    inputs = InputRequest(size=resolution)
+    check_input(inputs)
+    shape = None if data is None else open_dataset(data, DEFAULT_SPLIT).array_shape
+    network = open_network(NetworkRequest(model, head=head, input=inputs), None, click.echo, shape)
+    candidates = list_layers(network.module, network.preprocessing.sample_shape, network.head or network.kept)
+    click.echo(candidate_table(candidates, batch_size, network.head, network.kept))

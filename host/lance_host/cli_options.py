@@ -1,0 +1,44 @@
+"""Options that several commands have, and how they are read."""
+
+import math
+from pathlib import Path
+
+import click
+
+FILE = click.Path(path_type=Path)
+
+MODEL = click.option(
+    "--model",
+    default="mcunet",
+    show_default=True,
+    help="Network of the zoo (an unknown name lists them), or your own: FILE.py:FACTORY, MODULE:FACTORY,"
+    " torchvision:NAME, timm:NAME, FILE.onnx.",
+)
+INPUT_SIZE = click.option(
+    "--input-size",
+    "--resolution",
+    "resolution",
+    type=int,
+    help="Pixels of the network's square input. Default: its own; 224 where it does not say.",
+)
+HEAD = click.option(
+    "--head",
+    default="linear",
+    show_default=True,
+    metavar="linear|none|MODULE",
+    help="What becomes new for the classes of --data, and trains: the layer that gives the logits; nothing (the"
+    " network's own stays, frozen unless --layers names it); or that layer.",
+)
+
+
+def numbers(context: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...] | None:
+    """Parse `0.5` or `0.485,0.456,0.406`."""
+    if text is None:
+        return None
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(map(math.isfinite, values)):
+        raise click.BadParameter(f"expected numbers such as 0.5 or 0.485,0.456,0.406, found {text!r}")
+    return values
