@@ -17,7 +17,7 @@ HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors")
 CLICK_MODULES = {
     *("lance_device.bench_cli", "lance_device.cli", "lance_device.cli_board"),
     *("lance_device.cli_common", "lance_device.cli_train", "lance_device.cli_types"),
-    *("lance_host.cli", "lance_host.cli_export"),
+    *("lance_host.cli", "lance_host.cli_export", "lance_host.cli_reproduce"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line of the workstation: only it and `cli_export` print, and know click."""
+"""The command line of the workstation: only the modules called cli print, and know click."""
 
 import math
 import sys
@@ -12,6 +12,7 @@ import click
 from lance_edge import __version__
 from lance_edge.errors import LanceError
 from lance_host.cli_export import export_ort
+from lance_host.cli_reproduce import reproduce
 
 FILE = click.Path(path_type=Path)
 
@@ -319,3 +320,4 @@ def sample_data(folder: Path, per_class: int | None) -> None:
 
 
 cli.add_command(export_ort)
+cli.add_command(reproduce)

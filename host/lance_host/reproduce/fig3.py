@@ -1,0 +1,44 @@
+"""Figure 3: what the energy threshold ε and the number N of calibration batches do to accuracy and bytes."""
+
+from pathlib import Path
+
+from lance_host.reproduce.cells import Cells
+from lance_host.reproduce.findings import Cell, Finding
+from lance_host.reproduce.plots import Axes, Point, draw_lines
+from lance_host.reproduce.study import BATCH_SIZE
+from lance_host.reproduce.trained import Plan, method_plans, run_plans
+
+ENERGY = 0.7  # while N varies
+
+
+def fig3(cells: Cells) -> list[Finding]:
+    """Rows over ε at the preset's N, and over N at ε 0.7; the head alone beside them."""
+    study, findings = cells.study, list[Finding]()
+    layers = study.layers[-1]
+    for model, dataset in study.pairs:
+        plans = method_plans("fig3", model, dataset, (), (), "", batch_size=BATCH_SIZE)
+        plans += [
+            _plan(model, dataset, layers, f"ε {energy:g}", energy=energy) for energy in study.size.energies
+        ]
+        plans += [
+            _plan(model, dataset, layers, f"N {number}", energy=ENERGY, batches=number)
+            for number in study.size.calibrations
+        ]
+        findings += run_plans(cells, model, dataset, plans)
+    return findings
+
+
+def _plan(model: str, dataset: str, layers: int, setting: str, **options: object) -> Plan:
+    package = {"layers": str(layers), "methods": ("lance",), "batch_size": BATCH_SIZE, **options}
+    return Plan(Cell("fig3", model, dataset, "lance", layers, setting), package, "lance", layers)
+
+
+def draw_ablation(path: Path, findings: list[Finding]) -> None:
+    """Accuracy over ε (below 1) and over N (1 and more), on one logarithmic axis."""
+    series: dict[str, list[Point]] = {}
+    for one in findings:
+        name, _, value = one.setting.partition(" ")
+        if one.quantity == "accuracy_percent" and one.measured is not None and value:
+            series.setdefault(f"{name}, {one.model}, {one.dataset}", []).append((float(value), one.measured))
+    axes = Axes("Ablation of ε and N", "ε, or N calibration batches", "test accuracy, %", log_x=True)
+    draw_lines(path, axes, series)

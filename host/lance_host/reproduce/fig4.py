@@ -1,0 +1,65 @@
+"""Figure 4: gradient angle, activation memory and accuracy over the energy threshold ε."""
+
+from pathlib import Path
+
+from lance_edge.errors import LanceError
+from lance_host.reproduce.cells import Cells
+from lance_host.reproduce.findings import Cell, Finding
+from lance_host.reproduce.gradients import gradient_angles
+from lance_host.reproduce.material import AbsentError, Material, find_material
+from lance_host.reproduce.plots import Axes, Point, draw_lines
+from lance_host.reproduce.study import BATCH_SIZE
+from lance_host.reproduce.trained import Plan, method_plans, run_plan
+
+
+def fig4(cells: Cells) -> list[Finding]:
+    """A row for each ε; the head alone and backpropagation, the ends of the scale, beside them."""
+    study, findings = cells.study, list[Finding]()
+    layers = study.layers[-1]
+    for model, dataset in study.pairs:
+        ends = method_plans("fig4", model, dataset, ("bp",), (layers,), "", batch_size=BATCH_SIZE)
+        plans = [_plan(model, dataset, layers, energy) for energy in study.size.energies]
+        try:
+            material = find_material(study, model, dataset)
+        except AbsentError as reason:
+            findings += [plan.cell.found("accuracy_percent", (), str(reason)) for plan in ends + plans]
+            continue
+        findings += [one for plan in ends + plans for one in run_plan(cells, material, plan)]
+        findings += [one for plan in plans for one in _angles(cells, material, plan)]
+    return findings
+
+
+def _plan(model: str, dataset: str, layers: int, energy: float) -> Plan:
+    package = {"layers": str(layers), "methods": ("lance",), "energy": energy, "batch_size": BATCH_SIZE}
+    return Plan(Cell("fig4", model, dataset, "lance", layers, f"ε {energy:g}"), package, "lance", layers)
+
+
+def _angles(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
+    """With the weights that all ε begin with, and with those that each ends with; none of a cell that failed."""
+    start, end, batches = list[float](), list[float](), cells.study.size.gradient_batches
+    for seed in cells.study.seeds:
+        try:
+            package = cells.package(material, seed, **plan.package)
+            run = cells.run(material, package, seed, method=plan.method, layers=plan.layers)
+        except LanceError:
+            return []  # its row says why
+        name = f"angles of {run.name}"
+        cells.used.append(name)
+        with cells.timed(name):
+            for found, checkpoint in ((start, None), (end, run / "last.npz")):
+                angles = gradient_angles(material, package, plan.layers, checkpoint, batches, seed)
+                found.append(angles.mean_deg)
+    return [plan.cell.found("start_angle_deg", start), plan.cell.found("angle_deg", end)]
+
+
+def draw_energy(path: Path, findings: list[Finding]) -> None:
+    """Angles, accuracy and activation memory over ε; one logarithmic axis, units in the legend."""
+    series: dict[str, list[Point]] = {}
+    names = {"accuracy_percent": "accuracy, %", "angle_deg": "angle at the end, degrees"}
+    names |= {"start_angle_deg": "angle at the start, degrees", "activation_mib": "activations, KiB"}
+    for one in findings:
+        if one.quantity in names and one.measured is not None and one.setting.startswith("ε "):
+            value = one.measured * (1024 if one.quantity == "activation_mib" else 1)
+            label = f"{names[one.quantity]} ({one.model}, {one.dataset})"
+            series.setdefault(label, []).append((float(one.setting[2:]), value))
+    draw_lines(path, Axes("Over the energy threshold", "ε", "see the legend", log_y=True), series)
