@@ -17,7 +17,7 @@ HELP = {
     "fig3": "Ablation of the energy threshold ε and the number N of calibration batches.",
     "fig4": "Gradient angle, activation memory and accuracy over ε.",
     "fig5": "Time of a training step over 1 to 10 layers, every method, phase by phase.",
-    "theory": "Descent, monotone loss and projected stationarity on a quadratic, asserted; and when they break.",
+    "theory": "Descent, monotone loss and projected stationarity on a quadratic, asserted; how they break.",
 }
 EXAMPLES = {"theory": "--out reproduced/", "table2": "--data cifar10=data/cifar10 --datasets cifar10 --quick"}
 
@@ -63,9 +63,9 @@ def reproduce() -> None:
     lance-host reproduce table2 --models mcunet --datasets cifar10 --data cifar10=data/cifar10
     lance-host reproduce fig2 --quick --data cifar10=data/cifar10 --datasets cifar10
 
-    Every cell is a package and a run folder in --out, trained by lance-device itself. Finished cells are skipped, so
-    the same command goes on where it was stopped. Each claim writes CSV, a Markdown table and a picture; what is not
-    on this machine (a data set, published weights) is a row that says so.
+    Every cell is a package and a run folder in --out, trained by lance-device itself. Finished cells are
+    skipped, so the same command goes on where it was stopped. Each claim writes CSV, a Markdown table and a
+    picture; what is not on this machine (a data set, published weights) is a row that says so.
     """
 
 

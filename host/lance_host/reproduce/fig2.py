@@ -15,7 +15,7 @@ MOST_DEG = 70.0  # below which the paper reports it
 
 
 def fig2(cells: Cells) -> list[Finding]:
-    """An angle for each epoch, from the same weights and batches; and the head alone's accuracy beside LANCE's."""
+    """An angle for each epoch, from the same weights and batches; accuracies of LANCE and the head alone."""
     findings = []
     for model, dataset in cells.study.pairs:
         for layers in cells.study.layers:

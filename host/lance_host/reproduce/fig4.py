@@ -35,7 +35,7 @@ def _plan(model: str, dataset: str, layers: int, energy: float) -> Plan:
 
 
 def _angles(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
-    """With the weights that all ε begin with, and with those that each ends with; none of a cell that failed."""
+    """With the weights that all ε begin with, and those that each ends with; none of a cell that failed."""
     start, end, batches = list[float](), list[float](), cells.study.size.gradient_batches
     for seed in cells.study.seeds:
         try:

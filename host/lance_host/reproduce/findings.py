@@ -24,7 +24,8 @@ QUANTITIES = {
     "step_ms": ("step, ms", 1),
     "ratio_to_lance": ("step, times LANCE's", 2),
     "least_cosine": ("least cosine to the gradient", 3),
-    "ascents_percent": ("directions that ascend, %", 2),
+    "ascents_percent": ("first directions that ascend, %", 2),
+    "rises_percent": ("steps in which the loss rises, %", 1),
     "worst_error": ("worst relative error", 1),
     "loss_change_percent": ("loss after one step, change in %", 4),
 }
@@ -104,7 +105,7 @@ def markdown_table(findings: Sequence[Finding]) -> str:
     rows: dict[tuple[str, ...], dict[str, Finding]] = {}
     for one in findings:
         layers = "" if one.layers is None else str(one.layers)
-        key = (one.model, one.dataset, one.method, layers, one.setting)
+        key: tuple[str, ...] = (one.model, one.dataset, one.method, layers, one.setting)
         rows.setdefault(key, {})[one.quantity] = one
     heads = ["network", "images", "method", "layers", "setting"]
     used = [index for index in range(len(heads)) if any(key[index] for key in rows)]

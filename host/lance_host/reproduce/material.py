@@ -1,6 +1,5 @@
 """The networks and images that a study can have: what is not there is a row that says so, never an error."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ def _link(folder: Path, whole: Dataset, parts: dict[str, Any]) -> None:
         for path, label in zip(part.paths, part.labels, strict=True):
             place = folder / name / whole.classes[label]
             place.mkdir(parents=True, exist_ok=True)
-            os.symlink(path.absolute(), place / path.name)
+            (place / path.name).symlink_to(path.absolute())
 
 
 def _copy(file: Path, whole: Dataset, parts: dict[str, Any], kept: Sequence[str]) -> None:

@@ -85,8 +85,8 @@ def _begin(axes: Axes) -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError:
         raise PlatformError(
-            "matplotlib is not installed, which draws the pictures; pip install 'lance-edge[host]', then run the"
-            " same command again: finished cells are kept"
+            "matplotlib is not installed, which draws the pictures; pip install 'lance-edge[host]', then run"
+            " the same command again: finished cells are kept"
         ) from None
     figure = Figure(figsize=(7.0, 4.2), dpi=130, layout="constrained")
     plane = figure.add_subplot()

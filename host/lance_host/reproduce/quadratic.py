@@ -1,16 +1,17 @@
 """A quadratic on which the paper's theory can be checked exactly: a 1x1 convolution with a squared loss.
 
-    L(W) = ||W X - Y||^2 / (2 n),    X = A_(1), [C, n], n = B H W,    W [O, C],    Y [O, n]
+    L(W) = ||W X - Y||^2 / (2 n),    X = A_(1) [C, n],  n = B H W,  W [O, C],  Y [O, n]
 
-With the output gradient D = (W X - Y) / n the exact weight gradient is `g = D X^T`.  LANCE takes it with A projected
-in every mode: `g~ = D Q X^T P`, where P = U_1 U_1^T acts on channels and `Q = P_0 x P_2 x P_3` on batch and space.
+With the output gradient D = (W X - Y) / n the exact weight gradient is `g = D X^T`.  LANCE takes it with A
+projected in every mode: `g~ = D Q X^T P`, where P = U_1 U_1^T acts on channels and `Q = P_0 x P_2 x P_3`
+(Kronecker products) on batch and space.
 
 Projecting channels alone (Q = I) gives `g~ = g P`, so `<g, g~> = ||g P||^2 >= 0`: the guarantee of the paper.
 
-With Q, `<g, g~> = tr(D K Q D^T)`, where `K = X^T P X` [n, n].  Its sign is that of the symmetric part of K Q.  In the
-basis of Q's range and its complement, `K = [[K11, K12], [K12^T, K22]]` and `K Q + Q K = [[2 K11, K12], [K12^T, 0]]`,
-which is positive semidefinite only if K12 = 0, that is, if K and Q commute.  Otherwise an output gradient exists for
-which LANCE ascends: an eigenvector of the negative eigenvalue.
+With Q, `<g, g~> = tr(D K Q D^T)`, where `K = X^T P X` [n, n]; its sign is that of the symmetric part of K Q.
+In the basis of Q's range and its complement, `K = [[K11, K12], [K12^T, K22]]` and
+`K Q + Q K = [[2 K11, K12], [K12^T, 0]]`, which is positive semidefinite only if K12 = 0, that is, if K and Q
+commute.  Otherwise some output gradient makes LANCE ascend: an eigenvector of a negative eigenvalue.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from lance_edge.energy import rank_for_energy
 from lance_host.hosvd import ModeCovariances
 
 Matrix = NDArray[np.float64]
+Activation = NDArray[np.float32]  # [B, C, H, W]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Quadratic:
 
     def output_gradient(self, w: Matrix) -> Matrix:
         """D, `[O, n]`."""
-        return (w @ self.x - self.y) / self.x.shape[1]
+        return np.asarray((w @ self.x - self.y) / self.x.shape[1])
 
     def loss(self, w: Matrix) -> float:
         """L(W)."""
@@ -47,7 +49,7 @@ class Quadratic:
     def lance_gradient(self, w: Matrix, p: Matrix, q: Matrix | None = None) -> Matrix:
         """g~, `[O, C]`; without `q` channels alone are projected."""
         d = self.output_gradient(w)
-        return (d if q is None else d @ q) @ self.x.T @ p
+        return np.asarray((d if q is None else d @ q) @ self.x.T @ p)
 
     def smoothness(self, p: Matrix) -> float:
         """Lipschitz constant of the gradient along the range of p: the largest eigenvalue of P X X^T P / n."""
@@ -61,7 +63,7 @@ class Quadratic:
         return self.loss(w + m @ u.T)
 
 
-def activation(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
+def activation(shape: Sequence[int], seed: int) -> Activation:
     """A batch `[B, C, H, W]` whose modes all have decaying spectra, as activations do."""
     generator = np.random.default_rng(seed)
     values = generator.standard_normal(tuple(shape))
@@ -72,7 +74,7 @@ def activation(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
     return values.astype(np.float32)
 
 
-def subspaces(batches: Sequence[NDArray[np.float32]], energy: float) -> list[Matrix]:
+def subspaces(batches: Sequence[Activation], energy: float) -> list[Matrix]:
     """`U_i` of every mode, by the calibration that packages are made with, at the rank of ε."""
     covariances = ModeCovariances(batches[0].shape)
     for batch in batches:
@@ -94,7 +96,7 @@ def batch_and_space(bases: Sequence[Matrix], projected: Sequence[int]) -> Matrix
     return np.asarray(np.kron(np.kron(factors[0], factors[1]), factors[2]))
 
 
-def channels_by_samples(a: NDArray[np.float32]) -> Matrix:
+def channels_by_samples(a: Activation) -> Matrix:
     """A as `X = A_(1)`, `[C, B H W]`, columns in the order of `batch_and_space`."""
     return a.astype(np.float64).transpose(1, 0, 2, 3).reshape(a.shape[1], -1)
 

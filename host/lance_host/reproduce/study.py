@@ -118,8 +118,8 @@ def check(study: Study) -> None:
     unknown = [method for method in study.methods if method not in METHOD_NAMES]
     if unknown or "lance" not in study.methods:
         raise LanceError(
-            f"--methods: expected lance and some of {', '.join(METHOD_NAMES)}, found {', '.join(study.methods)};"
-            " everything is compared with lance: name it too"
+            f"--methods: expected lance and some of {', '.join(METHOD_NAMES)}, found"
+            f" {', '.join(study.methods)}; everything is compared with lance: name it too"
         )
     if study.layers[0] < 1:
         raise LanceError(

@@ -19,7 +19,7 @@ def table8(cells: Cells) -> list[Finding]:
                 cells.study.methods,
                 cells.study.layers,
                 f"batch {size}",
-                layers="pointwise:",
+                kind="pointwise:",
                 batch_size=size,
             )
             findings += run_plans(cells, model, dataset, plans)

@@ -3,6 +3,7 @@
 Everything here is asserted; a claim that does not hold is an error, never a row that nobody reads.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import Cell, Finding
 from lance_host.reproduce.plots import Axes, Point, draw_lines
 from lance_host.reproduce.quadratic import (
+    Activation,
     Matrix,
     Quadratic,
     activation,
@@ -25,6 +27,7 @@ from lance_host.reproduce.quadratic import (
 
 SHAPE, OUTPUTS, ENERGY = (16, 12, 5, 5), 6, 0.7
 POINTS, STEPS, TARGETS = 100, 400, 1000
+PATHS, PATH_STEPS = 30, 100
 EXACT = 1e-10  # float64 rounding in sums of some thousand terms, relative; measured: below 1e-13
 ROUNDING = 1e-12  # of a loss near its minimum
 CASES: dict[str, tuple[int, ...]] = {
@@ -46,10 +49,10 @@ def theory(cells: Cells) -> list[Finding]:
     bases = subspaces([a], ENERGY)
     problem = _problem(a, seed)
     findings = [
-        _cell("channels", "descent direction: <g, gP> = ||gP||²").found(
+        _cell("channels", "descent direction: <g, gP> = ‖gP‖²").found(
             "worst_error", [descent_direction(problem, projector(bases[1]), seed)]
         ),
-        _cell("channels", "decrease of every step, at least η(1 - ηL/2)||gP||²").found(
+        _cell("channels", "decrease of every step, at least η(1 - ηL/2)‖gP‖²").found(
             "worst_error", [monotone_loss(problem, projector(bases[1]), seed)[0]]
         ),
         _cell("channels", "projected stationarity: the minimum within the subspace").found(
@@ -66,7 +69,7 @@ def _cell(method: str, setting: str) -> Cell:
     return Cell("theory", "1x1 convolution", "quadratic", method, None, setting)
 
 
-def _problem(a: np.ndarray, seed: int) -> Quadratic:  # type: ignore[type-arg]
+def _problem(a: Activation, seed: int) -> Quadratic:
     x = channels_by_samples(a)
     return Quadratic(x, np.random.default_rng([seed, 1]).standard_normal((OUTPUTS, x.shape[1])))
 
@@ -93,7 +96,7 @@ def descent_direction(problem: Quadratic, p: Matrix, seed: int) -> float:
         square = float(np.square(projected).sum())
         worst = max(worst, abs(float((full * projected).sum()) - square) / square)
         expect(float((full * projected).sum()) > 0, "<g, gP> > 0", f"{float((full * projected).sum())}")
-    expect(worst < EXACT, f"<g, gP> = ||gP||² to {EXACT:g}", f"{worst:.1e}")
+    expect(worst < EXACT, f"<g, gP> = ‖gP‖² to {EXACT:g}", f"{worst:.1e}")
     return worst
 
 
@@ -134,7 +137,7 @@ def projected_stationarity(problem: Quadratic, u: Matrix, seed: int) -> float:
         projected = problem.lance_gradient(w, p)
         least = min(least, float(np.square(projected).sum()))
         bound = 2 * (first - minimum) / (rate * step)
-        expect(least <= bound * (1 + EXACT), "min ||gP||² <= 2 (L(W0) - L*) / (η T)", f"{least} > {bound}")
+        expect(least <= bound * (1 + EXACT), "min ‖gP‖² <= 2 (L(W0) - L*) / (η T)", f"{least} > {bound}")
         w = w - rate * projected
     left = problem.gradient(w)
     expect(
@@ -147,7 +150,7 @@ def projected_stationarity(problem: Quadratic, u: Matrix, seed: int) -> float:
     return abs(distance)
 
 
-def _break(cells: Cells, a: np.ndarray, bases: list[Matrix]) -> list[Finding]:  # type: ignore[type-arg]
+def _break(cells: Cells, a: Activation, bases: list[Matrix]) -> list[Finding]:
     """A target for which LANCE with all modes ascends, with the subspaces of the very batch that it trains on.
 
     From W = 0 with Y = -n D the output gradient is D: the eigenvector that `quadratic.py` derives.
@@ -176,24 +179,53 @@ def _break(cells: Cells, a: np.ndarray, bases: list[Matrix]) -> list[Finding]:  
     return findings
 
 
-def _frequencies(a: np.ndarray, bases: list[Matrix], seed: int) -> list[Finding]:  # type: ignore[type-arg]
-    """How often a random target makes a projection ascend: subspaces of this batch, and of ten others."""
+def _frequencies(a: Activation, bases: list[Matrix], seed: int) -> list[Finding]:
+    """How often projections ascend on random targets: in the first step, and on the way down from it.
+
+    The first step hardly ever does; later ones do.  What is left of the gradient is then what the projections
+    do not see, and the point that they lead to is not the minimum.  Subspaces of this batch, and of ten others.
+    """
     others = subspaces([activation(SHAPE, seed + 100 + number) for number in range(10)], ENERGY)
     x, findings = channels_by_samples(a), []
     for source, own in (("subspaces of this batch", bases), ("subspaces of ten other batches", others)):
         for name, modes in CASES.items():
-            p, q = projector(own[1]), batch_and_space(own, modes)
-            generator = np.random.default_rng([seed, 4])
-            cosines = []
-            for _ in range(TARGETS):
-                problem = Quadratic(x, generator.standard_normal((OUTPUTS, x.shape[1])))
-                w = np.zeros((OUTPUTS, len(x)))
-                cosines.append(cosine(problem.gradient(w), problem.lance_gradient(w, p, q)))
-            share = 100 * float(np.mean(np.array(cosines) < 0))
-            expect(bool(modes) or share == 0, "no ascent with channels alone", f"{share} %")
-            cell = _cell(name, f"{TARGETS} random targets, {source}")
-            findings += [cell.found("ascents_percent", [share]), cell.found("least_cosine", [min(cosines)])]
+            p, q = projector(own[1]), batch_and_space(own, modes) if modes else None
+            ascents, least = first_steps(x, p, q, seed)
+            rises = rising_steps(x, p, q, seed)
+            expect(
+                bool(modes) or ascents == rises == 0, "no ascent with channels alone", f"{ascents}, {rises} %"
+            )
+            cell = _cell(name, f"random targets, {source}")
+            findings += [
+                cell.found("ascents_percent", [ascents]),
+                cell.found("least_cosine", [least]),
+                cell.found("rises_percent", [rises]),
+            ]
     return findings
+
+
+def first_steps(x: Matrix, p: Matrix, q: Matrix | None, seed: int) -> tuple[float, float]:
+    """Of `TARGETS` random targets, from W = 0: % for which the direction ascends, and the least cosine."""
+    generator, w = np.random.default_rng([seed, 4]), np.zeros((OUTPUTS, len(x)))
+    cosines = []
+    for _ in range(TARGETS):
+        problem = Quadratic(x, generator.standard_normal((OUTPUTS, x.shape[1])))
+        cosines.append(cosine(problem.gradient(w), problem.lance_gradient(w, p, q)))
+    return 100 * float(np.mean(np.array(cosines) < 0)), min(cosines)
+
+
+def rising_steps(x: Matrix, p: Matrix, q: Matrix | None, seed: int) -> float:
+    """% of the steps of `PATHS` descents at 1/L in which the loss rises, by more than rounding."""
+    generator, rises = np.random.default_rng([seed, 5]), 0
+    for _ in range(PATHS):
+        problem = Quadratic(x, generator.standard_normal((OUTPUTS, x.shape[1])))
+        w = np.zeros((OUTPUTS, len(x)))
+        rate, losses = 1 / problem.smoothness(np.eye(len(x))), [problem.loss(w)]
+        for _ in range(PATH_STEPS):
+            w = w - rate * problem.lance_gradient(w, p, q)
+            losses.append(problem.loss(w))
+        rises += sum(after > before * (1 + ROUNDING) for before, after in pairwise(losses))
+    return 100 * rises / (PATHS * PATH_STEPS)
 
 
 def draw_descent(path: Path, findings: list[Finding]) -> None:

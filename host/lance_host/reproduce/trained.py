@@ -37,14 +37,15 @@ def method_plans(
     methods: Sequence[str],
     layers: Sequence[int],
     setting: str,
+    kind: str = "",
     **options: Any,
 ) -> list[Plan]:
     """The head alone, then every method with every count of layers, all from one package.
 
     Args:
-        options: of the package; `layers` may be a kind such as `pointwise:`, which the counts follow.
+        kind: of layers that are counted, `pointwise:` for instance.
+        options: of the package.
     """
-    kind = options.pop("layers", "")
     package = {**options, "layers": f"{kind}{','.join(map(str, (0, *layers)))}", "methods": tuple(methods)}
     if "bp" not in methods:
         package["methods"] = (*methods, "bp")  # the head alone is trained by it
