@@ -49,6 +49,9 @@ OPTIONS = (
     click.option("--seeds", default="0", show_default=True, help="0, or 0-2: each cell is run with every one."),
     click.option("--layers", default="2,4", show_default=True, help="Counts of trained layers."),
     click.option("--methods", default="all", show_default=True, help="Of lance,bp,asi,hosvd; lance is always."),
+    click.option(
+        "--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Of training."
+    ),
     click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate, the published one."),
     click.option("--threads", type=click.IntRange(min=1), help="Of every process.  [default: all cores]"),
 )
@@ -86,6 +89,7 @@ def run(name: str, **values: Any) -> None:
         seeds=counts("--seeds", values["seeds"]),
         layers=counts("--layers", values["layers"]),
         methods=method_names(values["methods"]),
+        batch_size=values["batch_size"],
         lr=values["lr"],
         threads=values["threads"],
         say=lambda text: click.echo(text, err=True),

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,18 @@ class Cells:
             places = {"artifact": package, "out": folder, "threads": self.study.threads}
             run_device({**places, **words}, "bench", folder.with_suffix(".log"), self.study.say)
         return folder
+
+    def numbers(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `measure` gives, kept under a name that says everything that decides it."""
+        path = self.study.out / "numbers" / f"{name}.json"
+        self.used.append(name)
+        if path.exists():
+            return {str(key): float(value) for key, value in json.loads(path.read_text()).items()}
+        with self.timed(name):
+            found = measure()
+        with atomic_writer(path) as file:
+            file.write((json.dumps(found) + "\n").encode())
+        return found
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -61,12 +61,14 @@ def reproduce(name: str, study: Study) -> str:
     """
     check(study)
     claim, cells = CLAIMS[name], Cells(study)
-    with cells.timed(name):  # of this call; cells that were there before add theirs
+    with cells.timed(name):
         findings = claim.find(cells)
     study.out.mkdir(parents=True, exist_ok=True)
     write_csv(study.out / f"{name}.csv", findings)
     table = f"{markdown_table(findings)}\n\n{caption(findings)}"
-    seconds = cells.seconds if cells.used else _own_seconds(cells, name)
+    if not cells.used:  # a claim without cells
+        cells.used.append(name)
+    seconds = cells.seconds
     text = f"# {claim.title} ({name})\n\n{circumstances(study, seconds)}\n\n{table}\n"
     _write(study.out / f"{name}.md", text)
     _write(study.out / f"{name}.json", json.dumps(_record(name, study, seconds), indent=1, default=str) + "\n")
@@ -78,11 +80,6 @@ def reproduce(name: str, study: Study) -> str:
             " cause and run the same command again"
         )
     return table
-
-
-def _own_seconds(cells: Cells, name: str) -> float:
-    cells.used.append(name)
-    return cells.seconds
 
 
 def circumstances(study: Study, seconds: float) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import Cell, Finding
 from lance_host.reproduce.plots import Axes, Point, draw_lines
-from lance_host.reproduce.study import BATCH_SIZE
-from lance_host.reproduce.trained import Plan, method_plans, run_plans
+from lance_host.reproduce.study import Study
+from lance_host.reproduce.trained import Plan, run_plans, shared_plans
 
 ENERGY = 0.7  # while N varies
 
@@ -14,22 +14,22 @@ ENERGY = 0.7  # while N varies
 def fig3(cells: Cells) -> list[Finding]:
     """Rows over ε at the preset's N, and over N at ε 0.7; the head alone beside them."""
     study, findings = cells.study, list[Finding]()
-    layers = study.layers[-1]
     for model, dataset in study.pairs:
-        plans = method_plans("fig3", model, dataset, (), (), "", batch_size=BATCH_SIZE)
+        plans = shared_plans(study, "fig3", model, dataset, ())
         plans += [
-            _plan(model, dataset, layers, f"ε {energy:g}", energy=energy) for energy in study.size.energies
+            _plan(study, model, dataset, f"ε {energy:g}", energy=energy) for energy in study.size.energies
         ]
         plans += [
-            _plan(model, dataset, layers, f"N {number}", energy=ENERGY, batches=number)
+            _plan(study, model, dataset, f"N {number}", energy=ENERGY, batches=number)
             for number in study.size.calibrations
         ]
         findings += run_plans(cells, model, dataset, plans)
     return findings
 
 
-def _plan(model: str, dataset: str, layers: int, setting: str, **options: object) -> Plan:
-    package = {"layers": str(layers), "methods": ("lance",), "batch_size": BATCH_SIZE, **options}
+def _plan(study: Study, model: str, dataset: str, setting: str, **options: object) -> Plan:
+    layers = study.layers[-1]
+    package = {"layers": str(layers), "methods": ("lance",), "batch_size": study.batch_size, **options}
     return Plan(Cell("fig3", model, dataset, "lance", layers, setting), package, "lance", layers)
 
 

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from lance_edge.errors import LanceError
+from lance_edge.errors import Interrupted, LanceError, StorageError
+from lance_host.reproduce.angles import plan_angles
 from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import Cell, Finding
-from lance_host.reproduce.gradients import gradient_angles
 from lance_host.reproduce.material import AbsentError, Material, find_material
 from lance_host.reproduce.plots import Axes, Point, draw_lines
-from lance_host.reproduce.study import BATCH_SIZE
-from lance_host.reproduce.trained import Plan, method_plans, run_plan
+from lance_host.reproduce.study import Study
+from lance_host.reproduce.trained import Plan, run_plan, shared_plans
 
 
 def fig4(cells: Cells) -> list[Finding]:
@@ -17,8 +17,9 @@ def fig4(cells: Cells) -> list[Finding]:
     study, findings = cells.study, list[Finding]()
     layers = study.layers[-1]
     for model, dataset in study.pairs:
-        ends = method_plans("fig4", model, dataset, ("bp",), (layers,), "", batch_size=BATCH_SIZE)
-        plans = [_plan(model, dataset, layers, energy) for energy in study.size.energies]
+        shared = shared_plans(study, "fig4", model, dataset, ("bp",))
+        ends = [plan for plan in shared if plan.layers in (0, layers)]
+        plans = [_plan(study, model, dataset, energy) for energy in study.size.energies]
         try:
             material = find_material(study, model, dataset)
         except AbsentError as reason:
@@ -29,26 +30,21 @@ def fig4(cells: Cells) -> list[Finding]:
     return findings
 
 
-def _plan(model: str, dataset: str, layers: int, energy: float) -> Plan:
-    package = {"layers": str(layers), "methods": ("lance",), "energy": energy, "batch_size": BATCH_SIZE}
+def _plan(study: Study, model: str, dataset: str, energy: float) -> Plan:
+    layers = study.layers[-1]
+    package = {"layers": str(layers), "methods": ("lance",), "energy": energy, "batch_size": study.batch_size}
     return Plan(Cell("fig4", model, dataset, "lance", layers, f"ε {energy:g}"), package, "lance", layers)
 
 
 def _angles(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
     """With the weights that all ε begin with, and those that each ends with; none of a cell that failed."""
-    start, end, batches = list[float](), list[float](), cells.study.size.gradient_batches
-    for seed in cells.study.seeds:
-        try:
-            package = cells.package(material, seed, **plan.package)
-            run = cells.run(material, package, seed, method=plan.method, layers=plan.layers)
-        except LanceError:
-            return []  # its row says why
-        name = f"angles of {run.name}"
-        cells.used.append(name)
-        with cells.timed(name):
-            for found, checkpoint in ((start, None), (end, run / "last.npz")):
-                angles = gradient_angles(material, package, plan.layers, checkpoint, batches, seed)
-                found.append(angles.mean_deg)
+    try:
+        start = [plan_angles(cells, material, plan, seed, None)["mean_deg"] for seed in cells.study.seeds]
+        end = [plan_angles(cells, material, plan, seed, "last.npz")["mean_deg"] for seed in cells.study.seeds]
+    except (Interrupted, StorageError):
+        raise
+    except LanceError:
+        return []  # the cell's row says why
     return [plan.cell.found("start_angle_deg", start), plan.cell.found("angle_deg", end)]
 
 

@@ -9,7 +9,7 @@ from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import MIB, Cell, Finding
 from lance_host.reproduce.material import AbsentError, Material, find_material
 from lance_host.reproduce.plots import Axes, draw_stacks
-from lance_host.reproduce.study import BATCH_SIZE, counts
+from lance_host.reproduce.study import counts
 from lance_host.reproduce.trained import FAILED
 
 PHASE = "phase "  # in `setting`, before the name of a phase that is not the whole step
@@ -36,12 +36,18 @@ def _measure(cells: Cells, material: Material) -> list[Finding]:
     study, findings = cells.study, list[Finding]()
     layers = counts("--layers", study.size.bench_layers)
     package = cells.package(
-        material, study.seeds[0], layers=study.size.bench_layers, methods=study.methods, batch_size=BATCH_SIZE
+        material,
+        study.seeds[0],
+        layers=study.size.bench_layers,
+        methods=study.methods,
+        batch_size=study.batch_size,
     )
     for number in (0, *layers):  # one benchmark each: a study that was broken off keeps what it has
         methods = study.methods if number else ("bp",)
         if not number:
-            head = cells.package(material, study.seeds[0], layers="0", methods=("bp",), batch_size=BATCH_SIZE)
+            head = cells.package(
+                material, study.seeds[0], layers="0", methods=("bp",), batch_size=study.batch_size
+            )
         folder = cells.bench(
             package if number else head,
             data=material.data,

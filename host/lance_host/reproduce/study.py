@@ -9,7 +9,6 @@ from lance_edge.errors import LanceError
 from lance_edge.manifest import METHOD_NAMES
 
 DEFAULT_DATASETS = ("cifar10", "cifar100")
-BATCH_SIZE = 128  # the published recipe's
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class Study:
         seeds: of the new head, the calibration and the order of images; a cell is run with each.
         layers: counts of trained layers, ascending; the head trains always.
         methods: of tables 1, 2, 8 and figure 5.
+        batch_size, lr: the published recipe's; table 8 has its own batches.
     """
 
     out: Path
@@ -94,6 +94,7 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     layers: tuple[int, ...] = (2, 4)
     methods: tuple[str, ...] = ("lance", "bp", "asi", "hosvd")
+    batch_size: int = 128
     lr: float = 0.05
     threads: int | None = None
     say: Callable[[str], None] = print

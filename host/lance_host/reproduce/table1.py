@@ -8,7 +8,6 @@ from lance_host.reproduce.cells import Cells, digest
 from lance_host.reproduce.findings import Finding
 from lance_host.reproduce.material import AbsentError, Material, class_names, sized_data
 from lance_host.reproduce.pretrain import Pretraining, pretrain
-from lance_host.reproduce.study import BATCH_SIZE
 from lance_host.reproduce.trained import method_plans, run_plan
 
 PAPERS = "imagenet"
@@ -27,7 +26,7 @@ def table1(cells: Cells) -> list[Finding]:
                 study.methods,
                 study.layers,
                 "other half of the classes",
-                batch_size=BATCH_SIZE,
+                batch_size=study.batch_size,
                 resolution=study.size.pretrain_size,
             )
             try:

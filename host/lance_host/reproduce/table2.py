@@ -6,7 +6,6 @@ from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import MIB, Cell, Finding
 from lance_host.reproduce.paper import published
 from lance_host.reproduce.plots import Axes, Point, draw_lines
-from lance_host.reproduce.study import BATCH_SIZE
 from lance_host.reproduce.trained import Plan, method_plans, run_plans
 
 AXES = Axes("Accuracy over activation memory", "activations, MiB", "test accuracy, %", log_x=True)
@@ -18,7 +17,13 @@ def table2(cells: Cells) -> list[Finding]:
     findings = []
     for model, dataset in cells.study.pairs:
         plans = method_plans(
-            "table2", model, dataset, cells.study.methods, cells.study.layers, "", batch_size=BATCH_SIZE
+            "table2",
+            model,
+            dataset,
+            cells.study.methods,
+            cells.study.layers,
+            "",
+            batch_size=cells.study.batch_size,
         )
         findings += run_plans(cells, model, dataset, plans + budget_plans(cells, model, dataset))
     return findings
@@ -35,7 +40,7 @@ def budget_plans(cells: Cells, model: str, dataset: str) -> list[Plan]:
                 "layers": str(layers),
                 "methods": ("lance",),
                 "budgets": budgets,
-                "batch_size": BATCH_SIZE,
+                "batch_size": cells.study.batch_size,
             }
             cell = Cell("table2", model, dataset, "lance", layers, f"within {printed.value:g} MiB")
             plans.append(Plan(cell, package, "lance", layers))

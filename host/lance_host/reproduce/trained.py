@@ -10,6 +10,7 @@ from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import Cell, Finding
 from lance_host.reproduce.material import AbsentError, Material, find_material
 from lance_host.reproduce.outcome import Outcome, graph_gmacs, paper_gmacs, read_outcome
+from lance_host.reproduce.study import Study
 
 HEAD_ONLY = "head only"
 QUANTITIES = ("accuracy_percent", "activation_mib", "saved_mib")
@@ -55,6 +56,12 @@ def method_plans(
         for count in layers
         for method in methods
     ]
+
+
+def shared_plans(study: Study, claim: str, model: str, dataset: str, methods: Sequence[str]) -> list[Plan]:
+    """The head alone, and some methods, for a figure: from the package of table 2, whose runs serve both."""
+    plans = method_plans(claim, model, dataset, study.methods, study.layers, "", batch_size=study.batch_size)
+    return [plan for plan in plans if plan.cell.method in (HEAD_ONLY, *methods)]
 
 
 def run_plans(cells: Cells, model: str, dataset: str, plans: Sequence[Plan]) -> list[Finding]:
