@@ -68,11 +68,9 @@ class Cells:
 
     def run(self, material: Material, package: Path, seed: int, **words: Any) -> Path:
         """The folder of a finished training run; `words` are options of `lance-device train`."""
-        epochs = self.study.size.epochs
-        words = {
-            **{"epochs": epochs, "eval_every": max(1, epochs // EVALUATIONS)},
-            **{"seed": seed, "lr": self.study.lr, **words},
-        }
+        epochs = words.get("epochs", self.study.size.epochs)
+        own = {"epochs": epochs, "eval_every": max(1, epochs // EVALUATIONS), "seed": seed, "lr": self.study.lr}
+        words = {**own, **words}
         method = f"{words.get('method') or 'default'}-{words.get('layers', '')}"
         name = f"{_label(material)}-{seed}-{method}-{digest([package.name, words])}"
         folder = self.study.out / "runs" / name

@@ -24,6 +24,10 @@ from lance_host.reproduce.table8 import table8
 from lance_host.reproduce.theory import draw_descent, theory
 from lance_host.reproduce.trained import FAILED
 
+QUICK_NOTE = (
+    " A quick study shows that everything runs, and what it costs; its accuracies are those of a few images and"
+    " epochs and cannot be compared."
+)
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -34,6 +38,7 @@ class Claim:
     title: str
     find: Callable[[Cells], list[Finding]]
     draw: Callable[[Path, list[Finding]], None]
+    on_images: bool = True
 
 
 CLAIMS = {
@@ -44,7 +49,9 @@ CLAIMS = {
     "fig3": Claim("Ablation of the energy threshold and the calibration batches", fig3, draw_ablation),
     "fig4": Claim("Angle, memory and accuracy over the energy threshold", fig4, draw_energy),
     "fig5": Claim("Time of a training step over the number of layers", fig5, draw_phases),
-    "theory": Claim("Descent with exact channel projectors, and when it breaks", theory, draw_descent),
+    "theory": Claim(
+        "Descent with exact channel projectors, and when it breaks", theory, draw_descent, on_images=False
+    ),
 }
 
 
@@ -65,11 +72,12 @@ def reproduce(name: str, study: Study) -> str:
         findings = claim.find(cells)
     study.out.mkdir(parents=True, exist_ok=True)
     write_csv(study.out / f"{name}.csv", findings)
-    table = f"{markdown_table(findings)}\n\n{caption(findings)}"
+    note = QUICK_NOTE if claim.on_images and study.preset == "quick" else ""
+    table = f"{markdown_table(findings)}\n\n{caption(findings)}{note}"
     if not cells.used:  # a claim without cells
         cells.used.append(name)
     seconds = cells.seconds
-    text = f"# {claim.title} ({name})\n\n{circumstances(study, seconds)}\n\n{table}\n"
+    text = f"# {claim.title} ({name})\n\n{circumstances(study, claim, seconds)}\n\n{table}\n"
     _write(study.out / f"{name}.md", text)
     _write(study.out / f"{name}.json", json.dumps(_record(name, study, seconds), indent=1, default=str) + "\n")
     claim.draw(study.out / f"{name}.png", findings)
@@ -82,14 +90,12 @@ def reproduce(name: str, study: Study) -> str:
     return table
 
 
-def circumstances(study: Study, seconds: float) -> str:
+def circumstances(study: Study, claim: Claim, seconds: float) -> str:
     """One line: preset, seeds, machine, time."""
     size = study.size
     images = "all images" if size.train_images is None else f"{size.train_images} training images"
-    return (
-        f"Preset {study.preset} ({images}, {size.epochs} epochs), seeds {', '.join(map(str, study.seeds))};"
-        f" {machine()}; {seconds / 60:.1f} minutes for all cells; lance-edge {__version__}."
-    )
+    length = f"Preset {study.preset} ({images}, {size.epochs} epochs), " if claim.on_images else "Float64, "
+    return f"{length}seeds {', '.join(map(str, study.seeds))}; {machine()}; {seconds / 60:.1f} minutes for all cells; lance-edge {__version__}."
 
 
 def machine() -> str:

@@ -7,7 +7,7 @@ from lance_host.reproduce.angles import plan_angles
 from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import Finding
 from lance_host.reproduce.material import AbsentError, Material, find_material
-from lance_host.reproduce.plots import Axes, Point, draw_lines
+from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
 from lance_host.reproduce.trained import Plan, run_plan, shared_plans
 
 MOST_DEG = 70.0  # below which the paper reports it
@@ -65,4 +65,4 @@ def draw_angles(path: Path, findings: list[Finding]) -> None:
         "angle, degrees",
         bound=(MOST_DEG, "published: below 70"),
     )
-    draw_lines(path, axes, series)
+    draw_lines(path, Panel(axes, series))

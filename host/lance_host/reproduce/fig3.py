@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import Cell, Finding
-from lance_host.reproduce.plots import Axes, Point, draw_lines
+from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
 from lance_host.reproduce.study import Study
 from lance_host.reproduce.trained import Plan, run_plans, shared_plans
 
@@ -34,11 +34,15 @@ def _plan(study: Study, model: str, dataset: str, setting: str, **options: objec
 
 
 def draw_ablation(path: Path, findings: list[Finding]) -> None:
-    """Accuracy over ε (below 1) and over N (1 and more), on one logarithmic axis."""
-    series: dict[str, list[Point]] = {}
+    """Accuracy over ε, and below it over N."""
+    axes = {
+        "ε": Axes("Energy threshold", "ε", "test accuracy, %"),
+        "N": Axes(f"Calibration batches, ε {ENERGY:g}", "N", "test accuracy, %", log_x=True),
+    }
+    series: dict[str, dict[str, list[Point]]] = {"ε": {}, "N": {}}
     for one in findings:
         name, _, value = one.setting.partition(" ")
         if one.quantity == "accuracy_percent" and one.measured is not None and value:
-            series.setdefault(f"{name}, {one.model}, {one.dataset}", []).append((float(value), one.measured))
-    axes = Axes("Ablation of ε and N", "ε, or N calibration batches", "test accuracy, %", log_x=True)
-    draw_lines(path, axes, series)
+            points = series[name].setdefault(f"{one.model}, {one.dataset}", [])
+            points.append((float(value), one.measured))
+    draw_lines(path, *(Panel(axes[name], series[name]) for name in axes))

@@ -7,7 +7,7 @@ from lance_host.reproduce.angles import plan_angles
 from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import Cell, Finding
 from lance_host.reproduce.material import AbsentError, Material, find_material
-from lance_host.reproduce.plots import Axes, Point, draw_lines
+from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
 from lance_host.reproduce.study import Study
 from lance_host.reproduce.trained import Plan, run_plan, shared_plans
 
@@ -48,14 +48,19 @@ def _angles(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
     return [plan.cell.found("start_angle_deg", start), plan.cell.found("angle_deg", end)]
 
 
+ENERGY_AXIS = "ε"
+PANELS = {
+    "angle_deg": Axes("Angle between LANCE's gradient and the exact one", ENERGY_AXIS, "degrees, at the end"),
+    "activation_mib": Axes("Activation memory", ENERGY_AXIS, "MiB", log_y=True),
+    "accuracy_percent": Axes("Test accuracy", ENERGY_AXIS, "%"),
+}
+
+
 def draw_energy(path: Path, findings: list[Finding]) -> None:
-    """Angles, accuracy and activation memory over ε; one logarithmic axis, units in the legend."""
-    series: dict[str, list[Point]] = {}
-    names = {"accuracy_percent": "accuracy, %", "angle_deg": "angle at the end, degrees"}
-    names |= {"start_angle_deg": "angle at the start, degrees", "activation_mib": "activations, KiB"}
+    """Angle, activation memory and accuracy over ε, a panel each."""
+    series: dict[str, dict[str, list[Point]]] = {name: {} for name in PANELS}
     for one in findings:
-        if one.quantity in names and one.measured is not None and one.setting.startswith("ε "):
-            value = one.measured * (1024 if one.quantity == "activation_mib" else 1)
-            label = f"{names[one.quantity]} ({one.model}, {one.dataset})"
-            series.setdefault(label, []).append((float(one.setting[2:]), value))
-    draw_lines(path, Axes("Over the energy threshold", "ε", "see the legend", log_y=True), series)
+        if one.quantity in PANELS and one.measured is not None and one.setting.startswith(f"{ENERGY_AXIS} "):
+            points = series[one.quantity].setdefault(f"{one.model}, {one.dataset}", [])
+            points.append((float(one.setting[2:]), one.measured))
+    draw_lines(path, *(Panel(axes, series[name]) for name, axes in PANELS.items()))

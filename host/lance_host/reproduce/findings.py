@@ -139,5 +139,5 @@ def cell_text(finding: Finding) -> str:
 def caption(findings: Sequence[Finding]) -> str:
     """What the brackets are; a claim without published numbers says so."""
     if any(finding.published is not None for finding in findings):
-        return f"In brackets what was published: {source()}."
+        return f"In brackets what was published: {source()}: all images, 50 epochs."
     return f"No published number of this claim is at hand ({source()})."

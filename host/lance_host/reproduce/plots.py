@@ -41,19 +41,31 @@ class Axes:
     bound: tuple[float, str] | None = None
 
 
-def draw_lines(path: Path, axes: Axes, series: Mapping[str, Sequence[Point]], joined: bool = True) -> None:
-    """Points `(x, y)` of each series, joined by lines or not.
+@dataclass(frozen=True)
+class Panel:
+    """One of the planes of a picture."""
+
+    axes: Axes
+    series: Mapping[str, Sequence[Point]]
+    joined: bool = True
+
+
+def draw_lines(path: Path, *panels: Panel) -> None:
+    """Points `(x, y)` of each series, joined by lines or not; panels stand above each other.
 
     Raises:
         PlatformError: if matplotlib is not installed.
     """
-    figure, plane = _begin(axes)
-    for number, (name, points) in enumerate(series.items()):
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        style = {"linestyle": "-" if joined else "", "color": _colour(name, number)}
-        hollow = {"markerfacecolor": "none"} if "published" in name else {}
-        plane.plot(xs, ys, marker="o", label=name, **style, **hollow)
-    _end(path, axes, figure, plane)
+    figure = _figure(len(panels))
+    for plane, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        for number, (name, points) in enumerate(panel.series.items()):
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            style = {"linestyle": "-" if panel.joined else "", "color": _colour(name, number)}
+            hollow = {"markerfacecolor": "none"} if "published" in name else {}
+            marker = "s" if "within" in name else "o"
+            plane.plot(xs, ys, marker=marker, label=name, **style, **hollow)
+        _dress(plane, panel.axes)
+    _save(path, figure)
 
 
 def draw_stacks(path: Path, axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
@@ -62,7 +74,8 @@ def draw_stacks(path: Path, axes: Axes, bars: Mapping[str, Mapping[str, float]])
     Raises:
         PlatformError: if matplotlib is not installed.
     """
-    figure, plane = _begin(axes)
+    figure = _figure(1)
+    plane = figure.add_subplot()
     names = list(bars)
     bottoms = [0.0] * len(names)
     for number, part in enumerate(dict.fromkeys(part for heights in bars.values() for part in heights)):
@@ -70,7 +83,8 @@ def draw_stacks(path: Path, axes: Axes, bars: Mapping[str, Mapping[str, float]])
         plane.bar(names, heights, bottom=bottoms, label=part, color=_colour(part, number))
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     plane.tick_params(axis="x", rotation=90, labelsize=7)
-    _end(path, axes, figure, plane)
+    _dress(plane, axes)
+    _save(path, figure)
 
 
 def _colour(name: str, number: int) -> str:
@@ -80,7 +94,7 @@ def _colour(name: str, number: int) -> str:
     return known[0] if known else OTHERS[number % len(OTHERS)]
 
 
-def _begin(axes: Axes) -> tuple[Any, Any]:
+def _figure(panels: int) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -88,14 +102,12 @@ def _begin(axes: Axes) -> tuple[Any, Any]:
             "matplotlib is not installed, which draws the pictures; pip install 'lance-edge[host]', then run"
             " the same command again: finished cells are kept"
         ) from None
-    figure = Figure(figsize=(7.0, 4.2), dpi=130, layout="constrained")
-    plane = figure.add_subplot()
+    return Figure(figsize=(7.0, 4.2 if panels == 1 else 2.4 * panels), dpi=130, layout="constrained")
+
+
+def _dress(plane: Any, axes: Axes) -> None:
     plane.set(title=axes.title, xlabel=axes.x, ylabel=axes.y)
     plane.grid(alpha=0.3)
-    return figure, plane
-
-
-def _end(path: Path, axes: Axes, figure: Any, plane: Any) -> None:
     if axes.log_x:
         plane.set_xscale("log")
     if axes.log_y:
@@ -104,6 +116,9 @@ def _end(path: Path, axes: Axes, figure: Any, plane: Any) -> None:
         plane.axhline(axes.bound[0], linestyle="--", color="#777777", label=axes.bound[1])
     if plane.get_legend_handles_labels()[0]:
         plane.legend(fontsize=8)
+
+
+def _save(path: Path, figure: Any) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})  # the same points, the same bytes
     with atomic_writer(path) as file:

@@ -17,6 +17,7 @@ class Preset:
 
     Attributes:
         train_images, test_images: of a data set at most, the same share of each class; `None`: all.
+        small_batch_epochs: of table 8, whose batches of 4 make 32 times as many steps.
         batches: calibration batches at most, as in `lance-host calibrate --batches`.
         gradient_batches: that the angle of gradients is measured on.
         energies: ε of figures 3 and 4.
@@ -28,6 +29,7 @@ class Preset:
     train_images: int | None
     test_images: int | None
     epochs: int
+    small_batch_epochs: int
     batches: int
     gradient_batches: int
     energies: tuple[float, ...]
@@ -44,6 +46,7 @@ PRESETS = {
         train_images=2000,
         test_images=1000,
         epochs=5,
+        small_batch_epochs=1,
         batches=15,
         gradient_batches=2,
         energies=(0.5, 0.7, 0.9),
@@ -58,6 +61,7 @@ PRESETS = {
         train_images=None,
         test_images=None,
         epochs=50,
+        small_batch_epochs=50,
         batches=100,
         gradient_batches=4,
         energies=(0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),

@@ -5,7 +5,7 @@ from pathlib import Path
 from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import MIB, Cell, Finding
 from lance_host.reproduce.paper import published
-from lance_host.reproduce.plots import Axes, Point, draw_lines
+from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
 from lance_host.reproduce.trained import Plan, method_plans, run_plans
 
 AXES = Axes("Accuracy over activation memory", "activations, MiB", "test accuracy, %", log_x=True)
@@ -63,4 +63,4 @@ def draw_accuracy(path: Path, findings: list[Finding]) -> None:
             series.setdefault(name, []).append((max(size.measured, LEAST_MIB), accuracy.measured))
         if size.published is not None and accuracy.published is not None and not accuracy.setting:
             series.setdefault(f"{name}, published", []).append((size.published, accuracy.published))
-    draw_lines(path, AXES, series, joined=False)
+    draw_lines(path, Panel(AXES, series, joined=False))

@@ -1,5 +1,7 @@
 """Table 8: batches of 4 and 8, trained layers counted without depthwise convolutions."""
 
+from dataclasses import replace
+
 from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import Finding
 from lance_host.reproduce.trained import method_plans, run_plans
@@ -22,5 +24,7 @@ def table8(cells: Cells) -> list[Finding]:
                 kind="pointwise:",
                 batch_size=size,
             )
+            words = {"epochs": cells.study.size.small_batch_epochs}
+            plans = [replace(plan, words=words) for plan in plans]
             findings += run_plans(cells, model, dataset, plans)
     return findings

@@ -11,7 +11,7 @@ import numpy as np
 from lance_edge.errors import NumericalError
 from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import Cell, Finding
-from lance_host.reproduce.plots import Axes, Point, draw_lines
+from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
 from lance_host.reproduce.quadratic import (
     Activation,
     Matrix,
@@ -244,4 +244,5 @@ def draw_descent(path: Path, findings: list[Finding]) -> None:
             w = w - rate * problem.lance_gradient(w, p, projection)
             losses.append(problem.loss(w))
         series[name] = [(step, loss / losses[0]) for step, loss in enumerate(losses)]
-    draw_lines(path, Axes("A target made against batch and space", "step", "loss, first = 1"), series)
+    axes = Axes("A target made against batch and space", "step", "loss, first = 1")
+    draw_lines(path, Panel(axes, series))
