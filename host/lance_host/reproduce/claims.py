@@ -95,7 +95,8 @@ def circumstances(study: Study, claim: Claim, seconds: float) -> str:
     size = study.size
     images = "all images" if size.train_images is None else f"{size.train_images} training images"
     length = f"Preset {study.preset} ({images}, {size.epochs} epochs), " if claim.on_images else "Float64, "
-    return f"{length}seeds {', '.join(map(str, study.seeds))}; {machine()}; {seconds / 60:.1f} minutes for all cells; lance-edge {__version__}."
+    seeds = ", ".join(map(str, study.seeds))
+    return f"{length}seeds {seeds}; {machine()}; {seconds / 60:.1f} minutes for all cells; lance-edge {__version__}."
 
 
 def machine() -> str:
