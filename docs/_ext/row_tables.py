@@ -21,10 +21,10 @@ class Rows(Directive):
         kind = getattr(importlib.import_module(module), name)
         described = descriptions(inspect.getdoc(kind) or "")
         hints = typing.get_type_hints(kind)
-        rows = [("column", "holds", "meaning")]
-        for field in dataclasses.fields(kind):
-            rows.append((field.name, holds(hints[field.name]), described.get(field.name, "")))
-        return [table(rows)]
+        columns = [
+            (one.name, holds(hints[one.name]), described.get(one.name, "")) for one in dataclasses.fields(kind)
+        ]
+        return [table([("column", "holds", "meaning"), *columns])]
 
 
 def descriptions(doc):

@@ -93,7 +93,7 @@ def test_head_only_stands_in_every_table():
     for methods, layers in ((("lance", "bp"), (2, 4)), (("lance",), (1,))):
         plans = method_plans("table2", "mcunet", "cifar10", methods, layers, "")
         assert (plans[0].cell.method, plans[0].layers, plans[0].method) == ("head only", 0, "bp")
-        assert "bp" in plans[0].package["methods"]
+        assert plans[0].package["methods"] == ("bp",)
         assert len(plans) == 1 + len(methods) * len(layers)
 
 

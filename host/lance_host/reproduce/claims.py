@@ -33,18 +33,29 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Claim:
-    """One of the paper's tables or figures: what finds its numbers, and what draws them."""
+    """One of the paper's tables or figures: what finds its numbers, and what draws them.
+
+    Attributes:
+        on_images: whether anything is trained.
+        epochs: which length of the preset its runs have.
+    """
 
     title: str
     find: Callable[[Cells], list[Finding]]
     draw: Callable[[Path, list[Finding]], None]
     on_images: bool = True
+    epochs: str = "epochs"
 
 
 CLAIMS = {
     "table1": Claim("Pretraining on one half of the classes, fine-tuning on the other", table1, draw_accuracy),
     "table2": Claim("Accuracy, activation memory and multiply-adds", table2, draw_accuracy),
-    "table8": Claim("Small batches, layers counted without depthwise convolutions", table8, draw_accuracy),
+    "table8": Claim(
+        "Small batches, layers counted without depthwise convolutions",
+        table8,
+        draw_accuracy,
+        epochs="small_batch_epochs",
+    ),
     "fig2": Claim("Angle between LANCE's gradient and backpropagation's", fig2, draw_angles),
     "fig3": Claim("Ablation of the energy threshold and the calibration batches", fig3, draw_ablation),
     "fig4": Claim("Angle, memory and accuracy over the energy threshold", fig4, draw_energy),
@@ -94,9 +105,14 @@ def circumstances(study: Study, claim: Claim, seconds: float) -> str:
     """One line: preset, seeds, machine, time."""
     size = study.size
     images = "all images" if size.train_images is None else f"{size.train_images} training images"
-    length = f"Preset {study.preset} ({images}, {size.epochs} epochs), " if claim.on_images else "Float64, "
+    length = (
+        f"Preset {study.preset} ({images}, {getattr(size, claim.epochs)} epochs), "
+        if claim.on_images
+        else "Float64, "
+    )
     seeds = ", ".join(map(str, study.seeds))
-    return f"{length}seeds {seeds}; {machine()}; {seconds / 60:.1f} minutes for all cells; lance-edge {__version__}."
+    time = f"{seconds / 60:.1f} minutes for all cells"
+    return f"{length}seeds {seeds}; {machine()}; {time}; lance-edge {__version__}."
 
 
 def machine() -> str:

@@ -41,18 +41,20 @@ def method_plans(
     kind: str = "",
     **options: Any,
 ) -> list[Plan]:
-    """The head alone, then every method with every count of layers, all from one package.
+    """The head alone, then every method with every count of layers.
+
+    Each method has a package of its own, so that a cell stays the same whatever else is asked for beside it.
 
     Args:
         kind: of layers that are counted, `pointwise:` for instance.
         options: of the package.
     """
-    package = {**options, "layers": f"{kind}{','.join(map(str, (0, *layers)))}", "methods": tuple(methods)}
-    if "bp" not in methods:
-        package["methods"] = (*methods, "bp")  # the head alone is trained by it
-    plans = [Plan(Cell(claim, model, dataset, HEAD_ONLY, 0, setting), package, "bp", 0)]
+    counts = ",".join(map(str, layers))
+    packages = {name: {**options, "layers": kind + counts, "methods": (name,)} for name in methods}
+    packages["bp"] = {**options, "layers": f"{kind}0,{counts}".removesuffix(","), "methods": ("bp",)}
+    plans = [Plan(Cell(claim, model, dataset, HEAD_ONLY, 0, setting), packages["bp"], "bp", 0)]
     return plans + [
-        Plan(Cell(claim, model, dataset, method, count, setting), package, method, count)
+        Plan(Cell(claim, model, dataset, method, count, setting), packages[method], method, count)
         for count in layers
         for method in methods
     ]
