@@ -20,13 +20,14 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx_click",
     "sphinx_copybutton",
+    "commands",
     "row_tables",
 ]
 html_theme = "furo"
 html_title = "lance-edge"
 html_show_sphinx = False
+smartquotes = False  # --option must stay two dashes
 exclude_patterns = ["_ext"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -89,5 +89,5 @@ def test_the_picture_of_the_readme_is_that_of_its_table():
 
 def test_the_reference_of_commands_is_made_from_the_commands():
     text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
-    assert "```{click} lance_host.cli:cli" in text
-    assert "```{click} lance_device.cli:main" in text
+    assert "```{commands} lance_host.cli:cli" in text
+    assert "```{commands} lance_device.cli:main" in text

@@ -56,13 +56,18 @@ def table(rows):
         for cells in some:
             row = nodes.row()
             for index, text in enumerate(cells):
-                inside = (
-                    nodes.literal(text, text) if index == 0 and place.tagname == "tbody" else nodes.Text(text)
-                )
-                row += nodes.entry("", nodes.paragraph("", "", inside))
+                is_name = index == 0 and place.tagname == "tbody"
+                row += nodes.entry("", nodes.paragraph("", "", *inline(f"`{text}`" if is_name else text)))
             place += row
         group += place
     return nodes.table("", group)
+
+
+def inline(text):
+    """Text with `code` in backticks."""
+    for index, piece in enumerate(text.split("`")):
+        if piece:
+            yield nodes.literal(piece, piece) if index % 2 else nodes.Text(piece)
 
 
 def setup(app):
