@@ -11,7 +11,7 @@ import numpy as np
 from lance_device.bench_features import open_bench_features
 from lance_device.bench_images import generated_part
 from lance_device.features import Batch
-from lance_device.graphs import load_graph, starting_parameters
+from lance_device.graphs import load_prefix, starting_parameters
 from lance_device.measure import PhaseCost, PhaseMeter, RowLog
 from lance_device.optimizer import SGD
 from lance_device.probe import HealthProbe, MemoryProbe
@@ -74,7 +74,7 @@ def work(job: Job, rows: Path) -> None:
         variant = bundle.manifest.variant(job.method, job.layers)
         parameters = starting_parameters(bundle, variant)
         batch = open_batch(job, bundle.manifest)
-        prefix = load_graph(bundle, variant, "prefix", job.threads)
+        prefix = load_prefix(bundle, variant, job.threads, job.micro_batch)
         folder = rows.parent if job.cached else None
         features = open_bench_features(prefix, variant, batch.part, len(batch), folder)
         step = training_step(bundle, variant, parameters, job.threads, features)

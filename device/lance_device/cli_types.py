@@ -51,7 +51,7 @@ def byte_count(context: click.Context, option: click.Parameter, text: str | None
 
 def class_weights(context: click.Context, option: click.Parameter, text: str) -> str:
     """Let `none`, `balanced` and `1,2.5,1` pass."""
-    from lance_device.class_weights import is_understood
+    from lance_device.class_weights_text import is_understood
 
     if not is_understood(text):
         raise click.BadParameter(

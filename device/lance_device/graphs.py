@@ -25,10 +25,19 @@ from lance_edge.manifest import (
 
 Float = NDArray[np.float32]
 
-PREFIX_IMAGES = 4  # that pass the prefix at a time
+PREFIX_IMAGES = 4  # that pass the prefix at a time, in all lanes together
 
 
-def load_graph(bundle: Bundle, variant: Variant, role: str, threads: int) -> Graph:
+def load_prefix(bundle: Bundle, variant: Variant, threads: int, micro_batch: int) -> Graph:
+    """The frozen part, for micro-batches of that many images, which pass it side by side.
+
+    Raises:
+        ArtifactError: if the package does not have it or it cannot be loaded.
+    """
+    return load_graph(bundle, variant, "prefix", threads, lanes=min(threads, micro_batch))
+
+
+def load_graph(bundle: Bundle, variant: Variant, role: str, threads: int, lanes: int = 1) -> Graph:
     """The graph of a role (`prefix`, `forward`, ...).
 
     Raises:
@@ -40,7 +49,7 @@ def load_graph(bundle: Bundle, variant: Variant, role: str, threads: int) -> Gra
         )
     members = variant.graphs[role]
     specs = tensor_specs(bundle, variant)
-    return Graph(bundle.read(*members), f"{bundle.path}: {members[0]}", threads, specs)
+    return Graph(bundle.read(*members), f"{bundle.path}: {members[0]}", threads, specs, lanes)
 
 
 def tensor_specs(bundle: Bundle, variant: Variant) -> dict[str, TensorSpec]:
@@ -119,12 +128,10 @@ def run_prefix(prefix: Graph, images: Float) -> dict[str, Array]:
     """Boundary tensors of prepared images `[N, 3, R, R]`, a few images at a time.
 
     The maps of the first layers are the largest tensors of a whole run: four images of 160 x 160 pixels take
-    15 MiB less than eight, and no more time.
+    15 MiB less than eight, and no more time.  The lanes share the four.
     """
-    parts = [
-        prefix.run({IMAGES: images[start : start + PREFIX_IMAGES]})
-        for start in range(0, len(images), PREFIX_IMAGES)
-    ]
+    size = max(1, PREFIX_IMAGES // prefix.lanes)
+    parts = prefix.run_each({IMAGES: images[start : start + size]} for start in range(0, len(images), size))
     if len(parts) == 1:
         return parts[0]
     return {name: np.concatenate([part[name] for part in parts]) for name in prefix.outputs}

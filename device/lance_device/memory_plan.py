@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from lance_device.features import Batch, ComputedFeatures
-from lance_device.graphs import Network, load_graph, starting_parameters
+from lance_device.graphs import Network, load_graph, load_prefix, starting_parameters
 from lance_device.guard import group_limit_bytes, status_bytes
 from lance_device.measure import PhaseMeter
 from lance_device.options import TrainOptions
@@ -265,7 +265,7 @@ class _Trial:
             0, self._before - (status_bytes("VmRSS") or 0)
         )  # a fork maps libraries only as it uses them
         parameters = starting_parameters(self._bundle, self._variant)
-        prefix = load_graph(self._bundle, self._variant, "prefix", options.threads)
+        prefix = load_prefix(self._bundle, self._variant, options.threads, micro_batch)
         features = ComputedFeatures(prefix)
         step = training_step(self._bundle, self._variant, parameters, options.threads, features)
         predict = load_graph(self._bundle, self._variant, "predict", options.threads)

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from lance_device.board import choose_board
-from lance_device.class_weights import is_understood
+from lance_device.class_weights_text import is_understood
 from lance_device.numerics import ON_NAN
 from lance_device.schedule import SCHEDULES
 from lance_edge.boards import Advice

@@ -9,13 +9,14 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lance_device.lanes import side_by_side
 from lance_edge.errors import ArtifactError, Interrupted, PlatformError
 from lance_edge.graph_check import check_graph
 from lance_edge.manifest import BATCH_DIM, TensorSpec, batch_multiple
@@ -91,26 +92,32 @@ class Graph:
     """One ONNX graph, ready to run."""
 
     def __init__(
-        self, model: bytes, where: str, threads: int, specs: Mapping[str, TensorSpec] = MappingProxyType({})
+        self,
+        model: bytes,
+        where: str,
+        threads: int,
+        specs: Mapping[str, TensorSpec] = MappingProxyType({}),
+        lanes: int = 1,
     ) -> None:
         """Load.
 
         Args:
             model: the serialised graph.
             where: how messages call it, `pkg.tar: graphs/prefix.onnx`.
-            threads: of one operator.
+            threads: to use.
             specs: what inputs and outputs are like; an output that is not like that is refused.
+            lanes: how many runs `run_each` has at a time, which share the threads.
 
         Raises:
             ArtifactError: if it is no graph that lance-edge runs, or ONNX Runtime cannot load it.
         """
         check_graph(model, where)
         runtime = _runtime()
-        self._where, self._specs = where, dict(specs)
+        self._where, self._specs, self.lanes = where, dict(specs), lanes
         try:
             self._session = runtime.InferenceSession(
                 model,
-                sess_options=_session_options(runtime, threads),
+                sess_options=_session_options(runtime, max(1, threads // lanes)),
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,  # it would print, and try the same again
             )
@@ -163,6 +170,10 @@ class Graph:
             ) from None
         self._check_outputs(feeds, outputs)
         return outputs
+
+    def run_each(self, parts: Iterable[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        """`run` of each of them, in lanes; the outputs in their order."""
+        return side_by_side(self.lanes, self.run, parts)
 
     def _check_outputs(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         """What comes out is what the package declares, so that whoever computes with it can rely on that."""

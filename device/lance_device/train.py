@@ -13,7 +13,7 @@ from lance_device.cache_plan import open_features
 from lance_device.checkpoint import write_checkpoint
 from lance_device.evaluate import Evaluation, evaluate
 from lance_device.features import Batch, Features, Unmetered
-from lance_device.graphs import load_graph
+from lance_device.graphs import load_graph, load_prefix
 from lance_device.keeper import Keeper
 from lance_device.live import Reporter
 from lance_device.measure import PhaseMeter
@@ -76,7 +76,7 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
 def _features(run: Run, bundle: Bundle, dataset: Dataset, reporter: Reporter) -> Features:
     options = run.options
     reporter.note(f"feature cache {options.cache}: {run.cache_reason}")
-    prefix = load_graph(bundle, run.variant, "prefix", options.threads)
+    prefix = load_prefix(bundle, run.variant, options.threads, options.micro_batch)
     return open_features(run.cache, options, prefix, dataset, reporter.note)
 
 

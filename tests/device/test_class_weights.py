@@ -12,7 +12,8 @@ from tiny_package import PREPROCESSING, SPLIT, write_tiny_package
 from tiny_training import features_of, logits_of, rebuilt, trainable
 from torch.nn import functional
 
-from lance_device.class_weights import is_understood, parse_weights, training_targets
+from lance_device.class_weights import training_targets
+from lance_device.class_weights_text import is_understood, parse_weights
 from lance_edge.bundle import Bundle, describe, write_bundle
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import DataError

@@ -108,6 +108,14 @@ def test_a_run_that_is_taken_up_again_must_fit_too(large, needed, tmp_path):
     assert (tmp_path / "run/last.npz").read_bytes() == before
 
 
+def test_too_little_address_space_is_said_before_any_library_fails_to_load(large, tmp_path):
+    """OpenBLAS, which numpy loads, would end the process by itself; here numpy cannot be imported at all."""
+    prelude = f"import resource, sys; resource.setrlimit(resource.RLIMIT_AS, ({100 * MIB}, {100 * MIB}))"
+    code, errors, _ = _run(large, tmp_path / "run", prelude=f"{prelude}; sys.modules['numpy'] = None")
+    assert code == 9, errors
+    assert errors.startswith("error: ulimit -v is 100 MiB, but Python with numpy and onnxruntime needs")
+
+
 @pytest.mark.parametrize("mib", [100, 180, 200, 230, 400])
 def test_under_a_real_limit_on_address_space(large, tmp_path, mib):
     """`ulimit -v`: every allocation beyond it fails at once."""
