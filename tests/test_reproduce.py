@@ -162,6 +162,18 @@ def test_options_are_checked_before_anything_runs(lance_host, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_ctrl_c_says_that_finished_cells_stay(lance_host, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CLAIMS, "theory", dataclasses.replace(CLAIMS["theory"], find=stop))
+    result = lance_host("reproduce", "theory", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert (
+        "error: stopped; finished cells stay, and the same command goes on where this one was" in result.stderr
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("claim", ["table1", "table8", "fig3", "fig4", "fig5"])
 def test_the_other_claims_run(claim, study):

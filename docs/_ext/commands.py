@@ -1,7 +1,7 @@
 """`{commands} package.module:group`: every command with its help, usage and options, as click itself has them.
 
-Help texts are plain text with `code` in backticks, not reStructuredText; what stands after click's `\\b` is kept
-line by line.
+Help texts are plain text with `code` in backticks, not reStructuredText; what stands after click's `\\b` is
+kept line by line.
 """
 
 import importlib

@@ -74,7 +74,9 @@ def reproduce() -> None:
 
 def run(name: str, **values: Any) -> None:
     """Run a claim as asked for, and print its table."""
+    from lance_edge.errors import Interrupted
     from lance_host.reproduce.claims import reproduce as run_claim
+    from lance_host.reproduce.device import STOPPED
     from lance_host.reproduce.study import Study, counts, named_values
     from lance_host.selection import method_names
 
@@ -94,7 +96,10 @@ def run(name: str, **values: Any) -> None:
         threads=values["threads"],
         say=lambda text: click.echo(text, err=True),
     )
-    click.echo(run_claim(name, study))
+    try:
+        click.echo(run_claim(name, study))
+    except KeyboardInterrupt:
+        raise Interrupted(STOPPED) from None
     click.echo(f"\nwrote {name}.csv, .md, .png and .json to {study.out}")
 
 

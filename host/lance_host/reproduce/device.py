@@ -11,6 +11,9 @@ from lance_edge.errors import Interrupted, LanceError
 COMMAND = (sys.executable, "-m", "lance_device.cli")
 
 
+STOPPED = "stopped; finished cells stay, and the same command goes on where this one was"
+
+
 class DeviceError(LanceError):
     """A run of the device that failed."""
 
@@ -41,9 +44,7 @@ def run_device(words: Mapping[str, object], command: str, log: Path, say: Callab
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)  # twice does no harm: a terminal has told it already
             process.wait()
-            raise Interrupted(
-                "stopped; finished cells stay, and the same command goes on where this one was"
-            ) from None
+            raise Interrupted(STOPPED) from None
     if process.returncode != 0:
         raise DeviceError(
             f"lance-device {command} ended with code {process.returncode}: {last.removeprefix('error: ')};"
