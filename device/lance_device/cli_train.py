@@ -144,6 +144,8 @@ def train(
     bit. A batch is always full: images left over at the end of an epoch join the next. A cache of features
     lies in features.cache, or in --cache-dir, where later runs on the same images find it.
     """
+    if values["cache"] == "off" and values["cache_dir"] is not None:
+        raise click.UsageError("--cache-dir is for --cache on or auto; with --cache off nothing is kept")
     require_runtime_within_memory()
     from lance_device.live import Live, Silent
     from lance_device.pace import PaceOptions

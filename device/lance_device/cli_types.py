@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
+from lance_edge.counts import parse_bytes
 from lance_edge.errors import LanceError
-
-BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def auto_or_count(context: click.Context, option: click.Parameter, text: str) -> int | None:
@@ -38,15 +37,10 @@ def byte_count(context: click.Context, option: click.Parameter, text: str | None
     """Parse `512MiB`, `1.5 GB` or `4096` to bytes; nothing stays nothing."""
     if text is None:
         return None
-    number = text.strip().rstrip("KMGTiB")
-    unit = text.strip()[len(number) :]
-    try:
-        count = float(number) * BYTES[unit]
-    except (ValueError, KeyError):
-        count = -1
-    if not 0 <= count < math.inf:
+    count = parse_bytes(text)
+    if count is None:
         raise click.BadParameter(f"expected bytes such as 512MiB or 2GB, found {text!r}")
-    return int(count)
+    return count
 
 
 def class_weights(context: click.Context, option: click.Parameter, text: str) -> str:

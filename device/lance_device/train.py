@@ -150,6 +150,9 @@ class Training:
         )
         if self._run.memory is not None:
             self._reporter.note(str(self._run.memory))
+        asked, batch = self._request.values.get("micro_batch"), self._run.stream.batch_size
+        if asked is not None and asked > batch:
+            self._reporter.note(f"micro-batch {batch}: a batch has no more images than that")
         if not len(dataset.validation):
             self._reporter.note("no validation images: best.npz will be the epoch of the lowest training loss")
 

@@ -5,13 +5,13 @@ the budget: the multiple-choice knapsack problem, solved by dynamic programming 
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lance_edge.counts import parse_bytes
 from lance_edge.errors import LanceError
 from lance_edge.manifest import Layer
 from lance_host.accounting import bp_activation_bytes, factored_activation_bytes
@@ -19,7 +19,6 @@ from lance_host.error_table import Candidate
 from lance_host.perplexity import SEARCHES, SearchResult
 from lance_host.ranks import Ranks
 
-UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20}
 # Bytes are counted in cells of one float32 value, exactly, up to a budget of 256 KiB; above that in
 # cells of the next larger multiple.
 CELLS = 1 << 16
@@ -68,7 +67,7 @@ def parse_budget(text: str, methods: Sequence[str]) -> dict[str, int]:
             f" training; found {', '.join(methods)}; add one to --methods"
         )
     if "=" not in text:
-        return dict.fromkeys(able, parse_bytes(text))
+        return dict.fromkeys(able, _budget_bytes(text))
     budgets = {}
     for part in text.split(","):
         method, _, amount = (word.strip() for word in part.partition("="))
@@ -79,22 +78,17 @@ def parse_budget(text: str, methods: Sequence[str]) -> dict[str, int]:
             )
         if method in budgets:
             raise LanceError(f"--memory-budget: {method} is there twice; give it one budget")
-        budgets[method] = parse_bytes(amount)
+        budgets[method] = _budget_bytes(amount)
     return budgets
 
 
-def parse_bytes(text: str) -> int:
-    """`512B`, `256KiB`, `1.5MiB` in bytes.
-
-    Raises:
-        LanceError: for anything else.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(B|KiB|MiB)", text.strip())
-    if found is None or not float(found[1]):
+def _budget_bytes(text: str) -> int:
+    budget = parse_bytes(text)
+    if not budget:
         raise LanceError(
             f"--memory-budget: expected a size such as 512B, 256KiB or 1.5MiB, found {text.strip()!r}"
         )
-    return int(float(found[1]) * UNITS[found[2]])
+    return budget
 
 
 def check_budget(method: str, budget: int, selections: Iterable[Sequence[Layer]], batch_size: int) -> None:

@@ -57,6 +57,10 @@ def cli() -> None:
     lance-host calibrate --model mcunet --data photos/ --layers 4 -o pkg.tar
     scp pkg.tar pi:            # and on the board:  lance-device train --artifact pkg.tar ...
     lance-host merge --artifact pkg.tar --checkpoint run/last.npz -o finetuned.pth
+
+    \b
+    Exit codes: 0 done; 2 wrong command line; 3 package, 4 checkpoint, 5 data, 6 network or 8 disk cannot be
+    used; 7 the numbers ran away; 9 this machine cannot; 130 stopped; 1 anything else.
     """
 
 

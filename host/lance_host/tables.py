@@ -70,8 +70,7 @@ def package_table(manifest: Manifest) -> str:
         ("weights", manifest.weights_source),
         ("classes", f"{len(manifest.classes)}: {', '.join(manifest.classes)}"),
         ("batch size", str(manifest.batch_size)),
-        ("energy threshold", f"{manifest.energy:g}, {manifest.mode} mode"),
-        *((("memory budget", _budgets(manifest)),) if _budgets(manifest) else ()),
+        ("compression", _rules(manifest)),
         ("calibration", f"{manifest.calibration_batches} batches, seed {manifest.seed}"),
         ("preprocessing", _preprocessing(manifest.preprocessing)),
         ("split", f"seed {manifest.split.seed}, {manifest.split.test_fraction:.0%} for testing, then"
@@ -106,6 +105,16 @@ def _layer_heading(manifest: Manifest, method: str) -> str:
         f"{heading}, {_rank_rule(manifest, method)}, {batches}.\n"
         f"Input is {inputs}. Ranks and energy kept: {' or '.join(', '.join(names) for names in modes)}."
     )
+
+
+def _rules(manifest: Manifest) -> str:
+    """What chose the ranks of each method: `LANCE, ASI energy threshold 0.7; HOSVD ...; channel mode`."""
+    methods: dict[str, list[str]] = {}
+    for method in manifest.methods:
+        if method != "bp":
+            methods.setdefault(_rank_rule(manifest, method), []).append(method.upper())
+    rules = [f"{', '.join(names)} {rule}" for rule, names in methods.items()]
+    return "; ".join([*rules, f"{manifest.mode} mode"]) if rules else "none"
 
 
 def _rank_rule(manifest: Manifest, method: str) -> str:
@@ -220,12 +229,6 @@ def _trainable(manifest: Manifest) -> str:
     others = [tensor.name for tensor in manifest.parameters if tensor.name not in weights]
     also = f" and {', '.join(others)}" if others else ""
     return f"{layers}{also}: {count(len(manifest.parameters), 'tensor')}, {values:,} values"
-
-
-def _budgets(manifest: Manifest) -> str:
-    """`LANCE 256.00 KiB, ASI 1.00 MiB`: the methods whose ranks a budget chose, not the energy threshold."""
-    budgets = {variant.method: variant.budget_bytes for variant in manifest.variants}
-    return ", ".join(f"{method.upper()} {human_bytes(b)}" for method, b in budgets.items() if b is not None)
 
 
 def _counts_text(counts: Sequence[int]) -> str:

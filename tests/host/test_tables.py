@@ -223,7 +223,7 @@ def test_fewer_layers_are_a_line_each() -> None:
         ("weights ", "mcunet-256kb-1mb_imagenet.pth"),
         ("classes", "4: cat, cow, dog, elephant"),
         ("batch size", "128"),
-        ("energy threshold", "0.7, channel mode"),
+        ("compression", "LANCE energy threshold 0.7; channel mode"),
         ("calibration", "50 batches, seed 7"),
         (
             "preprocessing",
