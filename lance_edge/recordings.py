@@ -19,7 +19,7 @@ class Recording:
 
     Attributes:
         record: `run.json`: machine, versions, session options, arguments, the package's SHA-256.
-        steps: a row for each phase of each step; of a benchmark they are `BenchRow`s.
+        steps: a row for each phase of each step; in a benchmark each is a `BenchRow`.
         summary: latencies of each phase; of a benchmark, of each phase of each setting.
     """
 

@@ -84,6 +84,12 @@ from lance_device.niceness import be_nice
     " Seldom spares an SD card; a power cut costs at most this much training.",
 )
 @click.option(
+    "--keep-every",
+    type=click.IntRange(min=1),
+    metavar="EPOCHS",
+    help="Keep a copy of the state after every so many epochs: epoch-0010.npz.",
+)
+@click.option(
     "--on-nan",
     type=click.Choice(["stop", "skip", "halve-lr"]),
     default="stop",
@@ -117,6 +123,7 @@ def train(
     data: Path,
     out: Path,
     checkpoint_every: tuple[float | None, int | None],
+    keep_every: int | None,
     resume: bool,
     resume_or_start: bool,
     memory_limit: int | None,
@@ -160,7 +167,7 @@ def train(
         out=out,
         values=values,
         given=frozenset(given),
-        checkpoint_every=CheckpointEvery(steps, None if minutes is None else 60 * minutes),
+        checkpoint_every=CheckpointEvery(steps, None if minutes is None else 60 * minutes, keep_every or 0),
         resume=resume,
         arguments=tuple(sys.argv[1:]),
         resume_or_start=resume_or_start,

@@ -125,6 +125,7 @@ class Training:
             while self._run.progress.step < self._run.total_steps:
                 self._train_step(stop)
                 self._evaluate_if_due(stop)
+                self._keeper.keep_copy_if_due()
                 self._keeper.save_if_due()
                 self._pause_if_owed(stop)
             self._keeper.save()
