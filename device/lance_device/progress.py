@@ -1,6 +1,7 @@
 """How far a run is: the row of an evaluation, and what is shown after a step."""
 
 import dataclasses
+import math
 
 from lance_device.evaluate import Evaluation
 from lance_device.keeper import is_better
@@ -19,7 +20,7 @@ def history_row(
         epoch=log.epoch_of(progress.step),
         step=progress.step,
         learning_rate=learning_rate,
-        train_loss=progress.loss_sum / progress.samples if progress.samples else None,
+        train_loss=progress.loss_sum / progress.samples if progress.samples else math.nan,
         train_accuracy=progress.correct / max(progress.samples, 1),
         validation_accuracy=validation.accuracy if validation else None,
         validation_loss=validation.loss if validation else None,
