@@ -5,8 +5,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from lance_edge.report.colours import METHODS, PLAIN
+
 HERE = Path(__file__).parent
-COLOURS = {"head only": "#777777", "LANCE": "#d55e00", "BP": "#000000"}
+COLOURS = {"head only": PLAIN, "LANCE": METHODS["lance"], "BP": METHODS["bp"]}
 
 
 def main() -> None:

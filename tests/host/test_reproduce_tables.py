@@ -244,9 +244,13 @@ def test_pictures_have_what_they_are_given(tmp_path):
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(
-        PlatformError, match=r"pip install 'lance-edge\[host\]', then run the same command again"
+    """And says it before any cell is made."""
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    message = r"pip install 'lance-edge\[host\]', then run the same command again"
+    for ask in (
+        lambda: reproduce("theory", Study(out=tmp_path / "out")),
+        lambda: draw_lines(tmp_path / "a.png", Panel(Axes("", "", ""), {})),
     ):
-        draw_lines(tmp_path / "a.png", Panel(Axes("", "", ""), {}))
-    assert plots.COLOURS["lance"] != plots.COLOURS["bp"]
+        with pytest.raises(PlatformError, match=message):
+            ask()
+    assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from lance_host.reproduce.fig3 import draw_ablation, fig3
 from lance_host.reproduce.fig4 import draw_energy, fig4
 from lance_host.reproduce.fig5 import draw_phases, fig5
 from lance_host.reproduce.findings import Finding, caption, markdown_table, write_csv
+from lance_host.reproduce.plots import require_matplotlib
 from lance_host.reproduce.study import Study, check
 from lance_host.reproduce.table1 import table1
 from lance_host.reproduce.table2 import draw_accuracy, table2
@@ -78,6 +79,7 @@ def reproduce(name: str, study: Study) -> str:
         LanceError: for what no cell could be run with.
     """
     check(study)
+    require_matplotlib()
     claim, cells = CLAIMS[name], Cells(study)
     with cells.timed(name):
         findings = claim.find(cells)

@@ -1,5 +1,6 @@
 """The pictures of a reproduction, as PNG."""
 
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,18 +9,17 @@ from typing import Any
 
 from lance_edge.errors import PlatformError
 from lance_edge.files import atomic_writer
+from lance_edge.report.colours import METHODS, PLAIN
 
-# One colour a method in every picture; readable to the colour-blind (Okabe and Ito 2008).
-COLOURS = {
-    **{"head only": "#777777", "bp": "#000000", "lance": "#d55e00", "asi": "#0072b2", "hosvd": "#009e73"},
-    **{
-        "data": "#cc79a7",
-        "prefix": "#bbbbbb",
-        "forward": "#56b4e9",
-        "backward": "#e69f00",
-        "update": "#009e73",
-    },
+# A method has the colour of the reports; phases and what else there is: Okabe and Ito 2008.
+PHASES = {
+    "data": "#cc79a7",
+    "prefix": "#bbbbbb",
+    "forward": "#56b4e9",
+    "backward": "#e69f00",
+    "update": "#009e73",
 }
+COLOURS = {**METHODS, **PHASES, "head only": PLAIN}
 OTHERS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 Point = tuple[float, float]
@@ -94,14 +94,23 @@ def _colour(name: str, number: int) -> str:
     return known[0] if known else OTHERS[number % len(OTHERS)]
 
 
-def _figure(panels: int) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+def require_matplotlib() -> None:
+    """Ask for it before hours of work.
+
+    Raises:
+        PlatformError: if it is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
         raise PlatformError(
             "matplotlib is not installed, which draws the pictures; pip install 'lance-edge[host]', then run"
             " the same command again: finished cells are kept"
-        ) from None
+        )
+
+
+def _figure(panels: int) -> Any:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(7.0, 4.2 if panels == 1 else 2.4 * panels), dpi=130, layout="constrained")
 
 
