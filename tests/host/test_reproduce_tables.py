@@ -10,6 +10,7 @@ from lance_edge.profiles import columns
 from lance_host.reproduce import cells as cells_module
 from lance_host.reproduce import device, plots
 from lance_host.reproduce.cells import Cells, read_seconds
+from lance_host.reproduce.claims import reproduce
 from lance_host.reproduce.findings import Cell, Finding, caption, cell_text, markdown_table, write_csv
 from lance_host.reproduce.material import AbsentError, class_names, find_data, find_weights, sized_data
 from lance_host.reproduce.paper import published
