@@ -524,7 +524,7 @@ def test_a_cache_that_was_spoilt_changes_no_bit(package, images, whole, tmp_path
 
 def test_a_disk_that_fills_up_does_not_end_the_run(package, images, tmp_path):
     """A limit on file size stands for a full disk; the checkpoint and four steps of rows stay below it."""
-    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8700, 8700))"
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))"
     out, flags = tmp_path / "run", ("--steps", 4, "--eval-every", 0)
     process = spawn(*words(package, images, out), *flags, prelude=prelude)
     _, errors = process.communicate(timeout=60)
