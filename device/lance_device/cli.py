@@ -15,6 +15,7 @@ from lance_device.cli_board import doctor, install_service
 from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
 from lance_device.cli_train import train
 from lance_device.cli_types import Commands
+from lance_device.cli_watch import watch
 from lance_edge.errors import DataError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -38,6 +39,7 @@ def main() -> None:
 
 
 main.add_command(train)
+main.add_command(watch)
 main.add_command(bench)
 main.add_command(bench_worker)
 main.add_command(doctor)

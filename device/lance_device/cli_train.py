@@ -8,6 +8,7 @@ import click
 
 from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
 from lance_device.cli_types import Number, byte_count, class_weights, minutes_or_steps
+from lance_device.cli_watch import SERVE, serving_if_asked
 from lance_device.niceness import be_nice
 
 
@@ -83,6 +84,12 @@ from lance_device.niceness import be_nice
     " Seldom spares an SD card; a power cut costs at most this much training.",
 )
 @click.option(
+    "--keep-every",
+    type=click.IntRange(min=1),
+    metavar="EPOCHS",
+    help="Keep a copy of the state after every so many epochs: epoch-0010.npz.",
+)
+@click.option(
     "--on-nan",
     type=click.Choice(["stop", "skip", "halve-lr"]),
     default="stop",
@@ -106,6 +113,7 @@ from lance_device.niceness import be_nice
 @click.option("--resume", is_flag=True, help="Take up the run in --out; its options stay as they were.")
 @click.option("--resume-or-start", is_flag=True, help="The same if there is a run in --out, else begin one.")
 @SIGNATURE
+@SERVE
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.pass_context
 def train(
@@ -115,6 +123,7 @@ def train(
     data: Path,
     out: Path,
     checkpoint_every: tuple[float | None, int | None],
+    keep_every: int | None,
     resume: bool,
     resume_or_start: bool,
     memory_limit: int | None,
@@ -123,6 +132,7 @@ def train(
     nice: int | None,
     strict: bool,
     public_key: Path | None,
+    serve: tuple[str, int] | None,
     quiet: bool,
     **values: Any,
 ) -> None:
@@ -157,7 +167,7 @@ def train(
         out=out,
         values=values,
         given=frozenset(given),
-        checkpoint_every=CheckpointEvery(steps, None if minutes is None else 60 * minutes),
+        checkpoint_every=CheckpointEvery(steps, None if minutes is None else 60 * minutes, keep_every or 0),
         resume=resume,
         arguments=tuple(sys.argv[1:]),
         resume_or_start=resume_or_start,
@@ -166,7 +176,9 @@ def train(
         pace=PaceOptions(max_temp, duty_cycle, nice),
         signed_sha256=signed,
     )
-    result = run_training(request, Silent() if quiet else Live(sys.stderr))
+    reporter = Silent() if quiet else Live(sys.stderr)
+    with serving_if_asked(serve, out, reporter.note):
+        result = run_training(request, reporter)
     if not quiet:
         click.echo(result_table(result))
 

@@ -33,10 +33,14 @@ Float = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class CheckpointEvery:
-    """How often `last.npz` is written: after so many steps, or so many seconds."""
+    """How often `last.npz` is written: after so many steps, or so many seconds.
+
+    `kept_epochs`: and after so many epochs a copy that stays; 0: none.
+    """
 
     steps: int | None = None
     seconds: float | None = None
+    kept_epochs: int = 0
 
 
 @dataclass(frozen=True)

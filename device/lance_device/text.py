@@ -6,7 +6,7 @@ from pathlib import Path
 from lance_device.evaluate import Evaluation
 from lance_device.predict import Prediction
 from lance_device.run_log import TrainResult
-from lance_device.units import duration, percent, size
+from lance_edge.units import duration, percent, size
 
 
 def result_table(result: TrainResult) -> str:
