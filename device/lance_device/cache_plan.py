@@ -21,7 +21,8 @@ from lance_device.session import Graph
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset, FilePart
 from lance_edge.images import Part
-from lance_edge.manifest import ArrayInput, InputSpec, Variant
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import Variant
 from lance_edge.records import to_json
 from lance_edge.units import size
 
