@@ -1,4 +1,4 @@
-"""Class folders or an `.npz` as training, validation and test parts: the same on host and device.
+"""Class folders or an `.npz` as training, validation and test parts: the same on host and device::
 
     root/train/<class>/*  and  root/test/<class>/*     the parts as given
     root/<class>/*                                     a stratified split is made

@@ -1,5 +1,6 @@
 """A trained network and what one needs to use it: from a package and a checkpoint, or from a plain ONNX."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lance_device.heads import TaskHead, find_task, task_heads
 from lance_device.session import Array, Graph
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ModelError
+from lance_edge.files import expect_signed
 from lance_edge.input_spec import (
     CLASSES_KEY,
     PREPROCESSING_KEY,
@@ -95,8 +97,11 @@ def all_heads(bundle: Bundle, checkpoint_path: Path, threads: int) -> AllHeads:
     return AllHeads(network, task_heads(bundle, checkpoint), manifest.preprocessing)
 
 
-def from_onnx(path: Path, threads: int) -> Classifier:
+def from_onnx(path: Path, threads: int, signed_sha256: str | None = None) -> Classifier:
     """An inference model as `lance-host merge` exports it.
+
+    Args:
+        signed_sha256: of the file, by its signature.
 
     Raises:
         ArtifactError: if it is no ONNX model that loads here.
@@ -108,6 +113,7 @@ def from_onnx(path: Path, threads: int) -> Classifier:
         raise ModelError(
             f"{path}: cannot open the model ({error.strerror}); make one with lance-host merge -o model.onnx"
         ) from None
+    expect_signed(path, hashlib.sha256(model).hexdigest(), signed_sha256)
     graph = Graph(model, str(path), threads)
     if IMAGES not in graph.inputs or LOGITS not in graph.outputs:
         raise ModelError(

@@ -16,6 +16,7 @@ from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, requ
 from lance_device.cli_tasks import collect, next_task
 from lance_device.cli_train import train
 from lance_device.cli_types import Commands
+from lance_device.cli_watch import watch
 from lance_edge.errors import CheckpointError, DataError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -43,6 +44,7 @@ def main() -> None:
 
 
 main.add_command(train)
+main.add_command(watch)
 main.add_command(bench)
 main.add_command(bench_worker)
 main.add_command(collect)
@@ -98,8 +100,8 @@ def evaluate_command(
     from lance_edge.datasets import open_dataset
     from lance_edge.screening import find_bad, refuse, without
 
-    check_signature(artifact, public_key)
-    with Bundle(artifact) as bundle:
+    signed = check_signature(artifact, public_key)
+    with Bundle(artifact, signed) as bundle:
         classifier = from_package(bundle, checkpoint, threads or available_cores(), task)
         dataset = open_dataset(data, bundle.manifest.split, classifier.classes)
     skipped = find_bad(dataset, available_cores(), (part,))
@@ -166,8 +168,8 @@ def predict(
     from lance_device.predict import predict_by_confidence
     from lance_device.text import prediction_json, prediction_line
 
-    check_signature(artifact or model or Path(), public_key)
-    network = _open_network(artifact, checkpoint, model, task, threads or available_cores())
+    signed = check_signature(artifact or model or Path(), public_key)
+    network = _open_network(artifact, checkpoint, model, task, threads or available_cores(), signed)
     size = micro_batch or DEFAULT_MICRO_BATCH
     if isinstance(network, AllHeads):
         predictions = predict_by_confidence(network, files, top, size)
@@ -212,15 +214,20 @@ def _in_folder(
 
 
 def _open_network(
-    artifact: Path | None, checkpoint: Path | None, model: Path | None, task: str | None, threads: int
+    artifact: Path | None,
+    checkpoint: Path | None,
+    model: Path | None,
+    task: str | None,
+    threads: int,
+    signed: str | None,
 ) -> Any:
     """A classifier, or where several tasks might be meant the heads of all."""
     from lance_device.classifier import all_heads, from_onnx, from_package
     from lance_edge.bundle import Bundle
 
     if artifact is None or checkpoint is None:
-        return from_onnx(model or Path(), threads)
-    with Bundle(artifact) as bundle:
+        return from_onnx(model or Path(), threads, signed)
+    with Bundle(artifact, signed) as bundle:
         if task is None and bundle.manifest.tasks:
             return all_heads(bundle, checkpoint, threads)
         return from_package(bundle, checkpoint, threads, task)

@@ -8,6 +8,7 @@ import click
 
 from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
 from lance_device.cli_types import Number, byte_count, class_weights, minutes_or_steps
+from lance_device.cli_watch import SERVE, serving_if_asked
 from lance_device.niceness import be_nice
 
 
@@ -108,6 +109,12 @@ from lance_device.niceness import be_nice
     " Seldom spares an SD card; a power cut costs at most this much training.",
 )
 @click.option(
+    "--keep-every",
+    type=click.IntRange(min=1),
+    metavar="EPOCHS",
+    help="Keep a copy of the state after every so many epochs: epoch-0010.npz.",
+)
+@click.option(
     "--on-nan",
     type=click.Choice(["stop", "skip", "halve-lr"]),
     default="stop",
@@ -131,6 +138,7 @@ from lance_device.niceness import be_nice
 @click.option("--resume", is_flag=True, help="Take up the run in --out; its options stay as they were.")
 @click.option("--resume-or-start", is_flag=True, help="The same if there is a run in --out, else begin one.")
 @SIGNATURE
+@SERVE
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.pass_context
 def train(
@@ -142,6 +150,7 @@ def train(
     tasks: bool,
     result: str,
     checkpoint_every: tuple[float | None, int | None],
+    keep_every: int | None,
     resume: bool,
     resume_or_start: bool,
     memory_limit: int | None,
@@ -151,6 +160,7 @@ def train(
     strict: bool,
     protect: str | None,
     public_key: Path | None,
+    serve: tuple[str, int] | None,
     quiet: bool,
     **values: Any,
 ) -> None:
@@ -188,7 +198,7 @@ def train(
         artifact, out = place.package, place.path
     if artifact is None:
         raise click.UsageError("--artifact is missing: the package of lance-host calibrate")
-    check_signature(artifact, public_key)
+    signed = check_signature(artifact, public_key)
     minutes, steps = checkpoint_every
     request = TrainRequest(
         artifact=artifact,
@@ -196,17 +206,19 @@ def train(
         out=out,
         values=values,
         given=frozenset(given),
-        checkpoint_every=CheckpointEvery(steps, None if minutes is None else 60 * minutes),
+        checkpoint_every=CheckpointEvery(steps, None if minutes is None else 60 * minutes, keep_every or 0),
         resume=resume,
         arguments=tuple(sys.argv[1:]),
         resume_or_start=resume_or_start,
         memory_limit=memory_limit,
         strict=strict,
         pace=PaceOptions(max_temp, duty_cycle, nice),
+        signed_sha256=signed,
         protect=protect,
     )
     reporter = Silent() if quiet else Live(sys.stderr)
-    ended = run_training(request, reporter)
+    with serving_if_asked(serve, out, reporter.note):
+        ended = run_training(request, reporter)
     if not quiet:
         click.echo(result_table(ended))
     if place is not None:

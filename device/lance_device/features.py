@@ -140,6 +140,17 @@ class Packing:
         """Of all tensors of an image."""
         return sum(_elements(spec) for spec in self.tensors)
 
+    @property
+    def obstacle(self) -> str:
+        """Why there can be no records of these tensors, or nothing."""
+        for spec in self.tensors:
+            kinds = [type(dimension) for dimension in spec.shape]
+            if spec.dtype != "float32" or kinds != [str] + [int] * (len(kinds) - 1):
+                return (
+                    f"{spec.name} is {spec.dtype} {list(spec.shape)}, no float32 of a fixed size for each image"
+                )
+        return "" if self.elements else "the frozen part of the network gives nothing"
+
     def pack(self, values: dict[str, Array]) -> tuple[Half, NDArray[np.bool_]]:
         """Records of N images.
 
@@ -267,7 +278,8 @@ class CachedFeatures:
             self._keep(self._file, shelf, slots[missing[fits]], halves[fits])
 
     def _keep(self, file: RecordFile, shelf: Shelf, slots: Rows, halves: Half) -> None:
-        is_new = ~file.holds(slots)
+        slots, first = np.unique(slots, return_index=True)  # an image stands twice at the seam of two epochs
+        halves, is_new = halves[first], ~file.holds(slots)
         fits = ~is_new | (np.cumsum(is_new) <= shelf.room)
         shelf.room -= int((is_new & fits).sum())
         try:

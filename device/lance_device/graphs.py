@@ -32,10 +32,12 @@ PREFIX_IMAGES = 4  # that pass the prefix at a time, in all lanes together
 def load_prefix(bundle: Bundle, variant: Variant, threads: int, micro_batch: int) -> Graph:
     """The frozen part, for micro-batches of that many images, which pass it side by side.
 
+    There are no more lanes than images in all of them; where there are more threads, each lane has several.
+
     Raises:
         ArtifactError: if the package does not have it or it cannot be loaded.
     """
-    return load_graph(bundle, variant, "prefix", threads, lanes=min(threads, micro_batch))
+    return load_graph(bundle, variant, "prefix", threads, lanes=min(threads, micro_batch, PREFIX_IMAGES))
 
 
 def load_graph(bundle: Bundle, variant: Variant, role: str, threads: int, lanes: int = 1) -> Graph:

@@ -55,6 +55,17 @@ class Keeper:
         if by_steps or by_time:
             self.save()
 
+    def keep_copy_if_due(self) -> None:
+        """Write a checkpoint that no later one replaces, after the epochs that `--keep-every` counts.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        every, progress, stream = self._every.kept_epochs, self._run.progress, self._run.stream
+        if every and stream.ends_epoch(progress.step) and progress.epoch % every == 0:
+            kept = self._run.folder.kept(progress.epoch)
+            write_checkpoint(kept, make_checkpoint(self._run, self._bundle))
+
     def save(self) -> None:
         """Make the state durable, if it is one; `recover.py` relies on the order.
 

@@ -46,6 +46,10 @@ class RunFolder:
         """Checkpoint of the best evaluation."""
         return self.path / "best.npz"
 
+    def kept(self, epoch: int) -> Path:
+        """A copy of the state after an epoch (`--keep-every`)."""
+        return self.path / f"epoch-{epoch:04}.npz"
+
     @property
     def steps(self) -> Path:
         """A row per step and phase."""

@@ -35,10 +35,14 @@ Float = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class CheckpointEvery:
-    """How often `last.npz` is written: after so many steps, or so many seconds."""
+    """How often `last.npz` is written: after so many steps, or so many seconds.
+
+    `kept_epochs`: and after so many epochs a copy that stays; 0: none.
+    """
 
     steps: int | None = None
     seconds: float | None = None
+    kept_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class TrainRequest:
         memory_limit: bytes that the process may use.
         strict: refuse images that cannot be read, instead of leaving them out.
         pace: pauses against heat, and for other programs.
+        signed_sha256: that the package must have by its signature; `None` asks for no signature.
         protect: the file of a memory whose subspaces gradients are projected off, or "package".
     """
 
@@ -68,6 +73,7 @@ class TrainRequest:
     memory_limit: int | None = None
     strict: bool = False
     pace: PaceOptions = field(default_factory=PaceOptions)
+    signed_sha256: str | None = None
     protect: str | None = None
 
     @property

@@ -7,8 +7,8 @@ from lance_device.evaluate import Evaluation
 from lance_device.next_task import NextTask
 from lance_device.predict import Prediction
 from lance_device.run_log import TrainResult
-from lance_device.units import duration, percent, size
 from lance_edge.accuracy_matrix import AccuracyMatrix
+from lance_edge.units import duration, percent, size
 
 
 def result_table(result: TrainResult) -> str:

@@ -16,7 +16,7 @@ from lance_device.features import Batch, Features, Unmetered
 from lance_device.graphs import load_graph, load_prefix
 from lance_device.keeper import Keeper
 from lance_device.live import Reporter
-from lance_device.measure import PhaseCost, PhaseMeter
+from lance_device.measure import PhaseMeter
 from lance_device.numerics import MOST_IN_A_ROW, RATE_FACTORS
 from lance_device.optimizer import SGD
 from lance_device.pace import Pacer
@@ -59,7 +59,10 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
         LanceError: of the kind that fits; all but `StorageError` leave the last complete step in `last.npz`, or
             say that memory ran out while a step was applied, so that it holds an earlier one.
     """
-    with Bundle(request.artifact) as bundle, RunFolder(request.out).held(create=not request.resume):
+    with (
+        Bundle(request.artifact, request.signed_sha256) as bundle,
+        RunFolder(request.out).held(create=not request.resume),
+    ):
         check_request(request, bundle)
         dataset, skipped = open_images(request, bundle, reporter.note)
         absentees = Absentees(reporter.note)
@@ -127,6 +130,7 @@ class Training:
             while not self._run.is_complete:
                 self._train_step(stop)
                 self._evaluate_if_due(stop)
+                self._keeper.keep_copy_if_due()
                 self._keeper.save_if_due()
                 self._pause_if_owed(stop)
             self._keeper.save()
@@ -185,14 +189,14 @@ class Training:
                 raise self._explain(error) from None
             with self._keeper.changing():
                 outcome = self._skip(error)
-                costs = self._count(outcome, computed)
+                self._count(outcome, computed)
         else:
             with self._keeper.changing():
                 with self._meter.phase("update"):
                     self._sgd.apply(*update)
                 run.codec_state, run.progress.skipped_in_a_row = codec_state, 0
-                costs = self._count(outcome, computed)
-        self._reporter.step(step_view(run, self._log, outcome, costs["step"]))
+                self._count(outcome, computed)
+        self._reporter.step(step_view(run, self._log))
 
     def _skip(self, error: NumericalError) -> StepOutcome:
         """Leave weights and momentum as they are and go on, as the options say."""
@@ -218,7 +222,7 @@ class Training:
         rate = SCHEDULES[options.schedule](options.lr, step, self._run.total_steps)
         return rate * self._run.progress.rate_factor * self._run.progress.plateau.factor
 
-    def _count(self, outcome: StepOutcome, computed: int) -> dict[str, PhaseCost]:
+    def _count(self, outcome: StepOutcome, computed: int) -> None:
         """Take the step into progress and rows, so that all belongs together again; what it cost."""
         progress, stream = self._run.progress, self._run.stream
         progress.step += 1
@@ -228,9 +232,7 @@ class Training:
             progress.correct += outcome.correct
             progress.samples += stream.batch_size
         progress.seconds = self._log.seconds()
-        costs = self._meter.take_step()
-        self._log.step(outcome, costs, cached=self._features.computed == computed)
-        return costs
+        self._log.step(outcome, self._meter.take_step(), cached=self._features.computed == computed)
 
     def _evaluate_if_due(self, stop: StopRequest) -> None:
         progress, stream, every = self._run.progress, self._run.stream, self._run.options.eval_every

@@ -145,7 +145,7 @@ def _cost_columns(manifest: Manifest) -> list[list[str]]:
         ("of which statistics", lambda v: human_bytes(sum(s.nbytes(micro_batch) for s in v.statistics))),
         *((f"multiply-adds, {role} graph", _graph_macs(role)) for role in roles),
         ("multiply-adds, codec", lambda v: human_macs(_codec_macs(manifest, v)) if _is_by_layer(v) else "-"),
-        ("multiply-adds, all of a step", lambda v: human_macs(_step_macs(manifest, v))),
+        ("multiply-adds, all of a step", lambda v: human_macs(step_macs(manifest, v))),
         ("paper's multiply-adds, forward", lambda v: human_macs(sum(p.forward_macs for p in v.layers))),
         (
             "paper's multiply-adds, weight gradient",
@@ -165,7 +165,7 @@ def _count_tables(manifest: Manifest) -> list[str]:
             f"saved bytes, micro-batch {micro_batch}",
             lambda v: human_bytes(v.saved_bytes(micro_batch, manifest.batch_size)),
         ),
-        ("multiply-adds of a step", lambda v: human_macs(_step_macs(manifest, v))),
+        ("multiply-adds of a step", lambda v: human_macs(step_macs(manifest, v))),
     ]
     counts, lines = manifest.layer_counts, list[str]()
     variants = {(variant.method, len(variant.layers)): variant for variant in manifest.variants}
@@ -197,7 +197,7 @@ def _graph_macs(role: str) -> Callable[[Variant], str]:
     return lambda variant: human_macs(variant.graph_macs[role]) if role in variant.graph_macs else "-"
 
 
-def _step_macs(manifest: Manifest, variant: Variant) -> int:
+def step_macs(manifest: Manifest, variant: Variant) -> int:
     """Multiply-adds of a training step: every graph but the one that only predicts, and the codec."""
     graphs = sum(macs for role, macs in variant.graph_macs.items() if role != "predict")
     return graphs + _codec_macs(manifest, variant)

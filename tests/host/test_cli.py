@@ -102,7 +102,7 @@ REFUSED = {
     "layers of another network": (
         6,
         ["--layers", "layer4.*"],
-        "no layer is called 'layer4.*': lance-host la",
+        "no layer is called 'layer4.*', or it takes no part: lance-host layers lists them",
     ),
     "resolution": (1, ["--resolution", "16"], "--input-size: expected 32 or more, found 16"),
     "input size": (1, ["--input-size", "16"], "--input-size: expected 32 or more, found 16"),

@@ -330,6 +330,23 @@ def test_a_changed_member(package):
     )
 
 
+def test_a_member_that_changes_while_the_package_is_open(tmp_path):
+    """Written over in its place: the file is still the one that was checked."""
+    name, content = "graphs/large.onnx", bytes(range(256)) * 1024  # larger than any buffer of a file
+    contents = {**CONTENTS, name: content}
+    package = tmp_path / "pkg.tar"
+    write_bundle(package, manifest(contents), contents)
+    with Bundle(package) as bundle:
+        assert bundle.read(name) == content
+        with package.open("r+b") as file:
+            file.seek(package.read_bytes().index(content) + 100_000)
+            file.write(b"other")
+        with pytest.raises(
+            ArtifactError, match=f"{name} was changed while the package is in use; copy it again"
+        ):
+            bundle.read(name)
+
+
 def test_a_changed_manifest(package):
     data = package.read_bytes()
     package.write_bytes(data.replace(b'"energy": 0.7', b'"energy": 0.8', 1))
