@@ -17,11 +17,11 @@ from lance_device.bench_report import about_load
 from lance_device.measure import write_rows
 from lance_device.options import available_cores
 from lance_device.run_record import describe_machine, describe_software, file_sha256, write_record
-from lance_device.units import count
 from lance_edge.bundle import Bundle
 from lance_edge.errors import Interrupted, LanceError
 from lance_edge.files import atomic_writer
 from lance_edge.manifest import Manifest
+from lance_edge.units import count
 
 
 def main(words: list[str] | None = None) -> int:

@@ -10,7 +10,8 @@ from PIL import Image
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import LEAST_FOR_VALIDATION
 from lance_edge.errors import LanceError
-from lance_edge.manifest import WEIGHTS_MEMBER, Split
+from lance_edge.input_spec import Split
+from lance_edge.names import WEIGHTS_MEMBER
 
 Say = Callable[[str], None]
 

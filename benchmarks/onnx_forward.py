@@ -8,7 +8,7 @@ from benchmarks.job import Job, step_rows
 from benchmarks.rows import PeerRow
 from lance_device.evaluate import cross_entropy
 from lance_device.step_graphs import micro_batches
-from lance_edge.manifest import IMAGES, LOGITS
+from lance_edge.names import IMAGES, LOGITS
 from lance_host.runtime import open_session
 
 

@@ -26,10 +26,10 @@ from benchmarks.report import heading_of
 from lance_device.measure import write_rows
 from lance_device.options import available_cores
 from lance_device.run_record import describe_machine
-from lance_device.units import count
 from lance_edge.bundle import Bundle
 from lance_edge.errors import LanceError
 from lance_edge.files import atomic_writer
+from lance_edge.units import count
 from lance_host.ort_training import export
 
 DRIVER = Path(__file__).with_name("ort_driver.py")

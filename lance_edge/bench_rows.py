@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from lance_edge.profiles import PHASES, LatencyCollector, StepRow, SummaryRow
 
 BASELINE = "lance"  # what ratios are taken to
+LARGE_SPREAD = 0.10  # pyperf's measure of an unstable benchmark: standard deviation over mean
 
 
 @dataclass(frozen=True)

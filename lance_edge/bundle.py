@@ -17,10 +17,10 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lance_edge import manifest as manifests
 from lance_edge.errors import ArtifactError
 from lance_edge.files import atomic_writer, expect_signed
 from lance_edge.manifest import Manifest, Member
+from lance_edge.manifest_json import decode, encode
 from lance_edge.npy import load, read_member
 
 MANIFEST_MEMBER = "manifest.json"
@@ -43,7 +43,7 @@ def write_bundle(path: Path, manifest: Manifest, contents: Mapping[str, bytes]) 
     Raises:
         StorageError: if the file cannot be written; nothing is left behind.
     """
-    encoded = manifests.encode(manifest)
+    encoded = encode(manifest)
     with atomic_writer(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         _add(tar, MANIFEST_MEMBER, encoded)
         _add(tar, DIGEST_MEMBER, _digest_line(encoded))
@@ -87,7 +87,7 @@ class Bundle:
             infos = _checked_infos(path, self._tar)
             _expect_layout(path, self._file, infos)
             encoded = self._read_manifest(infos)
-            self.manifest = manifests.decode(encoded, str(path))
+            self.manifest = decode(encoded, str(path))
             self.sha256 = hashlib.sha256(encoded).hexdigest()  # covers every member through its hash
             self._infos = {info.name: info for info in infos[2:]}
             self._verify_members()

@@ -40,7 +40,8 @@ from lance_device.graphs import load_projections
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import ArtifactError, LanceError, ModelError
-from lance_edge.manifest import WEIGHTS_MEMBER, Manifest, gradient_name
+from lance_edge.manifest import Manifest
+from lance_edge.names import WEIGHTS_MEMBER, gradient_name
 from lance_edge.profiles import read_rows
 from lance_host.zoo import ZOO
 

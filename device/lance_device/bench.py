@@ -21,13 +21,13 @@ from lance_device.live import Reporter
 from lance_device.measure import RowLog, write_rows
 from lance_device.run_record import describe_machine, describe_software, file_sha256, now_utc, write_record
 from lance_device.stop import StopRequest, stop_on_signals
-from lance_device.units import count, duration
 from lance_edge.bench_rows import BenchRow, BenchSummaryRow, Setting, summarise_bench
 from lance_edge.boards import Board
 from lance_edge.bundle import Bundle
 from lance_edge.errors import Interrupted, LanceError, PlatformError
 from lance_edge.profiles import read_rows
 from lance_edge.records import to_json
+from lance_edge.units import count, duration
 
 POLL_S = 0.2
 OUT_OF_MEMORY = (PlatformError.exit_code, -9)  # our own refusal, or killed by the kernel

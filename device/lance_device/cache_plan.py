@@ -18,12 +18,13 @@ from lance_device.features import CachedFeatures, ComputedFeatures, Features, No
 from lance_device.options import TrainOptions
 from lance_device.run_record import describe_software
 from lance_device.session import Graph
-from lance_device.units import size
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset, FilePart
 from lance_edge.images import Part
-from lance_edge.manifest import ArrayInput, InputSpec, Variant
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import Variant
 from lance_edge.records import to_json
+from lance_edge.units import size
 
 OWN_FILE = "features.cache"  # in the run's folder
 SHARED_FILE = "features-{key}.cache"  # in --cache-dir

@@ -22,8 +22,8 @@ from lance_device.address_space import LEAST_ADDRESS_SPACE
 from lance_device.guard import free_bytes, group_limit_bytes
 from lance_device.machine import cpu_entries, describe_self, governor
 from lance_device.probe import HealthProbe
-from lance_device.throttling import REMEDIES, earlier_troubles, flags_of, troubles
-from lance_device.units import size
+from lance_edge.throttling import REMEDIES, earlier_troubles, flags_of, troubles
+from lance_edge.units import size
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 

@@ -20,7 +20,9 @@ from lance_device.graphs import run_prefix
 from lance_device.session import Array, Graph
 from lance_edge.errors import ArtifactError
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import DROPOUT_SEEDS, LABELS, InputSpec, TensorSpec
+from lance_edge.input_spec import InputSpec
+from lance_edge.manifest import TensorSpec
+from lance_edge.names import DROPOUT_SEEDS, LABELS
 
 Float = NDArray[np.float32]
 Half = NDArray[np.float16]

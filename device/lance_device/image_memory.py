@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lance_device.guard import status_bytes
-from lance_device.units import size
 from lance_edge.datasets import Dataset, FilePart
 from lance_edge.errors import PlatformError
 from lance_edge.images import decoding_bytes
+from lance_edge.units import size
 
 
 @dataclass(frozen=True)

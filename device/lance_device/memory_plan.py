@@ -24,10 +24,10 @@ from lance_device.measure import PhaseMeter
 from lance_device.options import TrainOptions
 from lance_device.probe import MemoryProbe
 from lance_device.step import training_step
-from lance_device.units import size
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
 from lance_edge.errors import PlatformError
+from lance_edge.units import size
 
 MANY = 4  # images of the second measurement
 LARGEST_STACK = 8 << 20  # of a thread, where `ulimit -s` sets no limit

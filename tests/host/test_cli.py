@@ -50,7 +50,9 @@ def nothing_in(tmp_path):
 # --- help ---
 
 
-@pytest.mark.parametrize("command", [[], ["calibrate"], ["layers"], ["inspect"], ["merge"], ["sample-data"]])
+@pytest.mark.parametrize(
+    "command", [[], ["calibrate"], ["layers"], ["inspect"], ["merge"], ["sample-data"], ["continual"]]
+)
 def test_help_teaches_with_an_example(command, lance_host):
     result = lance_host(*command, "--help")
     assert result.exit_code == 0
