@@ -18,11 +18,13 @@ class Limit:
     Attributes:
         what: who says so, for messages.
         kind: `VmHWM` (resident memory) or `VmPeak` (address space), as in proc(5).
+        is_enforced: by the kernel: whoever goes beyond it gets no memory, or is killed.
     """
 
     nbytes: int
     what: str
     kind: str
+    is_enforced: bool = True
 
 
 @dataclass(frozen=True)

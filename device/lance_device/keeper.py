@@ -86,16 +86,21 @@ class Keeper:
         self._log.checkpoint(self._meter.take("checkpoint"))
 
 
-def is_better(row: HistoryRow, best: Best | None) -> bool:
+def is_better(row: HistoryRow, best: Best | None, by_loss: bool = False) -> bool:
     """Whether an evaluation beats the best so far.
 
     By validation accuracy, ties by validation loss; without validation images by training loss.  Never by
     the test images: they would no longer tell how the chosen weights do on images never seen.
+
+    Args:
+        by_loss: by validation loss alone, as the schedule `plateau` judges.
     """
     if best is None:
         return True
     if row.validation_accuracy is None or best.validation_accuracy is None:
         return _is_lower(row.train_loss, best.train_loss)
+    if by_loss and best.validation_loss is not None and row.validation_loss is not None:
+        return _is_lower(row.validation_loss, best.validation_loss)
     if row.validation_accuracy != best.validation_accuracy:
         return row.validation_accuracy > best.validation_accuracy
     return _is_lower(row.validation_loss or 0.0, best.validation_loss or 0.0)

@@ -8,6 +8,7 @@ from lance_device.keeper import is_better
 from lance_device.live_table import StepView, view_of_rows
 from lance_device.run_log import RunLog
 from lance_device.run_setup import Run
+from lance_device.schedule import PLATEAU
 from lance_edge.profiles import HistoryRow
 
 
@@ -29,7 +30,7 @@ def history_row(
         best=False,
         time_s=log.seconds(),
     )
-    return dataclasses.replace(row, best=is_better(row, progress.best))
+    return dataclasses.replace(row, best=is_better(row, progress.best, run.options.schedule == PLATEAU))
 
 
 def step_view(run: Run, log: RunLog) -> StepView:

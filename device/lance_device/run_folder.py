@@ -81,6 +81,14 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def protected(self) -> Path:
+        """The memory that gradients are projected off, where there is one: a resumed run needs it again.
+
+        It is written before the first checkpoint, so alone it is no run.
+        """
+        return self.path / "protect.npz"
+
+    @property
     def row_files(self) -> tuple[Path, Path]:
         """Files that grow by whole rows."""
         return (self.steps, self.history)
@@ -153,7 +161,7 @@ class RunFolder:
         Raises:
             StorageError: if the folder holds a run already.
         """
-        existing = [file.name for file in self._files if file.exists()]
+        existing = [file.name for file in self._files if file.exists() and file != self.protected]
         if existing:
             raise StorageError(
                 f"{self.path}: holds a run already ({', '.join(existing)}); continue it with --resume,"
@@ -177,7 +185,8 @@ class RunFolder:
     @property
     def _files(self) -> tuple[Path, ...]:
         checkpoints = (self.last, self.previous, self.best)
-        return (*checkpoints, *self.row_files, self.summary, self.split, self.skipped, self.record)
+        reports = (self.summary, self.split, self.skipped, self.record)
+        return (*checkpoints, *self.row_files, *reports, self.protected)
 
     def _clear_leftovers(self) -> None:
         for file in self._files:

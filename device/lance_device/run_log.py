@@ -12,6 +12,7 @@ from lance_device.run_record import (
     write_record,
 )
 from lance_device.run_setup import Run, TrainRequest
+from lance_device.schedule import PLATEAU
 from lance_device.step_graphs import StepOutcome
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
@@ -238,7 +239,7 @@ class RunLog:
             test_accuracy=last.test_accuracy if last else None,
             validation_accuracy=last.validation_accuracy if last else None,
             best_epoch=best.epoch if best else None,
-            best_chosen_by="validation accuracy" if has_validation else "training loss",
+            best_chosen_by=_chosen_by(self._run, has_validation),
             best_validation_accuracy=best.validation_accuracy if best else None,
             best_test_accuracy=best.test_accuracy if best else None,
             activation_bytes=self._activation_bytes,
@@ -250,6 +251,13 @@ class RunLog:
             throttled=troubles(self._throttled),
             paused_s=self._paused_s,
         )
+
+
+def _chosen_by(run: Run, has_validation: bool) -> str:
+    """What makes one evaluation better than another; see `keeper.is_better`."""
+    if not has_validation:
+        return "training loss"
+    return "validation loss" if run.options.schedule == PLATEAU else "validation accuracy"
 
 
 def _common_cells(run: Run, bundle: Bundle) -> dict[str, Any]:

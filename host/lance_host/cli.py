@@ -6,7 +6,9 @@ import click
 
 from lance_edge import __version__
 from lance_edge.errors import LanceError
+from lance_host.cli_benchmark import continual
 from lance_host.cli_calibrate import calibrate, layers
+from lance_host.cli_continual import memory
 from lance_host.cli_export import export_ort
 from lance_host.cli_keys import keygen, sign
 from lance_host.cli_package import inspect, merge, sample_data
@@ -50,5 +52,9 @@ def cli() -> None:
     """
 
 
-for command in (calibrate, layers, inspect, merge, report, reproduce, keygen, sign, sample_data, export_ort):
+COMMANDS = (
+    *(calibrate, layers, inspect, merge, report, reproduce, keygen, sign, sample_data, export_ort),
+    *(memory, continual),
+)
+for command in COMMANDS:
     cli.add_command(command)

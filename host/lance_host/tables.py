@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
-from lance_edge.manifest import ArrayInput, InputSpec, LayerPlan, Manifest, Member, Variant
-from lance_host.accounting import bp_activation_bytes, bp_forward_macs
+from lance_edge.accounting import bp_activation_bytes, bp_forward_macs
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import LayerPlan, Manifest, Member, Variant
 from lance_host.text import (
     GAP,
     WIDTH,
@@ -76,6 +77,7 @@ def package_table(manifest: Manifest) -> str:
         ("split", f"seed {manifest.split.seed}, {manifest.split.test_fraction:.0%} for testing, then"
          f" {manifest.split.validation_fraction:.0%} of the rest for validation"),
         ("trainable", _trainable(manifest)),
+        *_task_facts(manifest),
         ("created by", f"{manifest.created_by}, schema {manifest.schema_version}"),
     ]  # fmt: skip
     costs = grid(_cost_columns(manifest)) if len(manifest.layer_counts) == 1 else _count_tables(manifest)
@@ -96,8 +98,9 @@ def _compressed(manifest: Manifest) -> tuple[str, list[LayerPlan]]:
 
 def _layer_heading(manifest: Manifest, method: str) -> str:
     heading = f"{count(len(manifest.layers), 'trainable layer')}, batch size {manifest.batch_size}"
-    modes = dict.fromkeys(layer.modes for layer in manifest.layers)
-    inputs = " or ".join(" x ".join(names[1:]) for names in modes)
+    shapes = dict.fromkeys(layer.modes for layer in manifest.layers)
+    modes = dict.fromkeys(layer.modes_in(manifest.mode) for layer in manifest.layers)
+    inputs = " or ".join(" x ".join(names[1:]) for names in shapes)
     if not method:
         return f"{heading}. Input is {inputs}."
     batches = count(manifest.calibration_batches, "calibration batch")
@@ -229,6 +232,21 @@ def _trainable(manifest: Manifest) -> str:
     others = [tensor.name for tensor in manifest.parameters if tensor.name not in weights]
     also = f" and {', '.join(others)}" if others else ""
     return f"{layers}{also}: {count(len(manifest.parameters), 'tensor')}, {values:,} values"
+
+
+def _task_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What was learned before, what is protected and what is frozen; nothing of a single task."""
+    if not manifest.tasks:
+        return [("task", manifest.task)] if manifest.task else []
+    earlier = ", ".join(f"{task.name} ({len(task.classes)} classes)" for task in manifest.tasks)
+    facts = [("task", manifest.task), ("learned before", earlier)]
+    protection = "none: earlier tasks will be forgotten"
+    if manifest.protected:
+        protection = f"{count(len(manifest.protected), 'layer')}: no weight decay, no biases"
+    facts.append(("protected", protection))
+    if manifest.frozen:
+        facts.append(("frozen", "; ".join(f"{one.layer}: {one.reason}" for one in manifest.frozen)))
+    return facts
 
 
 def _counts_text(counts: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ import torch
 from literal_method import compress_layers
 from small_networks import captured, random_batch, small_net
 
-from lance_edge.manifest import projection_name
+from lance_edge.names import projection_name
 from lance_host.layers import layer_modules
 from lance_host.reproduce.gradients import angle_deg, batch_angle
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from lance_edge.errors import DataError
 from lance_edge.files import atomic_writer
-from lance_edge.manifest import Split
+from lance_edge.input_spec import Split
 from lance_host.build import calibrate
 from lance_host.reproduce.device import run_device
 from lance_host.reproduce.material import WHOLE, Material
@@ -169,12 +169,13 @@ def digest(value: Any) -> str:
 def _identity(request: Request) -> dict[str, Any]:
     """Everything of a request that decides the package; of a file of weights its content, not its place."""
     values = {name: value for name, value in vars(request).items() if name not in ("output", "threads")}
-    if request.weights is not None and Path(request.weights).is_file():
-        values["weights"] = hashlib.sha256(Path(request.weights).read_bytes()).hexdigest()
+    weights, data = request.weights, request.data
+    if isinstance(weights, str) and Path(weights).is_file():
+        values["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     split: Split = request.split
     return {
         **values,
-        "data": str(request.data.absolute()),
+        "data": None if data is None else str(data.absolute()),
         "split": vars(split),
         "budgets": dict(request.budgets),
     }

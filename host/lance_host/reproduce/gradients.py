@@ -17,7 +17,8 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
 from lance_edge.datasets import open_dataset
 from lance_edge.images import load_batch
-from lance_edge.manifest import PROJECTIONS_MEMBER, Layer, Variant, projection_name
+from lance_edge.manifest import Layer, Variant
+from lance_edge.names import PROJECTIONS_MEMBER, projection_name
 from lance_host.calibrate import calibration_batches
 from lance_host.merge import merged_state
 from lance_host.network import NetworkRequest, load_network

@@ -11,7 +11,7 @@ import numpy as np
 from lance_edge.datasets import Dataset, FilePart, open_dataset
 from lance_edge.errors import DataError, LanceError, ModelError
 from lance_edge.images import Part
-from lance_edge.manifest import Split
+from lance_edge.input_spec import Split
 from lance_host.published import UnreachableError, fetch
 from lance_host.reproduce.study import Study
 from lance_host.sources import open_source
