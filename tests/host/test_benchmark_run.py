@@ -190,7 +190,7 @@ def test_what_was_learnt_is_not_learnt_again(
     material: tuple[Path, str], learnt: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {name: (learnt / name).read_bytes() for name in TABLES}
-    monkeypatch.setattr(runner, "_learn", lambda job: pytest.fail("nothing is left to learn"))
+    monkeypatch.setattr(runner, "_learn", lambda job, label: pytest.fail("nothing is left to learn"))
     run_benchmark(request_of(material, learnt.parent, *METHODS), SILENT)
     assert before == {name: (learnt / name).read_bytes() for name in TABLES}
 

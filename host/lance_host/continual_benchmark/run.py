@@ -167,19 +167,19 @@ def _run(
             say=voice.say,
             progress=voice.progress,
         )
-        record = replace(_learn(job), method=label)
+        record = _learn(job, label)
         voice.say("  accuracy: " + ", ".join(f"{100 * accuracy:.1f} %" for accuracy in record.accuracies))
         write_results(folder, settings)
 
 
-def _learn(job: Job) -> TaskRecord:
+def _learn(job: Job, label: str) -> TaskRecord:
     """Learn a task, evaluate on all tasks so far, and leave its folder complete."""
     job.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     job, learnt = learn_stably(job)
     write_state(job.folder / STATE, learnt.state)
     record = TaskRecord(
-        method=job.method,
+        method=label,
         seed=job.seed,
         after=job.number,
         task=job.task.name,
