@@ -68,14 +68,10 @@ def _heatmaps(means: dict[str, list[list[float]]], tasks: int) -> Any:
                     fontsize=7,
                     color="white" if value < 60 else "black",
                 )
-        axes.set_xticks(range(tasks), _from_one(tasks))
-        axes.set_yticks(range(len(rows)), _from_one(len(rows)))
+        axes.set_xticks(range(tasks), [str(task) for task in range(1, tasks + 1)])
+        axes.set_yticks(range(len(rows)), [str(task) for task in range(1, len(rows) + 1)])
         axes.set(title=method, xlabel="accuracy on task (%)", ylabel="after task")
     return figure
-
-
-def _from_one(number: int) -> list[str]:
-    return [str(task + 1) for task in range(number)]
 
 
 def _curves(means: dict[str, list[list[float]]]) -> Any:
