@@ -20,7 +20,7 @@ CLICK_MODULES = {
     "lance_device.cli_watch",
     *("lance_host.cli", "lance_host.cli_benchmark", "lance_host.cli_calibrate", "lance_host.cli_continual"),
     *("lance_host.cli_export", "lance_host.cli_keys", "lance_host.cli_options", "lance_host.cli_package"),
-    *("lance_device.cli_watch", "lance_host.cli_report", "lance_host.cli_reproduce"),
+    *("lance_host.cli_report", "lance_host.cli_reproduce"),
 }
 
 

@@ -15,9 +15,9 @@ STYLE = Path(__file__).with_name("style.css")
 MOST_OPEN_ROWS = 12  # of a table; a longer one is folded
 MOST_TILES = 8
 RESULTS = (
-    "A row for each setting. Spread is the standard deviation of the step over its mean; peak RSS is that of the"
-    " steps (above: of the whole run, evaluations too); saved bytes are all that is alive between forward and"
-    " backward of a micro-batch."
+    "A row for each setting. Spread is the standard deviation of the step over its mean; peak RSS is that of"
+    " the steps (above: of the whole run, evaluations too); saved bytes are all that is alive between forward"
+    " and backward of a micro-batch."
 )
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="6 3"', "dotted": ' stroke-dasharray="2 3"'}
 
