@@ -60,8 +60,12 @@ def _bytes(result: Result, yardstick: Result) -> str:
     if not own or not other:
         return ""
     if other >= own:
-        return f"keeps {other / own:.3g} times fewer activation bytes than BP"
-    return f"keeps {own / other:.3g} times the activation bytes of BP"
+        return f"keeps {_times(other / own)} times fewer activation bytes than BP"
+    return f"keeps {_times(own / other)} times the activation bytes of BP"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}"
 
 
 def _speed(result: Result, yardstick: Result) -> str:

@@ -39,13 +39,15 @@ def learning(views: Sequence[View]) -> Section:
 
 def tradeoff(views: Sequence[View]) -> Section:
     """Activation bytes against accuracy."""
-    runs = [view for view in runs_of(views) if view.test_accuracy is not None and view.costs]
+    known = [view for view in runs_of(views) if view.test_accuracy is not None and view.costs]
+    runs = [view for view in known if _activation_kib(view) > 0]
+    heads = [view for view in known if _activation_kib(view) == 0]
     colours = run_colours([view.method for view in runs])
     lines = tuple(
         Line(
             view.name,
             colour,
-            (max(costs.activation_bytes for costs in view.measured().values()) / KIB,),
+            (_activation_kib(view),),
             (100 * (view.test_accuracy or 0.0),),
             "points",
         )
@@ -55,11 +57,12 @@ def tradeoff(views: Sequence[View]) -> Section:
         "activation-bytes-accuracy",
         "Accuracy against activation memory",
         "Each point is a run. Up is more accurate, left is smaller: activation bytes are what the method keeps"
-        " of the trained layers' inputs for a whole batch.",
+        " of the trained layers' inputs for a whole batch. Dashed: a head alone, which keeps none.",
         "activation bytes, KiB (log scale)",
         "test accuracy, %",
         lines,
-        x_is_log=all(x > 0 for line in lines for x in line.x),
+        x_is_log=True,
+        rules=tuple((100 * (view.test_accuracy or 0.0), view.name) for view in heads),
     )
     return Section(
         "Accuracy and memory",
@@ -67,6 +70,10 @@ def tradeoff(views: Sequence[View]) -> Section:
         () if plot.is_empty else (plot,),
         missing="No run in this report was evaluated on test images yet.",
     )
+
+
+def _activation_kib(view: View) -> float:
+    return max(costs.activation_bytes for costs in view.measured().values()) / KIB
 
 
 def _step_loss(runs: Sequence[View]) -> LinePlot:

@@ -15,8 +15,9 @@ STYLE = Path(__file__).with_name("style.css")
 MOST_OPEN_ROWS = 12  # of a table; a longer one is folded
 MOST_TILES = 8
 RESULTS = (
-    "A row for each setting. Spread is the standard deviation of the step over its mean; saved bytes are all"
-    " that is alive between forward and backward of a micro-batch."
+    "A row for each setting. Spread is the standard deviation of the step over its mean; peak RSS is that of"
+    " the steps (above: of the whole run, evaluations too); saved bytes are all that is alive between forward"
+    " and backward of a micro-batch."
 )
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="6 3"', "dotted": ' stroke-dasharray="2 3"'}
 
@@ -99,11 +100,10 @@ def _tile_facts(view: View) -> list[tuple[str, str]]:
         return [("settings", str(len(view.measured()))), ("steps", str(view.steps))]
     costs = list(view.measured().values())
     step = next((row for cost in reversed(costs) if (row := cost.phases().get("step")) is not None), None)
-    peak = max((cost.peak_rss_kib for cost in costs if cost.peak_rss_kib is not None), default=None)
     facts = [
         ("test accuracy", percent(view.test_accuracy)),
         ("step, median", "-" if step is None else f"{step.p50_ms:.1f} ms"),
-        ("peak RSS", size(None if peak is None else peak * 1024)),
+        ("peak RSS", size(None if view.peak_rss_kib is None else view.peak_rss_kib * 1024)),
         ("activation bytes", size(max((cost.activation_bytes for cost in costs), default=None))),
         ("steps", str(view.steps) if view.total_steps is None else f"{view.steps} of {view.total_steps}"),
         ("time", duration(max((row.time_s for row in view.latest.values()), default=0.0))),

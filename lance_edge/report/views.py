@@ -37,6 +37,7 @@ class View:
         loss: over steps; memory, heat and clock over seconds of training.
         history: evaluations.
         latest: the newest row of each phase.
+        peak_rss_kib: the highest of all rows, evaluations among them.
         steps: of training, so far.
         throttled: the firmware's flags of now, by the seconds at which they were read.
     """
@@ -53,6 +54,7 @@ class View:
         self._history = None if self.files.history is None else Tail(self.files.history, (HistoryRow,))
         self.costs: dict[Setting, Costs] = {}
         self.loss, self.rss_mib, self.peak_mib = Thin(), Thin(), Thin()
+        self.peak_rss_kib: int | None = None
         self.temperature_c, self.arm_mhz, self.throttled = Thin(), Thin(), Thin()
         self.history: list[HistoryRow] = []
         self._history_stride, self._history_count = 1, 0
@@ -100,6 +102,8 @@ class View:
 
     def _add_step(self, row: StepRow) -> None:
         self.latest[row.phase] = row
+        if row.peak_rss_kib is not None:
+            self.peak_rss_kib = max(self.peak_rss_kib or 0, row.peak_rss_kib)
         self.is_benchmark = isinstance(row, BenchRow)
         if row.phase in STEP_PHASES or row.phase == "step":
             self.costs.setdefault(setting_of(row), Costs()).add(row)

@@ -7,10 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_rows import PHASES, RECORD, on_machine, write_benchmark, write_run
+from report_rows import PHASES, RECORD, on_machine, step_rows, write_benchmark, write_rows, write_run
 
 import lance_edge
 from lance_edge.bench_rows import summarise_bench
+from lance_edge.profiles import StepRow
 from lance_edge.recordings import read_recording
 from lance_edge.report.colours import METHODS, method_colour, run_colours, shade
 from lance_edge.report.content import compose
@@ -157,6 +158,30 @@ def test_findings_compare_like_with_like(tmp_path):
     taken = [(0.8, 1.0, 1.5)[step % 3] for step in range(2, 21)]
     spread = statistics.stdev(taken) / statistics.mean(taken)
     assert f"takes as long (to within the spread, {spread:.0%}), is as accurate" in finding
+
+
+def test_ratios_are_plain_numbers(tmp_path):
+    lance = write_run(tmp_path / "lance", accuracies=(0.7,), activation_bytes=320)
+    bp = write_run(tmp_path / "bp", "bp", accuracies=(0.7,))
+    (finding,) = findings_of(open_views([lance, bp]))
+    assert "keeps 1,280 times fewer activation bytes than BP" in finding
+
+
+def test_a_head_alone_is_a_line_beside_the_points(tmp_path):
+    """It keeps no activations, so a logarithmic axis has no place for it."""
+    head = write_run(tmp_path / "head", "bp", accuracies=(0.6,), layers=0, activation_bytes=0)
+    plot = plots_of([head, write_run(tmp_path / "lance", accuracies=(0.7,))])["activation-bytes-accuracy"]
+    assert [(line.label, line.x, line.y) for line in plot.lines] == [("lance", (4.0,), (70.0,))]
+    assert plot.rules == ((60.0, "head"),)
+    assert plot.x_is_log
+
+
+def test_the_peak_of_a_run_is_that_of_its_evaluations_too(tmp_path):
+    run = write_run(tmp_path / "run", steps=3)
+    evaluation = step_rows(step=3, phase="eval", peak_rss_kib=300 * 1024)[-1]
+    write_rows(run / "steps.csv", StepRow, [evaluation], mode="a")
+    page = render(compose(open_views([run]), "now"), lambda plot: "<svg></svg>")
+    assert re.search(r"peak RSS</dt><dd[^>]*>300.00 MiB", page), page[:5000]
 
 
 def test_heat_marks_throttled_stretches(tmp_path):
