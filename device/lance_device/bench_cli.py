@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lance_device.cli_types import auto_or_count
+from lance_device.cli_types import auto_or_threads
 from lance_edge.counts import parse_counts
 
 PATH = click.Path(path_type=Path)
@@ -66,7 +66,7 @@ def _names(context: click.Context, option: click.Parameter, text: str | None) ->
     "--threads",
     default="auto",
     metavar="auto|N",
-    callback=auto_or_count,
+    callback=auto_or_threads,
     help="auto: what the board advises, else its cores.",
 )
 @click.option(

@@ -12,7 +12,14 @@ import click
 
 from lance_device.bench_cli import bench, bench_worker
 from lance_device.cli_board import doctor, install_service
-from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
+from lance_device.cli_common import (
+    AUTO,
+    PATH,
+    SIGNATURE,
+    THREADS,
+    check_signature,
+    require_runtime_within_memory,
+)
 from lance_device.cli_train import train
 from lance_device.cli_types import Commands
 from lance_edge.errors import DataError
@@ -49,7 +56,7 @@ main.add_command(install_service)
 @click.option("--checkpoint", type=PATH, required=True, help="run/last.npz or run/best.npz.")
 @click.option("--data", type=PATH, required=True, help="Folder with a folder of images per class, or an .npz.")
 @click.option("--part", type=click.Choice(PARTS), default="test", help="Which of the images.")
-@click.option("--threads", **AUTO, help="auto: the cores of this machine.")
+@click.option("--threads", **THREADS, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--strict", is_flag=True, help="Refuse images that cannot be read, instead of leaving them out.")
@@ -104,7 +111,7 @@ def evaluate_command(
 @click.option("--checkpoint", type=PATH, help="run/last.npz or run/best.npz.")
 @click.option("--model", type=PATH, help="Instead of these two: an ONNX model of lance-host merge.")
 @click.option("--top", type=click.IntRange(min=1), default=3, help="Likeliest classes to print.")
-@click.option("--threads", **AUTO, help="auto: the cores of this machine.")
+@click.option("--threads", **THREADS, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: a list with an entry for each file.")
 @SIGNATURE

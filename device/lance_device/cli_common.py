@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from lance_device.cli_types import auto_or_count
+from lance_device.cli_types import auto_or_count, auto_or_threads
 
 PATH = click.Path(path_type=Path)
 AUTO: dict[str, Any] = {"default": "auto", "metavar": "auto|N", "callback": auto_or_count}
+THREADS: dict[str, Any] = {**AUTO, "callback": auto_or_threads}
 SIGNATURE = click.option(
     "--require-signature",
     "public_key",

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
+from lance_device.cli_common import (
+    AUTO,
+    PATH,
+    SIGNATURE,
+    THREADS,
+    check_signature,
+    require_runtime_within_memory,
+)
 from lance_device.cli_types import Number, byte_count, class_weights, minutes_or_steps
 from lance_device.niceness import be_nice
 
@@ -54,7 +61,7 @@ from lance_device.niceness import be_nice
     help="How much a sample of each class counts in the loss; balanced: each class as much as any other.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of order and flips; moves no image.")
-@click.option("--threads", **AUTO, help="auto: what the board advises, else its cores.")
+@click.option("--threads", **THREADS, help="auto: what the board advises, else its cores.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: what the board advises, 8.")
 @click.option(
     "--board", default="auto", metavar="auto|NAME", help="Whose advice: rpi3b-plus, rpi4, rpi5, generic."

@@ -219,6 +219,17 @@ def test_usage_errors(arguments, words):
     assert words in result.output
 
 
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "bench"])
+def test_more_threads_than_help_anybody_are_refused(command, monkeypatch):
+    """With thousands the runtime waits for ever, deaf to signals."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    result = lance_device(command, "--threads", 13)
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "'--threads': expected at most 12, 4 for each core of this machine, found 13: more would" in said
+    assert "--threads" not in lance_device(command, "--threads", 12).output.partition("Error")[2]
+
+
 @pytest.mark.parametrize("command", ["train", "eval", "predict"])
 @pytest.mark.parametrize(
     ("prelude", "words"),

@@ -221,7 +221,9 @@ RunLog.finish = say
 """
     words = train_words(package, images, tmp_path / "run")
     nice = max(0, os.getpriority(os.PRIO_PROCESS, 0)) + 1  # not 19: on a busy machine that would take minutes
-    process = spawn(*words, "--threads", 2, *STEPS, "--nice", nice, "--quiet", prelude=_LATE.format(body=prelude))
+    process = spawn(
+        *words, "--threads", 2, *STEPS, "--nice", nice, "--quiet", prelude=_LATE.format(body=prelude)
+    )
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     levels = output.split()
