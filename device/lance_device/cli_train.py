@@ -1,6 +1,7 @@
 """The command `train`."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,7 @@ def train(
     bit. A batch is always full: images left over at the end of an epoch join the next. A cache of features
     lies in features.cache, or in --cache-dir, where later runs on the same images find it.
     """
-    if values["cache"] == "off" and values["cache_dir"] is not None:
-        raise click.UsageError("--cache-dir is for --cache on or auto; with --cache off nothing is kept")
+    expect_sense(values)
     be_nice(nice)
     require_runtime_within_memory()
     from lance_device.live import Live, Silent
@@ -175,6 +175,16 @@ def train(
     result = run_training(request, Silent() if quiet else Live(sys.stderr))
     if not quiet:
         click.echo(result_table(result))
+
+
+def expect_sense(values: Mapping[str, Any]) -> None:
+    """See that options go together.
+
+    Raises:
+        UsageError: if not.
+    """
+    if values["cache"] == "off" and values["cache_dir"] is not None:
+        raise click.UsageError("--cache-dir is for --cache on or auto; with --cache off nothing is kept")
 
 
 def _is_given(context: click.Context, name: str) -> bool:

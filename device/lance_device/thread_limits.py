@@ -4,8 +4,8 @@ import os
 
 # Of a run that another machine began: its checkpoint is a file like any other.
 MOST_STORED = 256
-# More threads than cores only wait for each other; four times as many leave room to measure that.  Each graph of a
-# package starts its own, and where one cannot be started, onnxruntime 1.31 waits for ever, deaf to signals.
+# More threads than cores only wait for each other; four times as many leave room to measure that.  Each graph
+# starts its own, and where one cannot be started, onnxruntime 1.31 waits for ever, deaf to signals.
 TIMES_CORES = 4
 
 
