@@ -52,6 +52,7 @@ class TrainResult:
     max_temperature_c: float | None = None
     throttled: tuple[str, ...] = ()
     paused_s: float = 0.0
+    steps_not_applied: int = 0
 
 
 class RunLog:
@@ -84,6 +85,11 @@ class RunLog:
         self._common = _common_cells(run, bundle)
         self._record = describe_run(request, run, bundle, dataset, memory.peak_source)
         write_record(run.folder.record, {**self._record, "status": "running"})
+
+    @property
+    def last_evaluation(self) -> HistoryRow | None:
+        """The latest, of earlier parts of the run too."""
+        return self._last_evaluation
 
     def seconds(self) -> float:
         """Training time so far, earlier parts of the run included."""
@@ -242,6 +248,7 @@ class RunLog:
             max_temperature_c=self._max_temperature_c,
             throttled=troubles(self._throttled),
             paused_s=self._paused_s,
+            steps_not_applied=progress.skipped,
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from lance_device.evaluate import Evaluation
 from lance_device.predict import Prediction
 from lance_device.run_log import TrainResult
-from lance_device.units import duration, percent, size
+from lance_device.units import count, duration, percent, size
 
 
 def result_table(result: TrainResult) -> str:
@@ -23,6 +23,8 @@ def result_table(result: TrainResult) -> str:
         ("saved bytes", f"{size(result.saved_bytes)} (all that crosses, per micro-batch)"),
         ("peak RSS", size(None if result.peak_rss_kib is None else result.peak_rss_kib * 1024)),
     ]
+    if result.steps_not_applied:
+        rows.insert(1, ("not applied", f"{count(result.steps_not_applied, 'step')} (--on-nan)"))
     if result.max_temperature_c is not None:
         rows.append(("highest temperature", f"{result.max_temperature_c:.0f} °C"))
     if result.throttled:
