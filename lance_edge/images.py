@@ -6,6 +6,7 @@ channel is dropped, not blended; 16-bit greys are scaled to 8 bits.  `datasets.p
 
 import os
 import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,9 @@ _DECODING_BYTES = {"RGB": 4, "L": 5, "1": 5, "RGBA": 8, "LA": 8, "CMYK": 8, "P":
 _MOST_DECODING_BYTES = 21
 _WEBP_BYTES = 17  # the decoder's own canvases
 _PROGRESSIVE_BYTES = 4 + 6  # the coefficients of three channels, 16 bits each
+
+# Pillow warns of large images without saying which; `load_image` refuses them by name.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF 2.3, table 6: how a stored image becomes upright
@@ -78,6 +82,8 @@ def load_image(path: Path) -> Image.Image:
                 upright.info.clear()  # pillow copies metadata along: nobody shall turn it again
                 return upright
             reason = f"found {file.width}x{file.height} pixels, more than {MAX_PIXELS} in all"
+    except Image.DecompressionBombError:  # pillow itself refuses twice as many
+        reason = f"found more than {2 * MAX_PIXELS} pixels, expected at most {MAX_PIXELS}"
     except MemoryError:  # says nothing of the file
         raise
     except Exception as error:  # pillow raises many kinds for a damaged file
@@ -192,8 +198,10 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found.update(_walk(path))
-        elif path.exists():
+        elif path.is_file():
             found.add(path)
+        elif path.exists():  # reading a pipe waits for whoever writes into it
+            raise DataError(f"{path}: neither a file nor a folder; give image files or folders of images")
         else:
             raise DataError(f"{path}: no such file or folder; give image files or folders of images")
     if not found:

@@ -19,6 +19,7 @@ from lance_device.cli_common import (
     THREADS,
     check_signature,
     require_runtime_within_memory,
+    tell_of_others,
 )
 from lance_device.cli_train import train
 from lance_device.cli_types import Commands
@@ -84,6 +85,7 @@ def evaluate_command(
     from lance_device.text import evaluation_json, evaluation_table
     from lance_edge.bundle import Bundle
     from lance_edge.datasets import open_dataset
+    from lance_edge.other_files import of_data
     from lance_edge.screening import find_bad, refuse, without
 
     check_signature(artifact, public_key)
@@ -93,8 +95,9 @@ def evaluate_command(
     skipped = find_bad(dataset, available_cores(), (part,))
     if strict:
         refuse(data, skipped)
+    tell_of_others(of_data(data))
     for row in skipped:
-        click.echo(f"warning: {row.name} is left out ({row.reason})", err=True)
+        _warn(row.name, row.reason)
     images = getattr(without(dataset, {row.name for row in skipped}), part)
     size = micro_batch or DEFAULT_MICRO_BATCH
     result = evaluate(on_images(classifier.logits, classifier.preprocessing), images, size)
@@ -113,7 +116,8 @@ def evaluate_command(
 @click.option("--top", type=click.IntRange(min=1), default=3, help="Likeliest classes to print.")
 @click.option("--threads", **THREADS, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: a list with an entry for each file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: a list with an entry for each image.")
+@click.option("--strict", is_flag=True, help="End at the first image that cannot be read.")
 @SIGNATURE
 @click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILES_OR_FOLDERS...")
 def predict(
@@ -124,6 +128,7 @@ def predict(
     threads: int | None,
     micro_batch: int | None,
     as_json: bool,
+    strict: bool,
     public_key: Path | None,
     files: tuple[Path, ...],
 ) -> None:
@@ -132,6 +137,9 @@ def predict(
     \b
     lance-device predict --artifact pkg.tar --checkpoint run/last.npz photo.jpg more-photos/
     lance-device predict --model finetuned.onnx photo.jpg --json
+
+    An image that cannot be read is left out, with a warning: the exit code is 0 if any could be classified,
+    else 5 (--strict: at the first one).
     """
     is_package = artifact is not None and checkpoint is not None
     if (model is None) != is_package or (model is not None and (artifact or checkpoint)):
@@ -140,10 +148,13 @@ def predict(
     from lance_device.options import DEFAULT_MICRO_BATCH, available_cores
     from lance_device.predict import predict as classify
     from lance_device.text import prediction_json, prediction_line
+    from lance_edge.other_files import of_folders
 
     check_signature(artifact or model or Path(), public_key)
     classifier = _open_classifier(artifact, checkpoint, model, threads or available_cores())
-    predictions = classify(classifier, files, top, micro_batch or DEFAULT_MICRO_BATCH)
+    tell_of_others(of_folders(files))
+    on_bad = None if strict else _warn_of_image
+    predictions = classify(classifier, files, top, micro_batch or DEFAULT_MICRO_BATCH, on_bad)
     if as_json:
         entries = [prediction_json(prediction) for prediction in predictions]
         click.echo(json.dumps(entries, ensure_ascii=False, indent=1))
@@ -163,6 +174,14 @@ def compare(runs: tuple[Path, ...]) -> None:
     from lance_device.compare import comparison_table
 
     click.echo(comparison_table(runs))
+
+
+def _warn_of_image(name: str, error: DataError) -> None:
+    _warn(name, error.reason)
+
+
+def _warn(name: str, reason: str) -> None:
+    click.echo(f"warning: {name} is left out ({reason})", err=True)
 
 
 def _open_classifier(artifact: Path | None, checkpoint: Path | None, model: Path | None, threads: int) -> Any:

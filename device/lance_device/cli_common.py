@@ -27,6 +27,12 @@ def check_signature(file: Path, public_key: Path | None) -> None:
         require_signature(file, public_key)
 
 
+def tell_of_others(text: str) -> None:
+    """Say which files of a folder were not taken as images, if any."""
+    if text:
+        click.echo(text, err=True)
+
+
 def require_runtime_within_memory() -> None:
     """See that there is a runtime, and that a lack of memory will be an error of the command."""
     from lance_device.address_space import expect_address_space

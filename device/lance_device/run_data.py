@@ -18,6 +18,7 @@ from lance_device.run_setup import Run, TrainRequest
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset, FilePart, open_dataset
 from lance_edge.errors import CheckpointError, DataError
+from lance_edge.other_files import of_data
 from lance_edge.profiles import read_intact_rows
 from lance_edge.recorded_split import recorded_dataset
 from lance_edge.screening import PARTS, SkippedRow, find_bad, leave_out, refuse, without
@@ -39,6 +40,9 @@ def open_images(request: TrainRequest, bundle: Bundle, note: Note) -> tuple[Data
     dataset = _on_record(request, bundle, marks)
     if dataset is None:
         listing = open_dataset(request.data, bundle.manifest.split, bundle.manifest.classes)
+        others = of_data(request.data)
+        if others:
+            note(others)
         skipped = _skipped_before(request, marks)
         if skipped is None:
             skipped = _find_bad(request, listing)

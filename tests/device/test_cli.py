@@ -2,6 +2,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -190,6 +191,54 @@ def test_predict_of_what_is_no_image(tested, tmp_path):
     assert "no such file or folder" in refused(lance_device("predict", *tested, tmp_path / "none.jpg"), 5)
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     assert "cannot read this image" in refused(lance_device("predict", *tested, tmp_path / "torn.jpg"), 5)
+    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
+    line = refused(lance_device("predict", *tested, tmp_path / "pipe.jpg"), 5)
+    assert "pipe.jpg: neither a file nor a folder; give image files or folders of images" in line
+
+
+@pytest.fixture
+def mixed(images, tmp_path):
+    """A folder of three images, two that cannot be read among them, and more that are none."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("a.png", "c.png", "e.png"):
+        shutil.copy(images / "red/000.png", folder / name)
+    (folder / "b.png").write_bytes(b"")
+    (folder / "d.png").write_bytes((images / "red/000.png").read_bytes()[:90])
+    for name in ("x.tiff", "y.TIFF", "z.ppm", "notes"):
+        (folder / name).write_bytes(b"some")
+    return folder
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_predict_leaves_out_what_cannot_be_read(tested, mixed, micro_batch):
+    words = ("predict", *tested, "--micro-batch", micro_batch, mixed)
+    result = started(lance_device(*words))
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [f"{mixed}/{name}.png" for name in "ace"]
+    said = result.stderr.splitlines()
+    assert said[0] == (
+        f"{mixed}: 4 entries are not taken as images (.tiff 2, .ppm 1, without suffix 1); images are files that"
+        " end in .jpg .jpeg .png .bmp .webp .gif"
+    )
+    assert said[1] == f"warning: {mixed}/b.png is left out (found 0 bytes)"
+    assert said[2].startswith(f"warning: {mixed}/d.png is left out (")
+    entries = json.loads(started(lance_device(*words, "--json")).stdout)
+    assert [entry["file"] for entry in entries] == [f"{mixed}/{name}.png" for name in "ace"]
+    alone = json.loads(started(lance_device("predict", *tested, mixed / "a.png", "--json")).stdout)
+    for entry in entries:  # the same image; float32 products of another batch size differ in the last bits
+        for found, expected in zip(entry["predictions"], alone[0]["predictions"], strict=True):
+            assert found["class"] == expected["class"]
+            assert found["probability"] == pytest.approx(expected["probability"], abs=1e-6)
+
+
+def test_predict_can_be_strict(tested, mixed):
+    line = refused(lance_device("predict", *tested, mixed, "--strict"), 5)
+    assert "b.png: cannot read this image (found 0 bytes); expected a whole JPEG" in line
+
+
+def test_predict_of_nothing_that_can_be_read(tested, mixed):
+    line = refused(lance_device("predict", *tested, mixed / "b.png", mixed / "d.png"), 5)
+    assert line.endswith("b.png: cannot read this image, nor any of the other 1; give whole ones")
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,9 @@ def test_a_run_whose_evaluation_is_no_number_is_taken_up_again(package, images, 
     out = tmp_path / "run"
     line = refused(train(package, images, out, *PLAIN, "--steps", 1, "--lr", 1e30, "--clip", 0), 7)
     assert line == (
-        "error: the run ended with an evaluation whose loss is no number (0 steps of 1 not applied); its weights"
-        " have blown up, so --resume cannot help: start again with a lower --lr (this run: 1e+30) or with --clip 2"
+        "error: the run ended with an evaluation whose loss is no number (0 steps of 1 not applied); its"
+        " weights have blown up, so --resume cannot help: start again with a lower --lr (this run: 1e+30) or"
+        " with --clip 2"
     )
     [row] = table(out / "history.csv")
     assert not math.isfinite(float(row["test_loss"]))
@@ -196,8 +197,8 @@ def test_one_bad_batch_at_the_end_is_no_failure_but_two_are(package, images, tmp
         started(result)
         return
     assert refused(result, 7) == (
-        "error: the run ended with 2 steps in a row that were not applied (2 steps of 6 not applied); start again"
-        " with a lower --lr (this run: 0.2) or with --clip 2"
+        "error: the run ended with 2 steps in a row that were not applied (2 steps of 6 not applied); start"
+        " again with a lower --lr (this run: 0.2) or with --clip 2"
     )
 
 
