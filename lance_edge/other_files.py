@@ -20,7 +20,7 @@ def of_data(root: Path) -> str:
         return ""
     parents = [root / name for name in ("train", "test") if (root / name).is_dir()] or [root]
     folders = [entry for parent in parents for entry in _entries(parent) if entry.is_dir()]
-    return _line(root, (entry for folder in folders for entry in _entries(Path(folder.path))))
+    return _line(str(root), (entry for folder in folders for entry in _entries(Path(folder.path))))
 
 
 def of_folders(paths: Sequence[Path]) -> str:
@@ -28,7 +28,8 @@ def of_folders(paths: Sequence[Path]) -> str:
     folders = [path for path in paths if path.is_dir()]
     if not folders:
         return ""
-    return _line(folders[0], (entry for folder in folders for entry in _walk(folder)))
+    more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
+    return _line(f"{folders[0]}{more}", (entry for folder in folders for entry in _walk(folder)))
 
 
 def _walk(folder: Path) -> Iterator["os.DirEntry[str]"]:
@@ -46,7 +47,7 @@ def _entries(folder: Path) -> "list[os.DirEntry[str]]":
         return []
 
 
-def _line(where: Path, entries: Iterable["os.DirEntry[str]"]) -> str:
+def _line(where: str, entries: Iterable["os.DirEntry[str]"]) -> str:
     kinds = Counter(_kind(entry) for entry in entries if not is_image(entry))
     if not kinds:
         return ""
