@@ -30,13 +30,11 @@ def _sizes(context: click.Context, option: click.Parameter, text: str | None) ->
     return counts
 
 
-def _names(context: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
+def _names(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...] | None:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise click.BadParameter("expected names such as lance,bp, found none")
-    return names
+    return None if names == ("all",) else names
 
 
 @click.command()
@@ -44,7 +42,11 @@ def _names(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--data", type=PATH, help="Images to train on.  [default: generated ones, which cost no reading]")
 @click.option("--out", type=PATH, help="Folder for the measurements.  [default: bench-<time>/]")
 @click.option(
-    "--methods", callback=_names, metavar="NAMES", help="Of lance,bp,asi,hosvd.  [default: all in the package]"
+    "--methods",
+    default="all",
+    callback=_names,
+    metavar="NAMES",
+    help="Of lance,bp,asi,hosvd; all: those in the package.",
 )
 @click.option(
     "--layers", callback=_counts, metavar="COUNTS", help="1-10, or 2,4.  [default: all in the package]"

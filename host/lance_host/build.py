@@ -132,7 +132,7 @@ def measure_spectra(
     if not captured.layers or request.methods == ("bp",):
         return {}, 0
     batch_size = order.shape[1]
-    feedback.say(f"calibration: {len(order)} batches of {batch_size} training images")
+    feedback.say(f"calibration: {len(order)} batch{'es' * (len(order) != 1)} of {batch_size} training images")
     model, taps = tap_inputs(captured, network_weights(network))
     spectra = layer_spectra(
         serialise(model, "calibration"),
