@@ -15,7 +15,6 @@ from lance_device.options import available_cores
 from lance_device.recover import is_whole, marks_on_record
 from lance_device.run_folder import RunFolder, SplitRow, split_rows
 from lance_device.run_setup import Run, TrainRequest
-from lance_device.units import count
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset, FilePart, open_dataset
 from lance_edge.errors import CheckpointError, DataError
@@ -23,6 +22,7 @@ from lance_edge.other_files import of_data
 from lance_edge.profiles import read_intact_rows
 from lance_edge.recorded_split import recorded_dataset
 from lance_edge.screening import PARTS, SkippedRow, find_bad, leave_out, refuse, without
+from lance_edge.units import count
 
 Note = Callable[[str], None]
 
@@ -176,8 +176,9 @@ class Absentees:
             on_first: called as soon as an image is missing, before another is used in its place.
         """
         self._run, self._on_first = run, on_first
-        path = run.folder.skipped
-        later = [row for row in _intact(path) if row.step > 0] if run.is_resumed else []
+        path, known = run.folder.skipped, {row.name for row in self._skipped}
+        before = _intact(path) if run.is_resumed else ()
+        later = [row for row in before if row.step > 0 and row.name not in known]
         lines = b"".join(csv_lines(SkippedRow, [*self._skipped, *later]))
         if not path.exists() or path.read_bytes() != lines:  # new, damaged, or torn at its end
             write_rows(path, SkippedRow, [*self._skipped, *later])

@@ -67,10 +67,11 @@ def _parsed(request: ServiceRequest) -> Mapping[str, Any]:
     """The options as train itself reads them."""
     own = [word for name in OWN_OPTIONS for word in (f"--{name}", str(getattr(request, name)))]
     try:
-        values = train.make_context("lance-device train", [*own, *request.arguments]).params
-        expect_sense(values)
+        context = train.make_context("lance-device train", [*own, *request.arguments])
+        expect_sense(context)
     except click.UsageError as error:
         raise click.UsageError(f"lance-device train would refuse this: {error.format_message()}") from None
+    values = context.params
     if values["resume"] or values["resume_or_start"]:
         raise click.UsageError("--resume: a service takes its run up by itself; leave it out")
     for name in OWN_OPTIONS:

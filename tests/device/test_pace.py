@@ -14,8 +14,8 @@ from lance_device import probe
 from lance_device.niceness import be_nice
 from lance_device.pace import PaceOptions, Pacer
 from lance_device.probe import HealthProbe
-from lance_device.throttling import earlier_troubles, flags_of, troubles
 from lance_edge.errors import Interrupted, PlatformError
+from lance_edge.throttling import earlier_troubles, flags_of, troubles
 
 STEPS = ("--steps", 6, "--eval-every", 0)
 
