@@ -7,7 +7,7 @@ channel is dropped, not blended; 16-bit greys are scaled to 8 bits.  `datasets.p
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -196,18 +196,21 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     """
     found: set[Path] = set()
     for path in paths:
-        if path.is_dir():
-            found.update(_walk(path))
-        elif path.is_file():
-            found.add(path)
-        elif path.exists():  # reading a pipe waits for whoever writes into it
-            raise DataError(f"{path}: neither a file nor a folder; give image files or folders of images")
-        else:
-            raise DataError(f"{path}: no such file or folder; give image files or folders of images")
+        found.update(_images_at(path))
     if not found:
         given = ", ".join(map(str, paths)) or "no path"
         raise DataError(f"{given}: no images here; expected files that end in {' '.join(EXTENSIONS)}")
     return sorted(found)
+
+
+def _images_at(path: Path) -> Iterable[Path]:
+    if path.is_dir():
+        return _walk(path)
+    if path.is_file():
+        return [path]
+    if path.exists():  # reading a pipe waits for whoever writes into it
+        raise DataError(f"{path}: neither a file nor a folder; give image files or folders of images")
+    raise DataError(f"{path}: no such file or folder; give image files or folders of images")
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -7,7 +7,9 @@ import click
 
 from lance_device.cli_types import auto_or_count, auto_or_threads
 
-PATH = click.Path(path_type=Path)
+PATH = click.Path(
+    path_type=Path, readable=False
+)  # who opens it says what is wrong, with an exit code of its own
 AUTO: dict[str, Any] = {"default": "auto", "metavar": "auto|N", "callback": auto_or_count}
 THREADS: dict[str, Any] = {**AUTO, "callback": auto_or_threads}
 SIGNATURE = click.option(

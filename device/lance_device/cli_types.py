@@ -88,6 +88,11 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except LanceError as error:
             _fail(ctx, str(error), error.exit_code)
+        except PermissionError as error:  # of a folder above what was to be looked at, as a rule
+            what = f"{error.filename}: not permitted ({error.strerror})"
+            _fail(
+                ctx, f"{what}; check its permissions, and those of the folders above it", LanceError.exit_code
+            )
         except KeyboardInterrupt:
             _fail(ctx, "stopped on request", Interrupted.exit_code)
         except MemoryError:

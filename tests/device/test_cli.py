@@ -5,6 +5,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -338,3 +340,34 @@ def test_a_closed_terminal_does_not_stop_a_run(package, images, tmp_path):
     process.stdout.read()
     process.wait(timeout=60)
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+
+
+def _without_root_s_rights(*words):
+    """A command that may read no more than permissions say, whoever runs it."""
+    drop = "-dac_override,-dac_read_search"
+    command = ["setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}"] if os.geteuid() == 0 else []
+    code = "from lance_device.cli import main; main()"
+    arguments = [*command, sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
+def test_a_package_that_may_not_be_read_is_said_like_one_that_is_not_there(package, images, tmp_path):
+    closed = tmp_path / "closed.tar"
+    shutil.copy(package.path, closed)
+    closed.chmod(0)
+    done = _without_root_s_rights("bench", "--artifact", closed, "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (
+        3,
+        f"error: {closed}: cannot open the package (Permission denied); give a pkg.tar that may be read\n",
+    )
+    assert not (tmp_path / "out").exists()
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0)
+    words = ("train", "--artifact", package.path, "--data", folder / "images", "--out", tmp_path / "run")
+    done = _without_root_s_rights(*words)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {folder}/images: not permitted (Permission denied); check its permissions, and those of the"
+        " folders above it\n",
+    )
