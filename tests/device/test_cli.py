@@ -5,8 +5,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import subprocess
-import sys
 
 import numpy as np
 import onnx
