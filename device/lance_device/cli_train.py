@@ -177,11 +177,12 @@ def train(
     lance-device train --artifact pkg.tar --data photos --out run/
     lance-device train --artifact pkg.tar --data photos --out run-bp/ --method bp --epochs 10 --lr 0.01
 
-    Writes last.npz and best.npz (weights), steps.csv and summary.csv (time and memory per phase),
-    history.csv (accuracy per epoch), split.csv (which image is in which part) and run.json. Ctrl-C keeps
-    the last complete step; the same command with --resume goes on from there to the same weights, bit for
-    bit. A batch is always full: images left over at the end of an epoch join the next. A cache of features
-    lies in features.cache, or in --cache-dir, where later runs on the same images find it.
+    Writes last.npz and best.npz (weights; the best by validation accuracy, ties by validation loss),
+    steps.csv and summary.csv (time and memory per phase), history.csv (accuracy per epoch), split.csv
+    (which image is in which part) and run.json. Ctrl-C keeps the last complete step; the same command with
+    --resume goes on from there to the same weights, bit for bit. A batch is always full: images left over
+    at the end of an epoch join the next. A cache of features lies in features.cache, or in --cache-dir,
+    where later runs on the same images find it.
     """
     expect_sense(context)
     given = {name for name in values if _is_given(context, name)}
