@@ -11,7 +11,7 @@ from lance_edge.errors import PlatformError
 
 
 def _service_name(context: click.Context, option: click.Parameter, text: str) -> str:
-    from lance_device.service_check import service_name
+    from lance_device.cli_service import service_name
 
     return service_name(context, option, text)
 
@@ -72,7 +72,7 @@ def install_service(
     systemctl enable --now lance-train
     """
     from lance_device.service import ServiceRequest, commands, install, unit_text
-    from lance_device.service_check import check_service, refuse_missing
+    from lance_device.cli_service import check_service, refuse_missing
 
     request = ServiceRequest(artifact, data, out, name, is_for_user, nice, train_options)
     missing = check_service(request)
