@@ -71,8 +71,8 @@ def install_service(
     sudo lance-device install-service --artifact pkg.tar --data photos --out run/ --epochs 20 --max-temp 75
     systemctl enable --now lance-train
     """
-    from lance_device.service import ServiceRequest, commands, install, unit_text
     from lance_device.cli_service import check_service, refuse_missing
+    from lance_device.service import ServiceRequest, commands, install, unit_text
 
     request = ServiceRequest(artifact, data, out, name, is_for_user, nice, train_options)
     missing = check_service(request)
