@@ -304,7 +304,7 @@ class _Column:
         self.name, self._is_optional = name, types.NoneType in kinds
         self.expected, self._parse = _KINDS[kinds[0]]
         if name in LOSSES:
-            self._parse = float
+            self._parse = _any_number
 
     def value(self, text: str) -> Any:
         return None if text == "" and self._is_optional else self._parse(text)
@@ -316,8 +316,14 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
+def _any_number(text: str) -> float:
+    if re.fullmatch(r"[-+]?([0-9.]+(e[-+]?[0-9]+)?|nan|inf)", text) is None:  # float() also takes " 1_0 "
+        raise ValueError(text)
+    return float(text)
+
+
 def _finite_number(text: str) -> float:
-    number = float(text)
+    number = _any_number(text)
     if not math.isfinite(number):
         raise ValueError(text)
     return number

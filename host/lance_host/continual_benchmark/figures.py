@@ -68,8 +68,8 @@ def _heatmaps(means: dict[str, list[list[float]]], tasks: int) -> Any:
                     fontsize=7,
                     color="white" if value < 60 else "black",
                 )
-        axes.set_xticks(range(tasks), range(1, tasks + 1))
-        axes.set_yticks(range(len(rows)), range(1, len(rows) + 1))
+        axes.set_xticks(range(tasks), [str(task) for task in range(1, tasks + 1)])
+        axes.set_yticks(range(len(rows)), [str(task) for task in range(1, len(rows) + 1)])
         axes.set(title=method, xlabel="accuracy on task (%)", ylabel="after task")
     return figure
 

@@ -160,7 +160,7 @@ def _run(
             number=number,
             seed=seed,
             folder=own,
-            before=task_folder(folder, label, seed, number - 1) if number else None,
+            before=None if number == numbers[0] else task_folder(folder, label, seed, number - 1),
             first=folder / FIRST,
             relax=request.relax,
             threads=request.threads,

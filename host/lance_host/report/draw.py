@@ -32,7 +32,7 @@ MOST_NAMED_GROUPS = 12  # more names do not fit side by side
 LETTERS_ACROSS = 42  # of names side by side
 TURNED_LETTERS = 14  # of a name that is turned, as those of several groups are where they are long
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {  # matplotlib's own type is a list of every setting there is
     "svg.fonttype": "none",  # text stays text: small, and the reader's own font
     "svg.hashsalt": "lance-edge",  # the same figure gives the same bytes
     "font.family": ["DejaVu Sans"],
@@ -97,7 +97,11 @@ def _draw_lines(axes: Axes, plot: LinePlot) -> None:
         _draw_line(axes, line)
     for height, label in plot.rules:
         axes.axhline(height, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-        place = {"xycoords": ("axes fraction", "data"), "xytext": (0, 2), "textcoords": "offset points"}
+        place: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"),
+            "xytext": (0, 2),
+            "textcoords": "offset points",
+        }
         axes.annotate(label, (0.01, height), fontsize=8.5, color=SOFT, **place)
     if plot.x_is_log:
         axes.set_xscale("log")
@@ -165,7 +169,8 @@ def _name_places(axes: Axes, names: Sequence[str]) -> None:
     letters = int(LETTERS_ACROSS / len(places))
     is_turned = max(len(names[place]) for place in places) > letters and len(places) > 2
     shown = [_shortened(names[place], TURNED_LETTERS if is_turned else letters) for place in places]
-    axes.set_xticks(list(places), shown, **({"rotation": 30, "ha": "right"} if is_turned else {}))
+    turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if is_turned else {}
+    axes.set_xticks(list(places), shown, **turned)
 
 
 def _shortened(name: str, letters: int) -> str:
