@@ -32,8 +32,10 @@ _MOST_DECODING_BYTES = 21
 _WEBP_BYTES = 17  # the decoder's own canvases
 _PROGRESSIVE_BYTES = 4 + 6  # the coefficients of three channels, 16 bits each
 
-# Pillow warns of large images without saying which; `load_image` refuses them by name.
+# Pillow warns of large images and of broken metadata without saying where: `load_image` refuses the former by
+# name, and an image with the latter is good.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF 2.3, table 6: how a stored image becomes upright

@@ -54,14 +54,16 @@ def test_bad_images_are_left_out_counted_and_listed(package, spoiled, tmp_path):
 
 
 def test_large_images_are_refused_in_one_s_own_words(package, images, tmp_path):
-    """Pillow would warn of them on stderr, naming none."""
+    """Pillow would warn of them on stderr, and of broken metadata, naming none."""
     root = tmp_path / "large"
     shutil.copytree(images, root)
     for number, side in enumerate((12_000, 16_000)):  # more than pillow likes, more than it takes
         Image.new("1", (side, side)).save(root / f"red/{number:03}.png")
+    Image.new("RGB", (32, 32)).save(root / "red/exif.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
     process = spawn(*train_words(package, root, tmp_path / "run"), "--steps", 1)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
+    assert "EXIF" not in errors
     assert "Decompression" not in errors
     assert ".py:" not in errors  # how a warning begins
     rows = {row["name"]: row["reason"] for row in table(tmp_path / "run/skipped.csv")}
