@@ -235,9 +235,9 @@ def _open_file(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise ArtifactError(
-            f"{path}: cannot open the package ({error.strerror}); make one with lance-host calibrate"
-        ) from None
+        is_missing = isinstance(error, FileNotFoundError)
+        remedy = "make one with lance-host calibrate" if is_missing else "give a pkg.tar that may be read"
+        raise ArtifactError(f"{path}: cannot open the package ({error.strerror}); {remedy}") from None
 
 
 def _checked_infos(path: Path, tar: tarfile.TarFile) -> list[tarfile.TarInfo]:

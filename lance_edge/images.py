@@ -6,7 +6,8 @@ channel is dropped, not blended; 16-bit greys are scaled to 8 bits.  `datasets.p
 
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,11 @@ _DECODING_BYTES = {"RGB": 4, "L": 5, "1": 5, "RGBA": 8, "LA": 8, "CMYK": 8, "P":
 _MOST_DECODING_BYTES = 21
 _WEBP_BYTES = 17  # the decoder's own canvases
 _PROGRESSIVE_BYTES = 4 + 6  # the coefficients of three channels, 16 bits each
+
+# Pillow warns of large images and of broken metadata without saying where: `load_image` refuses the former by
+# name, and an image with the latter is good.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF 2.3, table 6: how a stored image becomes upright
@@ -78,6 +84,8 @@ def load_image(path: Path) -> Image.Image:
                 upright.info.clear()  # pillow copies metadata along: nobody shall turn it again
                 return upright
             reason = f"found {file.width}x{file.height} pixels, more than {MAX_PIXELS} in all"
+    except Image.DecompressionBombError:  # pillow itself refuses twice as many
+        reason = f"found more than {2 * MAX_PIXELS} pixels, expected at most {MAX_PIXELS}"
     except MemoryError:  # says nothing of the file
         raise
     except Exception as error:  # pillow raises many kinds for a damaged file
@@ -190,16 +198,21 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     """
     found: set[Path] = set()
     for path in paths:
-        if path.is_dir():
-            found.update(_walk(path))
-        elif path.exists():
-            found.add(path)
-        else:
-            raise DataError(f"{path}: no such file or folder; give image files or folders of images")
+        found.update(_images_at(path))
     if not found:
         given = ", ".join(map(str, paths)) or "no path"
         raise DataError(f"{given}: no images here; expected files that end in {' '.join(EXTENSIONS)}")
     return sorted(found)
+
+
+def _images_at(path: Path) -> Iterable[Path]:
+    if path.is_dir():
+        return _walk(path)
+    if path.is_file():
+        return [path]
+    if path.exists():  # reading a pipe waits for whoever writes into it
+        raise DataError(f"{path}: neither a file nor a folder; give image files or folders of images")
+    raise DataError(f"{path}: no such file or folder; give image files or folders of images")
 
 
 def _walk(folder: Path) -> Iterator[Path]:

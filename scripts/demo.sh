@@ -5,7 +5,9 @@ set -eu
 data=demo-data run=demo-run
 if [ ! -d "$data" ]; then
     rm -rf "$data.part"
-    lance-host sample-data "$data.part" && mv "$data.part" "$data"
+    lance-host sample-data "$data.part" >/dev/null
+    mv "$data.part" "$data"
+    echo "sample images: $data"
 fi
 rm -rf "$run"
 mkdir "$run"

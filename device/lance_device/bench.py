@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_device.bench_folder import BenchFolder
-from lance_device.bench_job import Job
+from lance_device.bench_job import Job, open_batch
 from lance_device.bench_plan import BenchRequest, plan_jobs
 from lance_device.bench_report import KILLED, about_load, warnings_of
 from lance_device.board import choose_board
@@ -60,6 +60,10 @@ def bench(request: BenchRequest, reporter: Reporter) -> BenchResult:
     with Bundle(request.artifact) as bundle:
         jobs = plan_jobs(request, bundle.manifest, run_id)
         identity = bundle.sha256
+        if request.data is not None:
+            open_batch(
+                jobs[0], bundle.manifest
+            )  # what is wrong with the images is said before a folder is made
     folder = BenchFolder(request.out)
     folder.claim()
     board = choose_board(request.board)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lance_device.cli_common import AUTO, PATH
+from lance_device.cli_common import PATH, THREADS
 from lance_edge.counts import parse_counts
 
 
@@ -28,13 +28,11 @@ def _sizes(context: click.Context, option: click.Parameter, text: str | None) ->
     return counts
 
 
-def _names(context: click.Context, option: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
+def _names(context: click.Context, option: click.Parameter, text: str) -> tuple[str, ...] | None:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise click.BadParameter("expected names such as lance,bp, found none")
-    return names
+    return None if names == ("all",) else names
 
 
 @click.command()
@@ -42,7 +40,11 @@ def _names(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--data", type=PATH, help="Images to train on.  [default: generated ones, which cost no reading]")
 @click.option("--out", type=PATH, help="Folder for the measurements.  [default: bench-<time>/]")
 @click.option(
-    "--methods", callback=_names, metavar="NAMES", help="Of lance,bp,asi,hosvd.  [default: all in the package]"
+    "--methods",
+    default="all",
+    callback=_names,
+    metavar="NAMES",
+    help="Of lance,bp,asi,hosvd; all: those in the package.",
 )
 @click.option(
     "--layers", callback=_counts, metavar="COUNTS", help="1-10, or 2,4.  [default: all in the package]"
@@ -60,7 +62,7 @@ def _names(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--steps", type=click.IntRange(min=1), default=3, help="Measured steps of a trial.")
 @click.option("--trials", type=click.IntRange(min=1), default=3, help="Processes for each setting.")
 @click.option("--warmups", type=click.IntRange(min=0), default=1, help="Steps before them, kept and flagged.")
-@click.option("--threads", **AUTO, help="auto: what the board advises, else its cores.")
+@click.option("--threads", **THREADS, help="auto: what the board advises, else its cores.")
 @click.option(
     "--board", default="auto", metavar="auto|NAME", help="Whose advice: rpi3b-plus, rpi4, rpi5, generic."
 )

@@ -141,8 +141,10 @@ def plan_cache(
 
 def choose(plan: CachePlan, wanted: str) -> tuple[str, str]:
     """`on` or `off` for `auto`, `on` or `off`; and why, for people."""
-    if wanted == "off" or plan.obstacle:
-        return "off", plan.obstacle or "as asked for"
+    if wanted == "off":
+        return "off", "as asked for"
+    if plan.obstacle:
+        return "off", plan.obstacle if wanted == "auto" else f"--cache on cannot be done: {plan.obstacle}"
     if wanted == "on":
         return "on", "as asked for"
     if not plan.wanted:

@@ -12,7 +12,15 @@ import click
 
 from lance_device.bench_cli import bench, bench_worker
 from lance_device.cli_board import doctor, install_service
-from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
+from lance_device.cli_common import (
+    AUTO,
+    PATH,
+    SIGNATURE,
+    THREADS,
+    check_signature,
+    require_runtime_within_memory,
+    tell_of_others,
+)
 from lance_device.cli_tasks import collect, next_task
 from lance_device.cli_train import train
 from lance_device.cli_types import Commands
@@ -60,7 +68,7 @@ main.add_command(install_service)
 @click.option("--data", type=PATH, help="Folder with a folder of images per class, or an .npz.")
 @TASK
 @click.option("--part", type=click.Choice(PARTS), default="test", help="Which of the images.")
-@click.option("--threads", **AUTO, help="auto: the cores of this machine.")
+@click.option("--threads", **THREADS, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--strict", is_flag=True, help="Refuse images that cannot be read, instead of leaving them out.")
@@ -98,6 +106,7 @@ def evaluate_command(
     from lance_device.text import evaluation_json, evaluation_table
     from lance_edge.bundle import Bundle
     from lance_edge.datasets import open_dataset
+    from lance_edge.other_files import of_data
     from lance_edge.screening import find_bad, refuse, without
 
     signed = check_signature(artifact, public_key)
@@ -107,8 +116,9 @@ def evaluate_command(
     skipped = find_bad(dataset, available_cores(), (part,))
     if strict:
         refuse(data, skipped)
+    tell_of_others(of_data(data))
     for row in skipped:
-        click.echo(f"warning: {row.name} is left out ({row.reason})", err=True)
+        _warn(row.name, row.reason)
     images = getattr(without(dataset, {row.name for row in skipped}), part)
     size = micro_batch or DEFAULT_MICRO_BATCH
     result = evaluate(on_images(classifier.logits, classifier.preprocessing), images, size)
@@ -127,9 +137,10 @@ def evaluate_command(
 @click.option("--model", type=PATH, help="Instead of these two: an ONNX model of lance-host merge.")
 @TASK
 @click.option("--top", type=click.IntRange(min=1), default=3, help="Likeliest classes to print.")
-@click.option("--threads", **AUTO, help="auto: the cores of this machine.")
+@click.option("--threads", **THREADS, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: a list with an entry for each file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: a list with an entry for each image.")
+@click.option("--strict", is_flag=True, help="End at the first image that cannot be read.")
 @SIGNATURE
 @click.argument("files", type=PATH, nargs=-1, required=True, metavar="FILES_OR_FOLDERS...")
 def predict(
@@ -142,6 +153,7 @@ def predict(
     threads: int | None,
     micro_batch: int | None,
     as_json: bool,
+    strict: bool,
     public_key: Path | None,
     files: tuple[Path, ...],
 ) -> None:
@@ -150,6 +162,9 @@ def predict(
     \b
     lance-device predict --artifact pkg.tar --checkpoint run/last.npz photo.jpg more-photos/
     lance-device predict --model finetuned.onnx photo.jpg --json
+
+    An image that cannot be read is left out, with a warning: the exit code is 0 if any could be classified,
+    else 5 (--strict: at the first one).
 
     Where the package has learnt several tasks and no --task is given, the head that is surest of its first
     class answers. No head knows what it does not know, so this is a guess: give the task where it is known.
@@ -167,14 +182,16 @@ def predict(
     from lance_device.predict import predict as classify
     from lance_device.predict import predict_by_confidence
     from lance_device.text import prediction_json, prediction_line
+    from lance_edge.other_files import of_folders
 
     signed = check_signature(artifact or model or Path(), public_key)
     network = _open_network(artifact, checkpoint, model, task, threads or available_cores(), signed)
-    size = micro_batch or DEFAULT_MICRO_BATCH
+    tell_of_others(of_folders(files))
+    size, on_bad = micro_batch or DEFAULT_MICRO_BATCH, None if strict else _warn_of_image
     if isinstance(network, AllHeads):
-        predictions = predict_by_confidence(network, files, top, size)
+        predictions = predict_by_confidence(network, files, top, size, on_bad)
     else:
-        predictions = classify(network, files, top, size)
+        predictions = classify(network, files, top, size, on_bad)
     if as_json:
         entries = [prediction_json(prediction) for prediction in predictions]
         click.echo(json.dumps(entries, ensure_ascii=False, indent=1))
@@ -194,6 +211,14 @@ def compare(runs: tuple[Path, ...]) -> None:
     from lance_device.compare import comparison_table
 
     click.echo(comparison_table(runs))
+
+
+def _warn_of_image(name: str, error: DataError) -> None:
+    _warn(name, error.reason)
+
+
+def _warn(name: str, reason: str) -> None:
+    click.echo(f"warning: {name} is left out ({reason})", err=True)
 
 
 def _in_folder(

@@ -5,10 +5,13 @@ from typing import Any
 
 import click
 
-from lance_device.cli_types import auto_or_count
+from lance_device.cli_types import auto_or_count, auto_or_threads
 
-PATH = click.Path(path_type=Path)
+PATH = click.Path(
+    path_type=Path, readable=False
+)  # who opens it says what is wrong, with an exit code of its own
 AUTO: dict[str, Any] = {"default": "auto", "metavar": "auto|N", "callback": auto_or_count}
+THREADS: dict[str, Any] = {**AUTO, "callback": auto_or_threads}
 SIGNATURE = click.option(
     "--require-signature",
     "public_key",
@@ -25,6 +28,12 @@ def check_signature(file: Path, public_key: Path | None) -> str | None:
     from lance_device.signature import signed_digest
 
     return signed_digest(file, public_key)
+
+
+def tell_of_others(text: str) -> None:
+    """Say which files of a folder were not taken as images, if any."""
+    if text:
+        click.echo(text, err=True)
 
 
 def require_runtime_within_memory() -> None:

@@ -7,7 +7,14 @@ from typing import Any, Literal
 
 import click
 
-from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
+from lance_device.cli_common import (
+    AUTO,
+    PATH,
+    SIGNATURE,
+    THREADS,
+    check_signature,
+    require_runtime_within_memory,
+)
 from lance_device.cli_types import Number, byte_count
 
 PASS_MEMORY = click.option(
@@ -43,7 +50,7 @@ PASS_MEMORY = click.option(
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Chooses the images.  [default: the package's]")
 @PASS_MEMORY
-@click.option("--threads", **AUTO, help="auto: the cores of this machine.")
+@click.option("--threads", **THREADS, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
 @click.option("--strict", is_flag=True, help="Refuse images that cannot be read, instead of leaving them out.")
 @SIGNATURE
@@ -142,7 +149,7 @@ class _Progress:
 @click.option("--memory-batches", type=click.IntRange(min=1), default=11, help="Of the finished task's images.")
 @click.option("--batches", type=click.IntRange(min=1), default=100, help="Of the next task's images.")
 @PASS_MEMORY
-@click.option("--threads", **AUTO, help="auto: the cores of this machine.")
+@click.option("--threads", **THREADS, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
 @click.option("--strict", is_flag=True, help="Refuse images that cannot be read, instead of leaving them out.")
 @SIGNATURE

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from lance_device.cli_common import AUTO, PATH, SIGNATURE, check_signature, require_runtime_within_memory
+from lance_device.cli_common import (
+    AUTO,
+    PATH,
+    SIGNATURE,
+    THREADS,
+    check_signature,
+    require_runtime_within_memory,
+)
 from lance_device.cli_types import Number, byte_count, class_weights, minutes_or_steps
 from lance_device.cli_watch import SERVE, serving_if_asked
 from lance_device.niceness import be_nice
@@ -80,7 +87,7 @@ from lance_device.niceness import be_nice
     " lance-host memory, or what the package holds; for --method bp: the package's lance needs none.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of order and flips; moves no image.")
-@click.option("--threads", **AUTO, help="auto: what the board advises, else its cores.")
+@click.option("--threads", **THREADS, help="auto: what the board advises, else its cores.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: what the board advises, 8.")
 @click.option(
     "--board", default="auto", metavar="auto|NAME", help="Whose advice: rpi3b-plus, rpi4, rpi5, generic."
@@ -170,17 +177,15 @@ def train(
     lance-device train --artifact pkg.tar --data photos --out run/
     lance-device train --artifact pkg.tar --data photos --out run-bp/ --method bp --epochs 10 --lr 0.01
 
-    Writes last.npz and best.npz (weights), steps.csv and summary.csv (time and memory per phase),
-    history.csv (accuracy per epoch), split.csv (which image is in which part) and run.json. Ctrl-C keeps
-    the last complete step; the same command with --resume goes on from there to the same weights, bit for
-    bit. A batch is always full: images left over at the end of an epoch join the next. A cache of features
-    lies in features.cache, or in --cache-dir, where later runs on the same images find it.
+    Writes last.npz and best.npz (weights; the best by validation accuracy, ties by validation loss),
+    steps.csv and summary.csv (time and memory per phase), history.csv (accuracy per epoch), split.csv
+    (which image is in which part) and run.json. Ctrl-C keeps the last complete step; the same command with
+    --resume goes on from there to the same weights, bit for bit. A batch is always full: images left over
+    at the end of an epoch join the next. A cache of features lies in features.cache, or in --cache-dir,
+    where later runs on the same images find it.
     """
+    expect_sense(context)
     given = {name for name in values if _is_given(context, name)}
-    if not (resume or resume_or_start):  # a resumed run keeps its options
-        _check_schedule(values, given)
-    if values["cache"] == "off" and values["cache_dir"] is not None:
-        raise click.UsageError("--cache-dir is for --cache on or auto; with --cache off nothing is kept")
     be_nice(nice)
     require_runtime_within_memory()
     from lance_device.live import Live, Silent
@@ -225,6 +230,19 @@ def train(
         matrix = remeasure(TaskFolder(place.path.parent), reporter.note)
         if not quiet:
             click.echo(matrix_table(matrix))
+
+
+def expect_sense(context: click.Context) -> None:
+    """See that options go together.
+
+    Raises:
+        UsageError: if not.
+    """
+    values = context.params
+    if not (values["resume"] or values["resume_or_start"]):  # a resumed run keeps its options
+        _check_schedule(values, {name for name in values if _is_given(context, name)})
+    if values["cache"] == "off" and values["cache_dir"] is not None:
+        raise click.UsageError("--cache-dir is for --cache on or auto; with --cache off nothing is kept")
 
 
 def _check_schedule(values: dict[str, Any], given: set[str]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from lance_device.thread_limits import TIMES_CORES, most_threads
 from lance_edge.counts import parse_bytes
 from lance_edge.errors import Interrupted, LanceError, PlatformError
 
@@ -16,6 +17,17 @@ def auto_or_count(context: click.Context, option: click.Parameter, text: str) ->
     count = int(text) if text.isdecimal() else 0
     if count < 1:
         raise click.BadParameter(f"expected auto or a whole number from 1, found {text!r}")
+    return count
+
+
+def auto_or_threads(context: click.Context, option: click.Parameter, text: str) -> int | None:
+    """The same, for threads that this machine can have."""
+    count, most = auto_or_count(context, option, text), most_threads()
+    if count is not None and count > most:
+        raise click.BadParameter(
+            f"expected at most {most}, {TIMES_CORES} for each core of this machine, found {count}: more would"
+            " only wait for each other; auto takes as many as there are cores"
+        )
     return count
 
 
@@ -76,6 +88,11 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except LanceError as error:
             _fail(ctx, str(error), error.exit_code)
+        except PermissionError as error:  # of a folder above what was to be looked at, as a rule
+            what = f"{error.filename}: not permitted ({error.strerror})"
+            _fail(
+                ctx, f"{what}; check its permissions, and those of the folders above it", LanceError.exit_code
+            )
         except KeyboardInterrupt:
             _fail(ctx, "stopped on request", Interrupted.exit_code)
         except MemoryError:

@@ -21,6 +21,8 @@ RATE_FACTORS = {"stop": 1.0, "skip": 1.0, "halve-lr": 0.5}  # of the learning ra
 ON_NAN = tuple(RATE_FACTORS)
 MOST_IN_A_ROW = 10  # bad steps without a good one between them: the weights themselves have gone wrong
 
+HUGE = 1e6  # no weight of a trained network comes near it, and a few layers make float32's largest of it
+
 
 def finite_loss(values: Mapping[str, Array], frozen: Iterable[str], parameters: Mapping[str, Array]) -> float:
     """The loss among the outputs of forward.
@@ -65,3 +67,8 @@ def layer_of(parameter: str) -> str:
 def largest_value(array: Array) -> float:
     """The largest magnitude."""
     return max(abs(float(array.max())), abs(float(array.min()))) if array.size else 0.0
+
+
+def is_blown_up(parameters: Mapping[str, Array]) -> bool:
+    """Whether weights are so large that no learning rate brings them back."""
+    return any(not largest_value(value) < HUGE for value in parameters.values())

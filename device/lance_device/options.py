@@ -13,6 +13,7 @@ from lance_device.board import choose_board
 from lance_device.class_weights_text import is_understood
 from lance_device.numerics import ON_NAN
 from lance_device.schedule import PLATEAU, SCHEDULES
+from lance_device.thread_limits import MOST_STORED
 from lance_edge.boards import Advice
 from lance_edge.errors import CheckpointError
 from lance_edge.input_spec import ArrayInput, InputSpec
@@ -82,6 +83,7 @@ def check_options(options: TrainOptions) -> None:
     counts = {"epochs": options.epochs, "steps": options.steps, "threads": options.threads}
     counts |= {"micro_batch": options.micro_batch, "patience": options.patience}
     wrong = [name for name, value in counts.items() if value is not None and value < 1]
+    wrong += ["threads"] * (options.threads > MOST_STORED)
     least_zero = ("layers", "seed", "eval_every", "clip", "weight_decay", "cache_size")
     wrong += [name for name in least_zero if not getattr(options, name) >= 0]
     wrong += ["lr"] * (not 0 < options.lr < math.inf) + ["momentum"] * (not 0 <= options.momentum < 1)

@@ -1,6 +1,6 @@
 """Classifying image files, or files of arrays."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from lance_device.evaluate import softmax
 from lance_device.step_graphs import micro_batches
 from lance_edge.arrays import read_arrays
 from lance_edge.datasets import FilePart
-from lance_edge.errors import ModelError
+from lance_edge.errors import DataError, ModelError
 from lance_edge.images import Part, list_images, load_batch
 from lance_edge.input_spec import ArrayInput, InputSpec
+
+OnBad = Callable[[str, DataError], None]  # name of the image, what is wrong
 
 
 @dataclass(frozen=True)
@@ -30,32 +32,33 @@ class Prediction:
     task: str | None = None
 
 
-def predict(classifier: Classifier, paths: Sequence[Path], top: int, micro_batch: int) -> Iterator[Prediction]:
+def predict(
+    classifier: Classifier, paths: Sequence[Path], top: int, micro_batch: int, on_bad: OnBad | None = None
+) -> Iterator[Prediction]:
     """Classify files, and all images in folders, in the order of their names; or the arrays of files.
 
     Args:
         top: classes of a prediction.
         micro_batch: images in memory at a time.
+        on_bad: told of every image that cannot be read, which is left out; by default the first is an error.
 
     Raises:
-        DataError: if there is no image, or one cannot be read.
+        DataError: if there is no image, or none that can be read.
         ModelError: if the model gives another number of logits than it names classes.
     """
-    part = _open(classifier.preprocessing, paths)
-    for rows in micro_batches(len(part), micro_batch):
-        images = load_batch(part, range(rows.start, rows.stop), classifier.preprocessing)
+    for images, names in _readable(classifier.preprocessing, paths, micro_batch, on_bad):
         probabilities = softmax(classifier.logits(images))  # [N, classes]
         if probabilities.shape[1] != len(classifier.classes):
             raise ModelError(
                 f"the model gives {probabilities.shape[1]} logits but names {len(classifier.classes)} classes;"
                 " export it again with lance-host merge"
             )
-        for name, row in zip(part.names[rows], probabilities, strict=True):
+        for name, row in zip(names, probabilities, strict=True):
             yield Prediction(Path(name), _ranking(classifier.classes, row, top))
 
 
 def predict_by_confidence(
-    network: AllHeads, paths: Sequence[Path], top: int, micro_batch: int
+    network: AllHeads, paths: Sequence[Path], top: int, micro_batch: int, on_bad: OnBad | None = None
 ) -> Iterator[Prediction]:
     """Classify by the head that is surest of its first class: of images whose task is not known.
 
@@ -63,13 +66,11 @@ def predict_by_confidence(
     a guess, good where the tasks look very different.
 
     Raises:
-        DataError: if there is no image, or one cannot be read.
+        DataError: if there is no image, or none that can be read.
     """
-    part = _open(network.preprocessing, paths)
-    for rows in micro_batches(len(part), micro_batch):
-        images = load_batch(part, range(rows.start, rows.stop), network.preprocessing)
+    for images, names in _readable(network.preprocessing, paths, micro_batch, on_bad):
         found = [(head, softmax(logits)) for head, logits in network.logits(images)]
-        for index, name in enumerate(part.names[rows]):
+        for index, name in enumerate(names):
             head, row = max(((head, shares[index]) for head, shares in found), key=lambda pair: pair[1].max())
             yield Prediction(Path(name), _ranking(head.classes, row, top), head.task)
 
@@ -77,6 +78,31 @@ def predict_by_confidence(
 def _ranking(classes: Sequence[str], row: NDArray[np.float64], top: int) -> tuple[tuple[str, float], ...]:
     best = np.argsort(-row, kind="stable")[:top]
     return tuple((classes[i], float(row[i])) for i in best)
+
+
+def _readable(
+    preprocessing: InputSpec, paths: Sequence[Path], micro_batch: int, on_bad: OnBad | None
+) -> Iterator[tuple[NDArray[np.float32], list[str]]]:
+    """Samples that can be read, `[N, ...]`, with their names, at most a micro-batch at a time."""
+    part = _open(preprocessing, paths)
+    bad: list[str] = []
+    for rows in micro_batches(len(part), micro_batch):
+        loaded, names = [], []
+        for index in range(rows.start, rows.stop):
+            try:
+                loaded.append(load_batch(part, [index], preprocessing))  # [1, ...]
+                names.append(part.names[index])
+            except DataError as error:
+                if on_bad is None or len(part) == 1:
+                    raise
+                on_bad(part.names[index], error)
+                bad.append(part.names[index])
+        if loaded:
+            yield np.concatenate(loaded), names
+    if len(bad) == len(part):
+        raise DataError(
+            f"{bad[0]}: cannot read this image, nor any of the other {len(bad) - 1}; give whole ones"
+        )
 
 
 def _open(preprocessing: InputSpec, paths: Sequence[Path]) -> Part:

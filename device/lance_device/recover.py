@@ -4,8 +4,9 @@ A run saves in this order, each durable before the next begins: the rows of its 
 `last.npz`, whose predecessor stays as `previous.npz`.  A checkpoint says what the CSV files held
 (`Progress.rows`), so here
 
-1. the first of `last.npz`, `previous.npz` that is whole, and whose rows are whole, is taken;
-2. else the first of `last.npz`, `previous.npz`, `best.npz` that is whole, and damaged rows are given up;
+1. `last.npz` is taken if it is whole, else the later one of `previous.npz` and `best.npz` that is;
+2. rows that are damaged or lost are no reason to take an older one: weights are worth more.  Of such a file
+   the rows that an older checkpoint vouches for stay;
 3. rows of later steps are dropped: those steps are about to be done again, to the same bits.
 
 What is given up is set aside (`last.npz.damaged`, `steps.csv.damaged`), not written over.
@@ -15,6 +16,7 @@ Nothing here trusts a file because it is there, and being cut off here again doe
 
 import contextlib
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,8 @@ from lance_device.checkpoint import Checkpoint, FileMark, read_checkpoint, read_
 from lance_device.run_folder import RunFolder
 from lance_device.run_record import read_record
 from lance_edge.bundle import Bundle
-from lance_edge.errors import DamagedCheckpointError, DataError, StorageError
-from lance_edge.files import file_digest
+from lance_edge.errors import CheckpointError, DamagedCheckpointError, DataError, StorageError
+from lance_edge.files import atomic_writer, file_digest
 from lance_edge.records import RecordError, from_json
 
 NOTHING = FileMark(0, "")
@@ -51,10 +53,12 @@ def recover(folder: RunFolder, bundle: Bundle) -> Recovered:
         CheckpointError: if it belongs to another package.
         StorageError: if the folder cannot be written.
     """
+    for path in folder.row_files:
+        _expect_writable(path)
     notes: list[str] = []
     checkpoint = _choose(folder, bundle, notes)
     for path in folder.row_files:
-        _cut_rows(folder, path, checkpoint, notes)
+        _cut_rows(folder, path, checkpoint, bundle, notes)
     _check_best(folder, bundle, checkpoint, notes)
     return Recovered(checkpoint, tuple(notes))
 
@@ -77,34 +81,39 @@ def is_whole(path: Path, marks: Mapping[str, FileMark]) -> bool:
     return path.name in marks and _begins_with(path, marks[path.name])
 
 
+def _expect_writable(path: Path) -> None:
+    """See, before anything is renamed, that a file of rows can be gone on with if it is there."""
+    try:
+        path.open("r+b").close()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot write ({error.strerror or error}), so the run cannot go on; check its permissions"
+        ) from None
+
+
 def _choose(folder: RunFolder, bundle: Bundle, notes: list[str]) -> Checkpoint:
-    whole: list[tuple[Path, Checkpoint]] = []
-    for path in (folder.last, folder.previous):
-        checkpoint = _read(path, bundle, notes)
-        if checkpoint is not None:
-            whole.append((path, checkpoint))
-            damaged = [file.name for file in folder.row_files if not _rows_are_whole(file, checkpoint)]
-            if not damaged:
-                return _taken(whole[-1], folder, notes)
-            notes.append(f"{' and '.join(damaged)}: not the rows that {path.name} declares")
-    if not whole:
-        checkpoint = _read(folder.best, bundle, notes)
-        whole = [(folder.best, checkpoint)] if checkpoint is not None else []
+    last = _read(folder.last, bundle, notes)
+    if last is not None:
+        return last
+    whole = {}
+    previous = _read(folder.previous, bundle, notes)
+    if previous is not None:
+        whole[folder.previous] = previous
+    best = _read(folder.best, bundle, notes if previous is None else [])
+    if best is not None and (previous is None or best.meta.run_id == previous.meta.run_id):
+        whole[folder.best] = best
     if not whole:
         raise DamagedCheckpointError(
             f"{folder.path}: no checkpoint here is whole ({'; '.join(notes)}); start a new run with another"
             " --out"
         )
-    return _taken(whole[0], folder, notes)
-
-
-def _taken(choice: tuple[Path, Checkpoint], folder: RunFolder, notes: list[str]) -> Checkpoint:
-    path, checkpoint = choice
-    if path != folder.last:
-        aside = _set_aside(folder.last)
-        kept = f"; last.npz is kept as {aside.name}" if aside is not None else ""
-        notes.append(f"going on from {path.name}, step {checkpoint.meta.step}{kept}")
-    return checkpoint
+    path = max(whole, key=lambda path: whole[path].meta.step)  # of equal ones the previous
+    aside = _set_aside(folder.last)
+    kept = f"; last.npz is kept as {aside.name}" if aside is not None else ""
+    notes.append(f"going on from {path.name}, step {whole[path].meta.step}{kept}")
+    return whole[path]
 
 
 def _set_aside(path: Path) -> Path | None:
@@ -134,10 +143,6 @@ def _read(path: Path, bundle: Bundle, notes: list[str]) -> Checkpoint | None:
         return None
 
 
-def _rows_are_whole(path: Path, checkpoint: Checkpoint) -> bool:
-    return _begins_with(path, checkpoint.meta.progress.rows.get(path.name, NOTHING))
-
-
 def _begins_with(path: Path, mark: FileMark) -> bool:
     if mark.size <= 0:
         return True
@@ -147,32 +152,64 @@ def _begins_with(path: Path, mark: FileMark) -> bool:
         return False
 
 
-def _cut_rows(folder: RunFolder, path: Path, checkpoint: Checkpoint, notes: list[str]) -> None:
+def _cut_rows(folder: RunFolder, path: Path, checkpoint: Checkpoint, bundle: Bundle, notes: list[str]) -> None:
     """Drop what came after the checkpoint; set a file aside of which what came before is damaged."""
-    step, rows = checkpoint.meta.progress.step, checkpoint.meta.progress.rows
+    rows = checkpoint.meta.progress.rows
     if not path.exists() and path.name not in rows:
         return
-    if not _rows_are_whole(path, checkpoint):
-        rows.pop(path.name)
-        aside = _set_aside(path)
-        problem, see = ("is damaged", f" (see {aside.name})") if aside is not None else ("is missing", "")
-        notes.append(f"{path.name} {problem}: its rows up to step {step} are lost{see}")
+    if not _begins_with(path, rows.get(path.name, NOTHING)):
+        notes.append(_save_rows(folder, path, checkpoint, bundle))
         return
     mark, end = rows.get(path.name, NOTHING), _mark_at_the_end(folder, checkpoint, path.name)
     is_end = end.size > mark.size and _begins_with(path, end)
-    try:
-        _truncate(path, end.size if is_end else max(mark.size, 0))
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot cut it back to step {step} ({error.strerror or error}); check the card and its"
-            " permissions"
-        ) from None
+    _truncate(path, end.size if is_end else max(mark.size, 0))
+
+
+def _save_rows(folder: RunFolder, path: Path, checkpoint: Checkpoint, bundle: Bundle) -> str:
+    """Keep the rows that an older checkpoint vouches for, and the damaged file aside; gives what was lost."""
+    name, rows = path.name, checkpoint.meta.progress.rows
+    vouched = _vouched_rows(folder, path, checkpoint, bundle)
+    if vouched is None:
+        del rows[name]
+        aside = _set_aside(path)
+        problem, see = ("is damaged", f" (see {aside.name})") if aside is not None else ("is missing", "")
+        return f"{name} {problem}: its rows up to step {checkpoint.meta.step} are lost{see}"
+    step, rows[name] = vouched
+    see = ""
+    if path.stat().st_size > rows[name].size:  # else it was cut before: by this, or by what damaged it
+        aside = path.with_name(f"{name}.damaged")
+        with atomic_writer(aside) as copy, path.open("rb") as damaged:
+            shutil.copyfileobj(damaged, copy)
+        see = f" (see {aside.name})"
+        _truncate(path, rows[name].size)
+    return f"{name} is damaged: its rows after step {step} are lost{see}"
+
+
+def _vouched_rows(
+    folder: RunFolder, path: Path, checkpoint: Checkpoint, bundle: Bundle
+) -> tuple[int, FileMark] | None:
+    """The most rows of a damaged file that another checkpoint of the run declares, and up to which step."""
+    found = []
+    for other in (folder.previous, folder.best):
+        with contextlib.suppress(CheckpointError):  # missing, damaged, or of another package
+            meta = read_meta(other, bundle)
+            mark = meta.progress.rows.get(path.name, NOTHING)
+            is_own = meta.run_id == checkpoint.meta.run_id and meta.step <= checkpoint.meta.step
+            if is_own and mark.size > 0 and _begins_with(path, mark):
+                found.append((meta.step, mark))
+    return max(found, key=lambda entry: entry[1].size, default=None)
 
 
 def _truncate(path: Path, size: int) -> None:
-    with path.open("r+b") as file:
-        file.truncate(size)
-        os.fsync(file.fileno())
+    try:
+        with path.open("r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot cut it back to {size} bytes ({error.strerror or error}); check the card and its"
+            " permissions"
+        ) from None
 
 
 def _mark_at_the_end(folder: RunFolder, checkpoint: Checkpoint, name: str) -> FileMark:

@@ -18,9 +18,11 @@ from lance_device.run_setup import Run, TrainRequest
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset, FilePart, open_dataset
 from lance_edge.errors import CheckpointError, DataError
+from lance_edge.other_files import of_data
 from lance_edge.profiles import read_intact_rows
 from lance_edge.recorded_split import recorded_dataset
 from lance_edge.screening import PARTS, SkippedRow, find_bad, leave_out, refuse, without
+from lance_edge.units import count
 
 Note = Callable[[str], None]
 
@@ -39,6 +41,9 @@ def open_images(request: TrainRequest, bundle: Bundle, note: Note) -> tuple[Data
     dataset = _on_record(request, bundle, marks)
     if dataset is None:
         listing = open_dataset(request.data, bundle.manifest.split, bundle.manifest.classes)
+        others = of_data(request.data)
+        if others:
+            note(others)
         skipped = _skipped_before(request, marks)
         if skipped is None:
             skipped = _find_bad(request, listing)
@@ -50,7 +55,9 @@ def open_images(request: TrainRequest, bundle: Bundle, note: Note) -> tuple[Data
         refuse(request.data, (*skipped, *bad_now))
     if skipped:
         where = RunFolder(request.out).skipped
-        note(f"warning: {len(skipped)} images cannot be used and are left out; they are listed in {where}")
+        are, they = ("is", "it is") if len(skipped) == 1 else ("are", "they are")
+        what = count(len(skipped), "image")
+        note(f"warning: {what} cannot be used and {are} left out; {they} listed in {where}")
     return dataset, skipped
 
 
@@ -104,7 +111,9 @@ def _compare(
     _expect_some_of_each_class(request, dataset)
     gone = sum(not path.exists() for part in _file_parts(dataset) for path in part.paths)
     if gone:
-        note(f"warning: {gone} images of this run are gone from {request.data}; others of their class stand in")
+        are = "is" if gone == 1 else "are"
+        what = f"{count(gone, 'image')} of this run {are} gone from {request.data}"
+        note(f"warning: {what}; others of their class stand in")
     known = {name for part in _file_parts(dataset) for name in part.names}
     try:
         listing = open_dataset(request.data, bundle.manifest.split, bundle.manifest.classes)
@@ -116,7 +125,9 @@ def _compare(
     bad = {row.name for row in skipped}
     new = sum(name not in bad for part in (train, validation, test) for name in part.names)
     if new:
-        note(f"{request.data}: {new} images are new; this run goes on without them, as it began")
+        are, them = ("is", "it") if new == 1 else ("are", "them")
+        what = f"{count(new, 'image')} {are} new"
+        note(f"{request.data}: {what}; this run goes on without {them}, as it began")
     return skipped
 
 

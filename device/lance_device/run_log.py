@@ -53,6 +53,7 @@ class TrainResult:
     max_temperature_c: float | None = None
     throttled: tuple[str, ...] = ()
     paused_s: float = 0.0
+    steps_not_applied: int = 0
 
 
 class RunLog:
@@ -250,6 +251,7 @@ class RunLog:
             max_temperature_c=self._max_temperature_c,
             throttled=troubles(self._throttled),
             paused_s=self._paused_s,
+            steps_not_applied=progress.skipped,
         )
 
 

@@ -199,7 +199,7 @@ def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
         codec_state={},
         progress=Progress(),
         cache_reason=reason,
-        memory=memory,
+        memory=memory and replace(memory, cache=cache),
         protection=protected,
     )
 

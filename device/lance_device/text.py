@@ -8,7 +8,7 @@ from lance_device.next_task import NextTask
 from lance_device.predict import Prediction
 from lance_device.run_log import TrainResult
 from lance_edge.accuracy_matrix import AccuracyMatrix
-from lance_edge.units import duration, percent, size
+from lance_edge.units import count, duration, percent, size
 
 
 def result_table(result: TrainResult) -> str:
@@ -25,6 +25,8 @@ def result_table(result: TrainResult) -> str:
         ("saved bytes", f"{size(result.saved_bytes)} (all that crosses, per micro-batch)"),
         ("peak RSS", size(None if result.peak_rss_kib is None else result.peak_rss_kib * 1024)),
     ]
+    if result.steps_not_applied:
+        rows.insert(1, ("not applied", f"{count(result.steps_not_applied, 'step')} (--on-nan)"))
     if result.max_temperature_c is not None:
         rows.append(("highest temperature", f"{result.max_temperature_c:.0f} °C"))
     if result.throttled:

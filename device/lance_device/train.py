@@ -21,7 +21,7 @@ from lance_device.numerics import MOST_IN_A_ROW, RATE_FACTORS
 from lance_device.optimizer import SGD
 from lance_device.pace import Pacer
 from lance_device.probe import HealthProbe, MemoryProbe
-from lance_device.progress import history_row, step_view
+from lance_device.progress import history_row, remedy, ruin_of, step_view
 from lance_device.protect import warning_of
 from lance_device.run_data import Absentees, open_images
 from lance_device.run_folder import RunFolder
@@ -78,6 +78,7 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
             absentees.begin(run, features.stop_keeping)
             result = training.run(stop)
             features.close(discard=run.cache.is_own)
+            training.expect_numbers()
             return result
 
 
@@ -138,7 +139,23 @@ class Training:
             raise self._wind_up(error) from None
         except MemoryError:
             raise self._wind_up(PlatformError(TOO_LITTLE_MEMORY)) from None
-        return self._log.finish("finished")
+        ruin = self._ruin()
+        return self._log.finish("failed" if ruin else "finished", ruin)
+
+    def expect_numbers(self) -> None:
+        """See that a run that went to its end has come to something.
+
+        Raises:
+            NumericalError: if its weights give no numbers, or its last steps were never applied.
+        """
+        ruin = self._ruin()
+        if ruin:
+            raise NumericalError(ruin)
+
+    def _ruin(self) -> str:
+        run = self._run
+        what = ruin_of(run.progress, self._log.last_evaluation)
+        return f"{what}; {remedy(run.parameters, run.options, is_over=True)}" if what else ""
 
     def _announce(self) -> None:
         dataset = self._dataset
@@ -162,7 +179,7 @@ class Training:
                 self._reporter.note(str(text))
         asked, batch = self._request.values.get("micro_batch"), self._run.stream.batch_size
         if asked is not None and asked > batch:
-            self._reporter.note(f"micro-batch {batch}: a batch has no more images than that")
+            self._reporter.note(f"micro-batch {batch}, not {asked}: a batch has no more images")
         if not len(dataset.validation):
             self._reporter.note("no validation images: best.npz will be the epoch of the lowest training loss")
 
@@ -303,11 +320,11 @@ class Training:
         )
 
     def _explain(self, error: NumericalError) -> NumericalError:
-        options, step = self._run.options, self._run.progress.step
+        run, step = self._run, self._run.progress.step
+        what_helps = remedy(run.parameters, run.options, is_over=run.progress.skipped_in_a_row > 0)
         return NumericalError(
             f"step {step + 1}: {error}; the step was not applied, the state after step {step} is in"
-            f" {self._run.folder.last}; go on with --resume --on-nan halve-lr, or start again with a lower --lr"
-            f" (this run: {options.lr:g})" + ("" if options.clip else " or with --clip 2")
+            f" {run.folder.last}; {what_helps}"
         )
 
 

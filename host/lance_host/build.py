@@ -146,7 +146,7 @@ def measure_spectra(
             )
             for layer in captured.layers
         }, len(order)
-    feedback.say(f"calibration: {len(order)} batches of {batch_size} training images")
+    feedback.say(f"calibration: {len(order)} batch{'es' * (len(order) != 1)} of {batch_size} training images")
     model, taps = tap_inputs(captured, network_weights(network))
     spectra = layer_spectra(
         serialise(model, "calibration"),

@@ -66,13 +66,14 @@ def saved_line(manifest: Manifest) -> str:
 
 def package_table(manifest: Manifest) -> str:
     """Everything a package says about itself: the calibration, each method's cost, the files."""
+    batches = manifest.calibration_batches
     facts = [
         ("model", manifest.model),
         ("weights", manifest.weights_source),
         ("classes", f"{len(manifest.classes)}: {', '.join(manifest.classes)}"),
         ("batch size", str(manifest.batch_size)),
         ("compression", _rules(manifest)),
-        ("calibration", f"{manifest.calibration_batches} batches, seed {manifest.seed}"),
+        ("calibration", f"{batches} batch{'es' * (batches != 1)}, seed {manifest.seed}"),
         ("preprocessing", _preprocessing(manifest.preprocessing)),
         ("split", f"seed {manifest.split.seed}, {manifest.split.test_fraction:.0%} for testing, then"
          f" {manifest.split.validation_fraction:.0%} of the rest for validation"),

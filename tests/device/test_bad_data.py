@@ -1,6 +1,7 @@
 """Runs on data with bad images, and on folders that change while they are read."""
 
 import json
+import os
 import re
 import shutil
 
@@ -15,6 +16,9 @@ from device_harness import (
     train,
     train_words,
 )
+from PIL import Image
+
+from lance_edge.other_files import of_folders
 
 LENGTH = ("--epochs", 4, "--lr", 0.2)
 
@@ -47,6 +51,67 @@ def test_bad_images_are_left_out_counted_and_listed(package, spoiled, tmp_path):
     split = {row["name"]: row["part"] for row in table(out / "split.csv")}
     assert not BAD & split.keys()
     assert len(split) == 57
+
+
+def test_large_images_are_refused_in_one_s_own_words(package, images, tmp_path):
+    """Pillow would warn of them on stderr, and of broken metadata, naming none."""
+    root = tmp_path / "large"
+    shutil.copytree(images, root)
+    for number, side in enumerate((12_000, 16_000)):  # more than pillow likes, more than it takes
+        Image.new("1", (side, side)).save(root / f"red/{number:03}.png")
+    Image.new("RGB", (32, 32)).save(root / "red/exif.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    process = spawn(*train_words(package, root, tmp_path / "run"), "--steps", 1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "EXIF" not in errors
+    assert "Decompression" not in errors
+    assert ".py:" not in errors  # how a warning begins
+    rows = {row["name"]: row["reason"] for row in table(tmp_path / "run/skipped.csv")}
+    assert rows == {
+        "red/000.png": "found 12000x12000 pixels, more than 89478485 in all",
+        "red/001.png": "found more than 178956970 pixels, expected at most 89478485",
+    }
+
+
+def test_what_is_not_taken_as_an_image_is_said_once(package, images, tmp_path):
+    root = tmp_path / "others"
+    shutil.copytree(images, root)
+    for name in ("a.tiff", "b.TIFF", "c.ppm", "notes", ".hidden"):
+        (root / "red" / name).write_bytes(b"some")
+    (root / "blue/gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (root / "blue/folder.jpg").mkdir()
+    os.mkfifo(root / "blue/pipe.jpg")
+    line = (
+        f"{root}: 7 entries are not taken as images (.tiff 2, .ppm 1, broken links 1, folders 1, pipes or"
+        " devices 1, without suffix 1); images are files that end in .jpg .jpeg .png .bmp .webp .gif"
+    )
+    out = tmp_path / "run"
+    result = started(train(package, root, out, "--steps", 1))
+    assert result.stderr.splitlines().count(line) == 1
+    assert line not in started(train(package, root, out, "--resume")).stderr
+    checkpoint = ("--artifact", package.path, "--checkpoint", out / "last.npz")
+    result = started(lance_device("eval", *checkpoint, "--data", root))
+    assert result.stderr.splitlines() == [line]
+    result = started(lance_device("predict", *checkpoint, root / "red", root / "blue"))
+    below = line.replace(f"{root}: 7", f"{root / 'red'} and 1 more: 6").replace(
+        "folders 1, ", ""
+    )  # looked through
+    assert result.stderr.splitlines() == [below]
+
+
+def test_many_kinds_of_other_files_are_not_all_named(tmp_path):
+    for number in range(30):
+        (tmp_path / f"frame.{number:04}").write_bytes(b"")
+    (tmp_path / "a.b\x1b[2J").write_bytes(b"")
+    line = of_folders([tmp_path])
+    assert line.startswith(f"{tmp_path}: 31 entries are not taken as images ('.b\\x1b[2j' 1, .0000 1, .0001 1,")
+    assert line.count(" 1") == 8
+    assert ", others 23);" in line
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only/x.tif").write_bytes(b"")
+    assert of_folders([tmp_path / "only"]).startswith(
+        f"{tmp_path}/only: 1 entry is not taken as an image (.tif 1);"
+    )
 
 
 def test_a_run_without_bad_images_lists_none(package, images, tmp_path):

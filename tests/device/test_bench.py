@@ -228,7 +228,19 @@ def test_too_few_images_for_a_batch(words, tmp_path):
     few = write_images(tmp_path / "few", per_class=4)
     line = refused(lance_device(*words, "--data", few), 5)
     assert "training images, but the package was calibrated for batches of 16; add images, or measure" in line
-    assert json.loads((tmp_path / "out/run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_not_there_are_no_benchmark(words, tmp_path):
+    line = refused(lance_device(*words, "--data", tmp_path / "nope"), 5)
+    assert "nope: no such folder; give a folder of class folders, or an .npz file" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_methods_are_those_of_the_package(words, tmp_path):
+    started(lance_device(*words, "--methods", "all"))
+    assert {row.method for row in rows_of(tmp_path / "out")} == {"lance", "bp"}
+    assert "not all" in refused(lance_device(*words, "--methods", "all,bp", "--out", tmp_path / "other"), 3)
 
 
 # --- refusals ---

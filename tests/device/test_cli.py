@@ -2,6 +2,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -190,6 +191,54 @@ def test_predict_of_what_is_no_image(tested, tmp_path):
     assert "no such file or folder" in refused(lance_device("predict", *tested, tmp_path / "none.jpg"), 5)
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     assert "cannot read this image" in refused(lance_device("predict", *tested, tmp_path / "torn.jpg"), 5)
+    os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
+    line = refused(lance_device("predict", *tested, tmp_path / "pipe.jpg"), 5)
+    assert "pipe.jpg: neither a file nor a folder; give image files or folders of images" in line
+
+
+@pytest.fixture
+def mixed(images, tmp_path):
+    """A folder of three images, two that cannot be read among them, and more that are none."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in ("a.png", "c.png", "e.png"):
+        shutil.copy(images / "red/000.png", folder / name)
+    (folder / "b.png").write_bytes(b"")
+    (folder / "d.png").write_bytes((images / "red/000.png").read_bytes()[:90])
+    for name in ("x.tiff", "y.TIFF", "z.ppm", "notes"):
+        (folder / name).write_bytes(b"some")
+    return folder
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_predict_leaves_out_what_cannot_be_read(tested, mixed, micro_batch):
+    words = ("predict", *tested, "--micro-batch", micro_batch, mixed)
+    result = started(lance_device(*words))
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [f"{mixed}/{name}.png" for name in "ace"]
+    said = result.stderr.splitlines()
+    assert said[0] == (
+        f"{mixed}: 4 entries are not taken as images (.tiff 2, .ppm 1, without suffix 1); images are files that"
+        " end in .jpg .jpeg .png .bmp .webp .gif"
+    )
+    assert said[1] == f"warning: {mixed}/b.png is left out (found 0 bytes)"
+    assert said[2].startswith(f"warning: {mixed}/d.png is left out (")
+    entries = json.loads(started(lance_device(*words, "--json")).stdout)
+    assert [entry["file"] for entry in entries] == [f"{mixed}/{name}.png" for name in "ace"]
+    alone = json.loads(started(lance_device("predict", *tested, mixed / "a.png", "--json")).stdout)
+    for entry in entries:  # the same image; float32 products of another batch size differ in the last bits
+        for found, expected in zip(entry["predictions"], alone[0]["predictions"], strict=True):
+            assert found["class"] == expected["class"]
+            assert found["probability"] == pytest.approx(expected["probability"], abs=1e-6)
+
+
+def test_predict_can_be_strict(tested, mixed):
+    line = refused(lance_device("predict", *tested, mixed, "--strict"), 5)
+    assert "b.png: cannot read this image (found 0 bytes); expected a whole JPEG" in line
+
+
+def test_predict_of_nothing_that_can_be_read(tested, mixed):
+    line = refused(lance_device("predict", *tested, mixed / "b.png", mixed / "d.png"), 5)
+    assert line.endswith("b.png: cannot read this image, nor any of the other 1; give whole ones")
 
 
 @pytest.mark.parametrize(
@@ -217,6 +266,17 @@ def test_usage_errors(arguments, words):
     result = lance_device(*arguments)
     assert result.exit_code == 2
     assert words in result.output
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "bench"])
+def test_more_threads_than_help_anybody_are_refused(command, monkeypatch):
+    """With thousands the runtime waits for ever, deaf to signals."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    result = lance_device(command, "--threads", 13)
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "'--threads': expected at most 12, 4 for each core of this machine, found 13: more would" in said
+    assert "--threads" not in lance_device(command, "--threads", 12).output.partition("Error")[2]
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "predict"])
@@ -278,3 +338,34 @@ def test_a_closed_terminal_does_not_stop_a_run(package, images, tmp_path):
     process.stdout.read()
     process.wait(timeout=60)
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished"
+
+
+def _without_root_s_rights(*words):
+    """A command that may read no more than permissions say, whoever runs it."""
+    drop = "-dac_override,-dac_read_search"
+    command = ["setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}"] if os.geteuid() == 0 else []
+    code = "from lance_device.cli import main; main()"
+    arguments = [*command, sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
+def test_a_package_that_may_not_be_read_is_said_like_one_that_is_not_there(package, images, tmp_path):
+    closed = tmp_path / "closed.tar"
+    shutil.copy(package.path, closed)
+    closed.chmod(0)
+    done = _without_root_s_rights("bench", "--artifact", closed, "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (
+        3,
+        f"error: {closed}: cannot open the package (Permission denied); give a pkg.tar that may be read\n",
+    )
+    assert not (tmp_path / "out").exists()
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0)
+    words = ("train", "--artifact", package.path, "--data", folder / "images", "--out", tmp_path / "run")
+    done = _without_root_s_rights(*words)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {folder}/images: not permitted (Permission denied); check its permissions, and those of the"
+        " folders above it\n",
+    )

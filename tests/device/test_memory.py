@@ -243,6 +243,17 @@ def test_a_photo_that_does_not_fit_is_named_before_it_is_decoded(with_a_photo, n
     assert not (tmp_path / "run").exists()
 
 
+def test_the_cache_that_was_decided_on_is_named(package, images, tmp_path):
+    """`auto` became on: every image is seen more than once."""
+    flags = ("--epochs", 1, "--memory-limit", "4GiB")
+    process = spawn(*train_words(package, images, tmp_path / "run"), *flags)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "feature cache on: images are seen" in errors
+    assert "--micro-batch 8 --threads 1 --cache on\n" in errors
+    assert json.loads((tmp_path / "run/run.json").read_text())["memory"]["cache"] == "on"
+
+
 def test_the_cache_is_given_up_before_a_run_is_refused(large, needed, tmp_path):
     prelude = "from lance_device import memory_plan; memory_plan._Trial._cache_bytes = lambda *words: 1 << 30"
     flags = ("--epochs", 2, "--memory-limit", int(needed * 2))

@@ -72,6 +72,8 @@ def test_a_bad_step_is_left_out(package, images, tmp_path, bad_batches, choice, 
     for name, value in expected.items():  # float32 sums in another order over 6 steps: 1e-6 each at most
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-6)
     share = {"skip": "100 %", "halve-lr": "50 %"}[choice]
+    assert re.search(r"^not applied +2 steps \(--on-nan\)$", result.stdout, re.MULTILINE)
+    assert json.loads((out / "run.json").read_text())["result"]["steps_not_applied"] == 2
     assert (
         "warning: step 3: the loss is nan: features, of the frozen layers, is not finite; not applied"
         f" (--on-nan {choice}), going on at {share} of the learning rate" in result.stderr
@@ -144,10 +146,17 @@ def test_a_run_that_left_a_step_out_is_taken_up_again(package, images, tmp_path,
 
 def test_a_run_whose_evaluation_is_no_number_is_taken_up_again(package, images, tmp_path):
     out = tmp_path / "run"
-    started(train(package, images, out, *PLAIN, "--steps", 1, "--lr", 1e30, "--clip", 0))
+    line = refused(train(package, images, out, *PLAIN, "--steps", 1, "--lr", 1e30, "--clip", 0), 7)
+    assert line == (
+        "error: the run ended with an evaluation whose loss is no number (0 steps of 1 not applied); its"
+        " weights have blown up, so --resume cannot help: start again with a lower --lr (this run: 1e+30) or"
+        " with --clip 2"
+    )
     [row] = table(out / "history.csv")
     assert not math.isfinite(float(row["test_loss"]))
-    assert "resuming after step 1 of 1" in started(train(package, images, out, "--resume")).stderr
+    again = train(package, images, out, "--resume")
+    assert refused(again, 7) == line
+    assert "resuming after step 1 of 1" in again.stderr
     assert table(out / "history.csv") == [row]
 
 
@@ -164,7 +173,33 @@ def test_when_every_step_is_bad_it_stops_all_the_same(package, images, tmp_path,
     words = (*PLAIN, "--steps", 40, "--on-nan", "skip")
     line = refused(train(package, images, tmp_path / "run", *words), 7)
     assert f"error: step {3 + MOST_IN_A_ROW}: the loss is nan" in line
+    assert line.endswith("run/last.npz; start again with a lower --lr (this run: 0.05)")
     assert len(table(tmp_path / "run" / "history.csv")) == 0
+
+
+@pytest.mark.parametrize("choice", ["skip", "halve-lr"])
+def test_a_run_that_ends_with_lost_weights_has_failed(package, images, tmp_path, choice):
+    out = tmp_path / "run"
+    flags = (*PLAIN, "--lr", 1e30, "--clip", 0, "--steps", 6, "--on-nan", choice)
+    line = refused(train(package, images, out, *flags), 7)
+    assert "ended with an evaluation whose loss is no number (5 steps of 6 not applied); its weights" in line
+    assert "have blown up, so --resume cannot help: start again with a lower --lr" in line
+    record = json.loads((out / "run.json").read_text())
+    assert (record["status"], record["result"]["steps_not_applied"]) == ("failed", 5)
+    assert not (out / "features.cache").exists()
+
+
+@pytest.mark.parametrize(("bad", "fails"), [((6,), False), ((5, 6), True), ((4, 5), False)])
+def test_one_bad_batch_at_the_end_is_no_failure_but_two_are(package, images, tmp_path, bad_batches, bad, fails):
+    bad_batches(*bad)
+    result = train(package, images, tmp_path / "run", *FLAGS, "--on-nan", "skip")
+    if not fails:
+        started(result)
+        return
+    assert refused(result, 7) == (
+        "error: the run ended with 2 steps in a row that were not applied (2 steps of 6 not applied); start"
+        " again with a lower --lr (this run: 0.2) or with --clip 2"
+    )
 
 
 def test_a_run_whose_weights_overflow_names_the_largest_layer(package, images, tmp_path):
@@ -175,6 +210,7 @@ def test_a_run_whose_weights_overflow_names_the_largest_layer(package, images, t
         r" ones; the largest weight is [0-9.e+]+, of layer (conv|head); the step was not applied",
         line,
     )
+    assert "; its weights have blown up, so --resume cannot help: start again with a lower --lr" in line
 
 
 def test_a_run_whose_update_overflows_names_its_parameter(package, images, tmp_path):

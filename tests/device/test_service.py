@@ -78,7 +78,7 @@ def test_paths_are_those_of_whoever_installs(tmp_path, monkeypatch, is_one_word)
     places = [tmp_path / name for name in ("pkg.tar", "photos", "deep", "a cache/x")]
     assert _words(_setting(text, "RequiresMountsFor")[0]) == list(map(str, places))
     assert not (tmp_path / "a cache").exists()
-    started(lance_device("install-service", *words, "--user"))
+    started(lance_device("install-service", *words, "--user", "--allow-missing"))
     assert (tmp_path / "a cache/x").is_dir()
     assert (tmp_path / "deep").is_dir()
 
@@ -93,7 +93,7 @@ def test_a_dollar_is_doubled_where_systemd_expands_it(tmp_path):
 def test_folders_that_sudo_makes_are_of_the_user_who_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("SUDO_USER", "nobody")
     monkeypatch.setattr(ServiceRequest, "unit_path", tmp_path / "unit")
-    words = ("--artifact", "pkg.tar", "--data", "photos", "--out", tmp_path / "a/b/run")
+    words = ("--artifact", "pkg.tar", "--data", "photos", "--out", tmp_path / "a/b/run", "--allow-missing")
     started(lance_device("install-service", *words))
     assert [(tmp_path / name).owner() for name in ("a", "a/b")] == ["nobody", "nobody"]
     assert tmp_path.owner() == "root"
@@ -102,7 +102,15 @@ def test_folders_that_sudo_makes_are_of_the_user_who_trains(tmp_path, monkeypatc
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    words = ("--artifact", "pkg.tar", "--data", "photos", "--out", tmp_path / "file/deep/run")
+    words = (
+        "--artifact",
+        "pkg.tar",
+        "--data",
+        "photos",
+        "--out",
+        tmp_path / "file/deep/run",
+        "--allow-missing",
+    )
     line = refused(lance_device("install-service", *words), 8)
     assert re.search(r"file/deep: cannot make this folder \(.*Not a directory.*\); make it, or choose", line)
 
@@ -120,6 +128,7 @@ def test_systemd_takes_the_unit(tmp_path, flags):
 def test_installing_says_what_to_do_next(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     words = ("--artifact", "pkg.tar", "--data", "photos", "--out", tmp_path / "run", "--user", "--name", "mine")
+    words += ("--allow-missing",)
     output = started(lance_device("install-service", *words)).stdout
     path = tmp_path / "config/systemd/user/mine.service"
     assert output.splitlines() == [
@@ -138,7 +147,16 @@ def test_installing_says_what_to_do_next(tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "config").write_text("")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    words = ("--artifact", "pkg.tar", "--data", "photos", "--out", tmp_path / "run", "--user")
+    words = (
+        "--artifact",
+        "pkg.tar",
+        "--data",
+        "photos",
+        "--out",
+        tmp_path / "run",
+        "--user",
+        "--allow-missing",
+    )
     line = refused(lance_device("install-service", *words), 8)
     assert (
         "lance-train.service: cannot write; run the same with sudo, with --user for a service of your" in line
@@ -168,3 +186,73 @@ RunLog.step = step
         _, errors_text = process.communicate(timeout=60)
         assert process.returncode == 0, errors_text
         assert expected in errors_text
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--foo", "3"), "lance-device train would refuse this: No such option '--foo'"),
+        (
+            ("--epochs", "x"),
+            "train would refuse this: Invalid value for '--epochs': 'x' is not a valid integer",
+        ),
+        (("--epochs", "0"), "Invalid value for '--epochs': 0 is not in the range"),
+        (("--threads", "100000"), "Invalid value for '--threads': expected at most"),
+        (
+            ("--cache", "off", "--cache-dir", "x"),
+            "train would refuse this: --cache-dir is for --cache on or auto",
+        ),
+        (("more",), "train would refuse this: Got unexpected extra argument (more)"),
+        (("--resume",), "--resume: a service takes its run up by itself; leave it out"),
+        (("--resume-or-start",), "--resume: a service takes its run up by itself; leave it out"),
+        (("--", "--out", "other"), "--out is given twice"),
+        (("--cache-dir", "a\nUser=root"), "'a\\nUser=root': a unit cannot hold such a character; rename it"),
+        *(
+            (
+                ("--name", name),
+                f"expected letters, digits and _ . : - only, such as lance-train, found {name!r}",
+            )
+            for name in ("a/../c", 'a"b', "it's", "", "a b", "-a", "a@b", "50%", "ö", "a" * 201)
+        ),
+    ],
+)
+def test_what_train_would_refuse_is_no_service(package, images, tmp_path, flags, words):
+    own = ("--artifact", package.path, "--data", images, "--out", tmp_path / "deep/run", "--print")
+    result = lance_device("install-service", *own, *flags)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+    assert "[Unit]" not in result.output
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_package_that_cannot_do_it_is_no_service(package, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    words = ("install-service", "--data", images, "--out", tmp_path / "run", "--user")
+    line = refused(lance_device(*words, "--artifact", package.path, "--method", "hosvd"), 3)
+    assert "this package holds the methods lance, bp, not hosvd" in line
+    (tmp_path / "junk.tar").write_bytes(b"junk" * 1000)
+    refused(lance_device(*words, "--artifact", tmp_path / "junk.tar"), 3)
+    assert not (tmp_path / "config").exists()
+    started(lance_device(*words, "--artifact", package.path, "--name", "mine.service"))
+    assert [file.name for file in (tmp_path / "config/systemd/user").iterdir()] == ["mine.service"]
+
+
+def test_what_is_not_there_is_refused_unless_it_comes_later(package, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    words = ("install-service", "--out", tmp_path / "run", "--user")
+    nowhere, none = tmp_path / "disk/photos", tmp_path / "nope.tar"
+    line = refused(lance_device(*words, "--artifact", none, "--data", images), 3)
+    assert line == (
+        f"error: --artifact {none}: not there; check the path, or give --allow-missing if it comes with a disk"
+        " that is mounted later"
+    )
+    line = refused(lance_device(*words, "--artifact", package.path, "--data", nowhere), 5)
+    assert f"--data {nowhere}: not there; check" in line
+    key = ("--require-signature", tmp_path / "key.pub")
+    assert "key.pub: not there" in refused(
+        lance_device(*words, "--artifact", package.path, "--data", images, *key), 5
+    )
+    assert not (tmp_path / "config").exists()
+    result = started(lance_device(*words, "--artifact", package.path, "--data", nowhere, "--allow-missing"))
+    assert result.stderr == f"warning: --data {nowhere}: not there; the service can train only once it is\n"
+    assert (tmp_path / "config/systemd/user/lance-train.service").exists()

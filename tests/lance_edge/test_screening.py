@@ -58,7 +58,7 @@ BAD = {
     "truncated.jpg": (encoded("JPEG", size=(200, 160))[:2000], "truncated"),
     "truncated.png": (encoded("PNG", size=(200, 160))[:2000], "truncated|Truncated|broken|bytes"),
     "text.jpg": (b"this is no image\n", "cannot identify image file"),
-    "bomb.png": (bomb(), "60000x60000 pixels|decompression bomb"),
+    "bomb.png": (bomb(), "found more than 178956970 pixels, expected at most 89478485"),
     "script.png": (b"#!/bin/sh\nexit 1\n", "cannot identify image file"),
     "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify image file"),
     "tiff.png": (encoded("TIFF"), "cannot identify image file"),
