@@ -20,6 +20,7 @@ from lance_edge.errors import DataError
 from lance_edge.manifest import ArrayInput, InputSpec, Preprocessing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")  # case does not matter
+ARRAY_EXTENSIONS = (".npz", ".npy")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 MAX_ASPECT_RATIO = 16  # beyond it, the ends of an image are cut off before it is resized
 MAX_PIXELS = 89_478_485  # 341 MiB in pillow's four bytes a pixel; its own threshold for a decompression bomb
@@ -192,6 +193,10 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found.update(_walk(path))
+        elif path.suffix.lower() in ARRAY_EXTENSIONS:
+            raise DataError(
+                f"{path}: holds arrays, and this network takes images; give image files or folders of images"
+            )
         elif path.exists():
             found.add(path)
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lance_edge.errors import LanceError
+from lance_edge.errors import OptionError
 from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers
 
 
@@ -45,7 +45,8 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers
 @click.option(
     "--dropout",
     is_flag=True,
-    help="Training drops activations where the network has an nn.Dropout behind the first trained layer.",
+    help="Training drops activations where the network has an nn.Dropout (or Dropout1d, 2d, 3d: whole channels)"
+    " behind the first trained layer.",
 )
 @click.option(
     "--methods",
@@ -101,10 +102,10 @@ def calibrate(
     from lance_host.build import calibrate as build
     from lance_host.request import Feedback, Request
     from lance_host.selection import method_names
-    from lance_host.tables import layer_table, saved_line
+    from lance_host.tables import layer_table, rank_advice, saved_line
 
     if not 0 <= validation < 1:
-        raise LanceError(f"--validation: expected a share from 0 to below 1, found {validation}")
+        raise OptionError(f"--validation: expected a share from 0 to below 1, found {validation}")
     split = Split(seed=split_seed, test_fraction=0.25, validation_fraction=validation)
     names = method_names(methods)
     budgets = {} if memory_budget is None else parse_budget(memory_budget, names)
@@ -116,6 +117,8 @@ def calibrate(
     click.echo()
     click.echo(layer_table(manifest))
     click.echo(f"\n{saved_line(manifest)}")
+    if advice := rank_advice(manifest):
+        click.echo(advice)
     click.echo(f"wrote {options['output']} ({options['output'].stat().st_size / 2**20:.1f} MiB)")
 
 

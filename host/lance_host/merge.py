@@ -17,7 +17,7 @@ from onnxscript import optimizer
 
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import Trained, read_weights
-from lance_edge.errors import LanceError
+from lance_edge.errors import OptionError
 from lance_edge.files import atomic_writer
 from lance_edge.manifest import CLASSES_KEY, PREPROCESSING_KEY, WEIGHTS_MEMBER
 from lance_edge.records import to_json
@@ -36,7 +36,7 @@ def merge(artifact: Path, checkpoint: Path, output: Path) -> None:
             written.
     """
     if output.suffix not in WRITERS:
-        raise LanceError(
+        raise OptionError(
             f"{output}: expected an ending of {', '.join(WRITERS)}, found {output.suffix or 'none'}"
         )
     with Bundle(artifact) as bundle:

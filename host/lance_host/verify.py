@@ -68,7 +68,8 @@ def verify(
             bases = _bases(projections, layer)
             x, dy = tensors[layer.name]
             rebuilt = rebuild(x, bases)
-            expected[gradient_name(layer.weight)] = weight_gradient(layer, rebuilt, dy).numpy()
+            gradient = weight_gradient(layer, rebuilt, dy).numpy()
+            expected[gradient_name(layer.weight)] = gradient.reshape(weights[layer.weight].shape)
             if layer.name in norms:
                 norm = norms[layer.name]
                 scale = scale_gradient(network, layer, norm, rebuilt, tensors[norm][1])
@@ -173,10 +174,11 @@ def scale_gradient(
         dy: the gradient of the norm's output.
     """
     module: Any = network.get_submodule(norm)
+    conv = network.get_submodule(layer.name)
+    x = rebuilt.squeeze(2) if isinstance(conv, torch.nn.Conv1d) else rebuilt  # of height 1
     with torch.no_grad():
-        y = network.get_submodule(layer.name)(rebuilt)
-        centred = (y - module.running_mean[:, None, None]) * dy
-        gradient: torch.Tensor = centred.sum((0, 2, 3)) / (module.running_var + module.eps).sqrt()
+        centred = (conv(x).flatten(2) - module.running_mean[:, None]) * dy.flatten(2)
+        gradient: torch.Tensor = centred.sum((0, 2)) / (module.running_var + module.eps).sqrt()
     return gradient
 
 
