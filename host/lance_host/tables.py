@@ -63,8 +63,8 @@ def rank_advice(manifest: Manifest) -> str | None:
     enough = math.ceil(1000 * max(min(plan.energy_kept) for plan in single)) / 1000
     return (
         f"{len(single)} of {count(len(plans), 'layer')} with rank 1 in every mode, often little more than the"
-        f" mean: if training does not learn,\n--energy above {enough:g} keeps more, and --memory-budget asks the"
-        " gradients what is worth keeping"
+        f" mean:\nif training does not learn, --energy above {enough:g} keeps more, and --memory-budget asks"
+        " the gradients what is worth keeping"
     )
 
 

@@ -345,8 +345,8 @@ def test_rank_1_everywhere_brings_advice():
     assert rank_advice(package()) is None
     assert rank_advice(with_plans((1, 1, 1, 2), (0.99, 0.97, 0.98, 1.0))) is None
     advice = rank_advice(with_plans((1, 1, 1, 1), (0.99, 0.9721, 0.98, 1.0)))
-    assert advice.startswith("1 of 2 layers with rank 1 in every mode, often little more than the mean: ")
-    assert "--energy above 0.973 keeps more, and --memory-budget asks the gradients" in advice
+    assert advice.startswith("1 of 2 layers with rank 1 in every mode, often little more than the mean:\n")
+    assert "--energy above 0.973 keeps more, and --memory-budget asks the gradients what" in advice
     assert all(len(line) <= 120 for line in advice.splitlines())
 
 
