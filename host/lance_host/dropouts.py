@@ -26,12 +26,12 @@ def dropping(network: nn.Module, is_on: bool) -> Iterator[None]:
     modules = [module for module in network.modules() if is_on and isinstance(module, OF_VALUES + OF_CHANNELS)]
     try:
         for module in modules:
-            # Of the module alone: its class is the user's, too.
-            module.forward = functools.partial(functional.dropout, p=module.p, training=True)
+            # Of this module alone: other networks have its class, too.
+            vars(module)["forward"] = functools.partial(functional.dropout, p=_ratio(module), training=True)
         yield
     finally:
         for module in modules:
-            del module.forward
+            vars(module).pop("forward", None)
 
 
 def mark_whole_channels(model: ir.Model, network: nn.Module) -> None:
@@ -46,12 +46,12 @@ def describe(network: nn.Module, graph: ir.Graph) -> list[str]:
     """Lines that say which modules drop in a captured graph, and which stay off."""
     modules = dict(network.named_modules())
     on = list(dict.fromkeys(filter(None, map(module_of, dropping_nodes(graph)))))
-    ratios = [f"{name} ({getattr(modules[name], 'p', 0):g}{_unit(modules[name])})" for name in on]
+    ratios = [f"{name} ({_ratio(modules[name]):g}{_unit(modules[name])})" for name in on]
     lines = [f"dropout: {', '.join(ratios)} drop while the board trains"]
     frozen = [
         name
         for name, module in modules.items()
-        if isinstance(module, OF_VALUES + OF_CHANNELS) and module.p > 0 and name not in on
+        if isinstance(module, OF_VALUES + OF_CHANNELS) and _ratio(module) > 0 and name not in on
     ]
     if frozen:
         lines.append(f"dropout: {', '.join(frozen)} stay off, before the first trained layer")
