@@ -4,17 +4,14 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
-from lance_device.units import count, size
-from lance_edge.bench_rows import BenchRow, BenchSummaryRow
+from lance_edge.bench_rows import LARGE_SPREAD, BenchRow, BenchSummaryRow
 from lance_edge.boards import Board
 from lance_edge.profiles import STEP_PHASES
+from lance_edge.throttling import flags_of, troubles
+from lance_edge.units import count, size
 
-LARGE_SPREAD = 0.10  # pyperf's measure of an unstable benchmark: standard deviation over mean
 BUSY_LOAD = 0.5  # of one core, by others, before anything is measured
 KILLED = "the kernel ended the process, for want of memory most likely"
-NOW_BITS = (
-    0xF  # of `vcgencmd get_throttled`: under-voltage, capped, throttled, soft limit; higher bits: earlier
-)
 MOST_NAMED = 3
 
 Cell = Callable[[dict[str, BenchSummaryRow]], str]
@@ -101,7 +98,7 @@ def _about_spread(summary: Sequence[BenchSummaryRow]) -> str | None:
 
 
 def _about_throttling(rows: Sequence[BenchRow]) -> str | None:
-    throttled = [row for row in rows if row.throttled is not None and _is_throttled(row.throttled)]
+    throttled = [row for row in rows if troubles(flags_of(row.throttled))]
     if not throttled:
         return None
     flags = ", ".join(sorted({str(row.throttled) for row in throttled}))
@@ -110,13 +107,6 @@ def _about_throttling(rows: Sequence[BenchRow]) -> str | None:
         f"the board was throttled in {share:.0%} of the measurements (vcgencmd get_throttled: {flags}):"
         " cool it, or use a stronger power supply, and measure again"
     )
-
-
-def _is_throttled(flags: str) -> bool:
-    try:
-        return bool(int(flags, 16) & NOW_BITS)
-    except ValueError:
-        return False
 
 
 def _about_memory(summary: Sequence[BenchSummaryRow], board: Board) -> str | None:

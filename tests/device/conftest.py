@@ -1,5 +1,7 @@
 """Makes the helpers of this folder importable, and gives small packages and image folders."""
 
+import contextlib
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +10,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_package import TinyPackage, write_images, write_tiny_package
+
+with contextlib.suppress(ValueError):  # not in the main thread
+    signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # as a terminal leaves it: nohup has it ignored, in children too
 
 
 @pytest.fixture(scope="session")

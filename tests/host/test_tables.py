@@ -5,18 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from lance_edge.manifest import (
-    SCHEMA_VERSION,
-    Layer,
-    LayerPlan,
-    Manifest,
-    Member,
-    Preprocessing,
-    Split,
-    TensorSpec,
-    Variant,
-)
-from lance_host.accounting import bp_activation_bytes, core_bytes
+from lance_edge.accounting import bp_activation_bytes, core_bytes
+from lance_edge.input_spec import Preprocessing, Split
+from lance_edge.manifest import SCHEMA_VERSION, Layer, LayerPlan, Manifest, Member, TensorSpec, Variant
 from lance_host.budget import BudgetPlan
 from lance_host.error_table import Candidate
 from lance_host.perplexity import LayerChoices, SearchResult
@@ -335,10 +326,11 @@ def test_multiply_adds_are_readable(number: int, text: str) -> None:
 def with_plans(ranks, energy, budget=None):
     """The package with the last layer's ranks and energy, and a budget instead of a threshold."""
     manifest = package()
-    first, *others = manifest.variants
-    *plans, last = first.layers
-    last = replace(last, ranks=ranks, energy_kept=energy)
-    return replace(manifest, variants=(replace(first, layers=(*plans, last), budget_bytes=budget), *others))
+    lance = manifest.variant("lance")
+    *plans, last = lance.layers
+    plans.append(replace(last, ranks=ranks, energy_kept=energy))
+    changed = replace(lance, layers=tuple(plans), budget_bytes=budget)
+    return replace(manifest, variants=(manifest.variant("bp"), changed))
 
 
 def test_rank_1_everywhere_brings_advice():

@@ -129,6 +129,8 @@ def test_rows_come_back_as_they_were(tmp_path_factory, loss, clock, warmup, thro
             "line 2, column 6 (batch_size): expected a whole number, found 'x'",
         ),
         (_line().replace(",1,4096", ",yes,4096"), "line 2, column 22 (cached): expected 0 or 1, found 'yes'"),
+        (_line().replace("12.5", "1_2.5"), "line 2, column 13 (latency_ms): expected a number, found '1_2.5'"),
+        (_line().replace("12.5", " 12.5"), "line 2, column 13 (latency_ms): expected a number, found ' 12.5'"),
         (_line().replace("12.5", ""), "line 2, column 13 (latency_ms): expected a number, found ''"),
         (_line()[:40], "line 2: expected 24 cells, found"),
     ],

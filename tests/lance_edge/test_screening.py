@@ -13,7 +13,7 @@ from PIL import Image
 from lance_edge import screening
 from lance_edge.datasets import ArrayPart, FilePart, open_dataset
 from lance_edge.errors import DataError
-from lance_edge.manifest import Split
+from lance_edge.input_spec import Split
 from lance_edge.screening import SteadyPart, find_bad, refuse, steady, without
 
 SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.2)
