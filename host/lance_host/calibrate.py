@@ -69,7 +69,8 @@ def layer_spectra(
         NumericalError: if a layer's input is not finite.
     """
     # Keyed by tensor: what several layers share is computed once.
-    covariances = {tensor: ModeCovariances((batch_size, *shapes[layer])) for layer, tensor in taps.items()}
+    readers = {tensor: layer for layer, tensor in taps.items()}
+    covariances = {tensor: ModeCovariances((batch_size, *shapes[layer])) for tensor, layer in readers.items()}
     sinks = {tensor: [one] for tensor, one in covariances.items()}
     run_taps(TapRunner(model, taps, shapes, batch_size, threads, sinks), batches, progress)
     done = {tensor: covariance.spectra() for tensor, covariance in covariances.items()}

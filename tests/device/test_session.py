@@ -53,7 +53,7 @@ def test_what_is_no_graph_is_named():
 def test_too_little_memory_is_named(bundle, variant, monkeypatch, error):
     graph = load_graph(bundle, variant, "prefix", 1)
 
-    def fail(feeds):
+    def fail(feeds, names):
         raise error
 
     monkeypatch.setattr(graph, "_fetch", fail)

@@ -30,6 +30,7 @@ from lance_host.autodiff.emit import Emit
 from lance_host.forms import LayerContext
 from lance_host.graph_cost import graph_macs
 from lance_host.methods import METHODS, patch_projection_inputs
+from lance_host.shapes import infer_specs
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -116,6 +117,9 @@ def compress(case: ConvCase, ranks: Sequence[int], schedule: Schedule = "one pas
         return METHODS["lance"].gradient(emit, context, conv.geometry(node), graph.inputs[0], dy)
 
     (gradient,) = append_gradients(whole, ["w"], {(graph[0], 1): weight_gradient})
+    specs = infer_specs(whole)
+    for value in context.statistics:  # they become inputs, which nothing infers
+        value.shape = ir.Shape(specs[str(value.name)].shape)
     *early, late = [declare_float(value) for value in context.statistics]
     data = [value for value in graph.inputs if value.name != "w"]
     fixed = [value for mode, value in inputs.items() if mode > 0]
