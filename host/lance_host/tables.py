@@ -65,7 +65,7 @@ def rank_advice(manifest: Manifest) -> str | None:
     return (
         f"{len(single)} of {count(len(plans), 'layer')} with rank 1 in every mode, often little more than the"
         f" mean:\nif training does not learn, --energy above {enough:g} keeps more, and --memory-budget asks"
-        " the gradients what is worth keeping"
+        " the gradients what to keep"
     )
 
 
