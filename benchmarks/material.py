@@ -93,7 +93,7 @@ def write_photos(folder: Path, classes: tuple[str, ...], per_class: int) -> None
     except ImportError:
         raise LanceError(
             "benchmarks: needs the sample photographs of scikit-learn, which is not installed;"
-            " pip install 'lance-edge[dev]'"
+            " pip install scikit-learn"
         ) from None
     pictures = [Image.fromarray(np.asarray(picture)) for picture in load_sample_images().images]
     rng = np.random.default_rng(0)

@@ -19,6 +19,12 @@ class LanceError(Exception):
         self.reason = reason or message
 
 
+class OptionError(LanceError):
+    """A value of a command-line option that is of no use."""
+
+    exit_code = 2
+
+
 class ArtifactError(LanceError):
     """A package (`pkg.tar`) that is damaged, unsafe, or of a schema this version does not read."""
 

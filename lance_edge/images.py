@@ -21,6 +21,7 @@ from lance_edge.errors import DataError
 from lance_edge.input_spec import ArrayInput, InputSpec, Preprocessing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")  # case does not matter
+ARRAY_EXTENSIONS = (".npz", ".npy")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 MAX_ASPECT_RATIO = 16  # beyond it, the ends of an image are cut off before it is resized
 MAX_PIXELS = 89_478_485  # 341 MiB in pillow's four bytes a pixel; its own threshold for a decompression bomb
@@ -208,6 +209,10 @@ def list_images(paths: Sequence[Path]) -> list[Path]:
 def _images_at(path: Path) -> Iterable[Path]:
     if path.is_dir():
         return _walk(path)
+    if path.suffix.lower() in ARRAY_EXTENSIONS:
+        raise DataError(
+            f"{path}: holds arrays, and this network takes images; give image files or folders of images"
+        )
     if path.is_file():
         return [path]
     if path.exists():  # reading a pipe waits for whoever writes into it

@@ -59,8 +59,9 @@ class Layer:
     """A trainable layer: geometry without the batch dimension.
 
     Of a convolution `input_shape` is `[C, H, W]`, `output_shape` `[O, H', W']`, `padding` `[top, left, bottom,
-    right]`.  Of a linear layer they are `[T, F]` and `[T, O]` (T tokens or positions), or `[F]` and `[O]`;
-    `weight_shape` is `[O, F]`, and what describes a kernel is empty.
+    right]`; a 1-D one has the height 1 here, while its parameter has the shape `[O, C / groups, k]`.  Of a
+    linear layer they are `[T, F]` and `[T, O]` (T tokens or positions), or `[F]` and `[O]`; `weight_shape` is
+    `[O, F]`, and what describes a kernel is empty.
     """
 
     name: str

@@ -82,6 +82,4 @@ def read_signature(path: Path) -> Signature:
 
 def no_cryptography() -> PlatformError:
     """What to say where the library is not installed."""
-    return PlatformError(
-        "cryptography is not installed, and signatures need it: pip install 'lance-edge[sign]'"
-    )
+    return PlatformError("cryptography is not installed, and signatures need it: pip install cryptography")

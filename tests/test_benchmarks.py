@@ -605,7 +605,7 @@ def test_photographs_need_scikit_learn(tmp_path: Path, monkeypatch: pytest.Monke
         write_photos(tmp_path / "photos", ("a",), 1)
     assert str(caught.value) == (
         "benchmarks: needs the sample photographs of scikit-learn, which is not installed;"
-        " pip install 'lance-edge[dev]'"
+        " pip install scikit-learn"
     )
 
 

@@ -85,7 +85,10 @@ def test_a_network_that_has_nothing_to_drop_is_refused(code, photos, lance_host,
     words = ("--model", "mcunet-10fps-vww", "--weights", "random", "--data", photos, "--layers", 1, "--dropout")
     result = lance_host("calibrate", *words, "-o", tmp_path / "pkg.tar")
     assert result.exit_code != 0
-    assert "--dropout: no nn.Dropout stands behind the first trained layer; leave it out" in result.output
+    assert (
+        "--dropout: no nn.Dropout (nor 1d, 2d, 3d) stands behind the first trained layer; leave it out"
+        in result.output
+    )
 
 
 def test_the_training_api_of_onnx_runtime_cannot_be_fed_seeds(package, lance_host, tmp_path):

@@ -172,7 +172,7 @@ def test_preprocessing_is_for_images(words, windows, lance_host, tmp_path):
         *("calibrate", "--model", f"{windows / 'windows_net.py'}:Windows", "--data", windows / "windows.npz"),
         *("-o", tmp_path / "pkg.tar", *words),
     )
-    line = refused(result, 1)
+    line = refused(result, 2)
     assert (
         line
         == f"error: {words[0]}: --data holds float32 arrays, which go to the network unchanged; leave it out"

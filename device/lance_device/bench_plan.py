@@ -8,7 +8,7 @@ from lance_device.bench_job import Job
 from lance_device.board import choose_board
 from lance_device.options import advised_threads
 from lance_edge.bench_rows import Setting
-from lance_edge.errors import LanceError
+from lance_edge.errors import OptionError
 from lance_edge.manifest import Manifest
 
 
@@ -95,15 +95,15 @@ def _check(request: BenchRequest, manifest: Manifest) -> None:
     for layers in request.layers or ():
         manifest.with_layers(layers)
     if request.batch_size not in (None, manifest.batch_size):
-        raise LanceError(
+        raise OptionError(
             f"--batch-size {request.batch_size}: {request.artifact} was calibrated for batches of"
             f" {manifest.batch_size}, and its ranks and bytes are those of such batches;"
             f" calibrate again with --batch-size {request.batch_size}, or leave the option out"
         )
     if request.cached and request.warmups == 0:
-        raise LanceError("--cache on: the first step fills the cache; expected --warmups 1 or more, found 0")
+        raise OptionError("--cache on: the first step fills the cache; expected --warmups 1 or more, found 0")
     too_large = [size for size in request.micro_batches or () if size > manifest.batch_size]
     if too_large:
-        raise LanceError(
+        raise OptionError(
             f"--micro-batch {too_large[0]}: expected at most the batch size, {manifest.batch_size}"
         )

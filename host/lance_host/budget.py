@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lance_edge.accounting import bp_activation_bytes, factored_activation_bytes
 from lance_edge.counts import parse_bytes
-from lance_edge.errors import LanceError
+from lance_edge.errors import OptionError
 from lance_edge.manifest import Layer
 from lance_host.error_table import Candidate
 from lance_host.perplexity import SEARCHES, SearchResult
@@ -62,7 +62,7 @@ def parse_budget(text: str, methods: Sequence[str]) -> dict[str, int]:
     """
     able = [method for method in methods if method in SEARCHES]
     if not able:
-        raise LanceError(
+        raise OptionError(
             f"--memory-budget: expected one of the methods {', '.join(SEARCHES)}, whose ranks are fixed before"
             f" training; found {', '.join(methods)}; add one to --methods"
         )
@@ -72,12 +72,12 @@ def parse_budget(text: str, methods: Sequence[str]) -> dict[str, int]:
     for part in text.split(","):
         method, _, amount = (word.strip() for word in part.partition("="))
         if method not in able:
-            raise LanceError(
+            raise OptionError(
                 f"--memory-budget: expected a budget for {' or '.join(able)}, found {part.strip()!r};"
                 " write it as 256KiB, or for each method as lance=256KiB"
             )
         if method in budgets:
-            raise LanceError(f"--memory-budget: {method} is there twice; give it one budget")
+            raise OptionError(f"--memory-budget: {method} is there twice; give it one budget")
         budgets[method] = _budget_bytes(amount)
     return budgets
 
@@ -85,7 +85,7 @@ def parse_budget(text: str, methods: Sequence[str]) -> dict[str, int]:
 def _budget_bytes(text: str) -> int:
     budget = parse_bytes(text)
     if not budget:
-        raise LanceError(
+        raise OptionError(
             f"--memory-budget: expected a size such as 512B, 256KiB or 1.5MiB, found {text.strip()!r}"
         )
     return budget
@@ -101,13 +101,13 @@ def check_budget(method: str, budget: int, selections: Iterable[Sequence[Layer]]
         least = sum(factored_activation_bytes(layer, batch_size, (1,) * len(layer.modes)) for layer in layers)
         whole = sum(bp_activation_bytes(layer, batch_size) for layer in layers)
         if budget < least:
-            raise LanceError(
+            raise OptionError(
                 f"--memory-budget of {method}: expected at least {least}B (rank 1 in every mode of the"
                 f" {len(layers)} layers, batch size {batch_size}), found {budget}B; give more, or train fewer"
                 " layers"
             )
         if budget >= whole:
-            raise LanceError(
+            raise OptionError(
                 f"--memory-budget of {method}: the inputs of the {len(layers)} layers fit as they are ({whole}B"
                 f" at batch size {batch_size}, budget {budget}B); train with the method bp, or give less"
             )
@@ -135,7 +135,7 @@ def choose(frontiers: Sequence[Sequence[Candidate]], budget: int) -> list[Candid
     """
     least = sum(candidates[0].nbytes for candidates in frontiers)
     if least > budget:
-        raise LanceError(f"memory budget: expected at least {least}B, found {budget}B; give more")
+        raise OptionError(f"memory budget: expected at least {least}B, found {budget}B; give more")
     cell = VALUE_BYTES * -(-budget // (VALUE_BYTES * CELLS))
     cells = budget // cell
     error = np.zeros(cells + 1)  # error[c]: the least one of the layers so far within c cells

@@ -24,6 +24,7 @@ from lance_host.budget import check_budget
 from lance_host.calibrate import calibration_batches, choose_batch_size, layer_moments, layer_spectra
 from lance_host.capture import Captured, capture_layers, clone_of_evaluation, export
 from lance_host.compile import Compiled, compile_variant, serialise
+from lance_host.dropouts import describe as describe_dropouts
 from lance_host.layer_nodes import geometry, input_of
 from lance_host.methods import METHODS
 from lance_host.network import Network, load_network
@@ -59,6 +60,8 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
     )
 
     captured = capture_selections(network)
+    for line in describe_dropouts(network.module, captured[-1].model.graph) if network.has_dropout else ():
+        feedback.say(line)
     check_trainable(captured[-1], request.layers)
     for method, budget in request.budgets.items():
         check_budget(method, budget, [one.layers for one in captured], batch_size)
@@ -102,7 +105,8 @@ def capture_selections(network: Network) -> tuple[Captured, ...]:
     )
     if network.has_dropout and captured[-1].seeds is None:
         raise ModelError(
-            "--dropout: no nn.Dropout stands behind the first trained layer; leave it out, or train more layers"
+            "--dropout: no nn.Dropout (nor 1d, 2d, 3d) stands behind the first trained layer; leave it out, or"
+            " train more layers"
         )
     return captured
 

@@ -21,9 +21,10 @@ from lance_edge.manifest import Layer
 from lance_edge.names import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, TARGET_OFF, TARGET_ON
 from lance_host.autodiff.dropout import drop_nothing, seed_dropouts
 from lance_host.autodiff.emit import Emit, static_dims
+from lance_host.dropouts import dropping, mark_whole_channels
 from lance_host.extras import NOTHING_MORE, Extras, extra_parameters
 from lance_host.fold import fold_batch_norm
-from lance_host.layer_nodes import describe, find_node
+from lance_host.layer_nodes import describe, find_node, over_height
 from lance_host.simplify import simplify
 from lance_host.text import one_line
 from lance_host.traverse import descendants
@@ -139,6 +140,7 @@ def capture_layers(
     more = extra_parameters(graph, layers, names, extras)
     names += more
     norms = fold_batch_norm(model, frozenset(names))
+    nodes = [over_height(graph, node) for node in nodes]
     described = tuple(describe(name, node) for name, node in zip(layers, nodes, strict=True))
     parameters = tuple(_as_input(graph, name) for name in names)
     seeds = seed_dropouts(graph, descendants(graph, parameters))
@@ -168,11 +170,11 @@ def export(network: torch.nn.Module, sample: Sequence[int], has_dropout: bool = 
     """The network as ONNX simplified, with batch-norm as it is, opset 18, dynamic batch.
 
     Args:
-        has_dropout: whether its `nn.Dropout` modules drop, as in training.
+        has_dropout: whether its dropout modules drop, as in training.
     """
     example = torch.zeros(2, *sample)
     try:
-        with _quiet(), torch.no_grad(), _dropping(network, has_dropout):
+        with _quiet(), torch.no_grad(), dropping(network, has_dropout):
             program = torch.onnx.export(
                 network,
                 (example,),
@@ -197,6 +199,7 @@ def export(network: torch.nn.Module, sample: Sequence[int], has_dropout: bool = 
             "this network cannot be exported for batches of any size: somewhere in forward the batch becomes a"
             " plain number, as in len(x); write x.shape[0]"
         )
+    mark_whole_channels(model, network)
     _fold_constants(model, keep=frozenset(dict(network.named_parameters())))
     passes.IdentityEliminationPass()(model)
     simplify(model)
@@ -211,20 +214,6 @@ def _fold_constants(model: ir.Model, keep: Collection[str] = ()) -> None:
 
     optimizer.fold_constants(model, onnx_shape_inference=bool(keep), should_fold=should_fold)
     passes.RemoveUnusedNodesPass()(model)
-
-
-@contextlib.contextmanager
-def _dropping(network: torch.nn.Module, is_on: bool) -> Iterator[None]:
-    """The network in evaluation mode, its `nn.Dropout` modules in training mode for the time being."""
-    network.eval()
-    dropouts = [module for module in network.modules() if is_on and isinstance(module, torch.nn.Dropout)]
-    try:
-        for module in dropouts:
-            module.train()
-        yield
-    finally:
-        for module in dropouts:
-            module.eval()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lance_edge.errors import LanceError
+from lance_edge.errors import OptionError
 from lance_edge.manifest import MODES
 from lance_host.cli_continual import DEFAULT_METHODS, next_task_options, past_of
 from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progress_bars
@@ -37,7 +37,8 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progr
 @click.option(
     "--dropout",
     is_flag=True,
-    help="Training drops activations where the network has an nn.Dropout behind the first trained layer.",
+    help="Training drops activations where the network has an nn.Dropout (or Dropout1d, 2d, 3d: whole channels)"
+    " behind the first trained layer.",
 )
 @click.option(
     "--methods",
@@ -115,10 +116,10 @@ def calibrate(
     from lance_host.continual import calibrate_next
     from lance_host.request import Feedback, Request
     from lance_host.selection import method_names
-    from lance_host.tables import layer_table, saved_line
+    from lance_host.tables import layer_table, rank_advice, saved_line
 
     if not 0 <= validation < 1:
-        raise LanceError(f"--validation: expected a share from 0 to below 1, found {validation}")
+        raise OptionError(f"--validation: expected a share from 0 to below 1, found {validation}")
     split = Split(seed=split_seed, test_fraction=0.25, validation_fraction=validation)
     past = past_of(options, is_model_given=_is_given(context, "model"))
     names = method_names(methods or DEFAULT_METHODS[past is not None and past.memory is not None])
@@ -130,6 +131,8 @@ def calibrate(
     click.echo()
     click.echo(layer_table(manifest))
     click.echo(f"\n{saved_line(manifest)}")
+    if advice := rank_advice(manifest):
+        click.echo(advice)
     click.echo(f"wrote {options['output']} ({options['output'].stat().st_size / 2**20:.1f} MiB)")
 
 

@@ -12,7 +12,7 @@ def main() -> None:
     if missing:
         sys.stderr.write(
             f"error: {', '.join(missing)} not installed; lance-host needs the host extra:"
-            " pip install 'lance-edge[host]'\n"
+            " pip install '.[host]' in a clone of the project\n"
         )
         raise SystemExit(9)
     from lance_host.cli import cli

@@ -74,7 +74,7 @@ def run_once(network: nn.Module, shape: Sequence[int]) -> torch.Tensor:
     except Exception as error:  # whatever the user's code raises
         raise ModelError(
             f"the network cannot be run on float32 {list(samples.shape)}: {one_line(error)};"
-            " say what it takes with --input-size (and --mean, of one or three numbers)"
+            " say what it takes with --input-size (and --mean of calibrate, of one or three numbers)"
         ) from error
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != RUN_SAMPLES:
         found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
-from lance_edge.errors import LanceError, ModelError
+from lance_edge.errors import ModelError, OptionError
 from lance_edge.input_spec import INTERPOLATIONS, ArrayInput, InputSpec, Preprocessing
 from lance_host.model_source import ModelSource
 
@@ -34,19 +34,19 @@ def check_input(request: InputRequest) -> None:
     """Refuse what no network can take.
 
     Raises:
-        LanceError: naming the option.
+        OptionError: naming the option.
     """
     if request.size is not None and request.size < LEAST_INPUT_SIZE:
-        raise LanceError(f"--input-size: expected {LEAST_INPUT_SIZE} or more, found {request.size}")
+        raise OptionError(f"--input-size: expected {LEAST_INPUT_SIZE} or more, found {request.size}")
     for option, values in (("--mean", request.mean), ("--std", request.std)):
         if values is not None and len(values) not in (1, 3):
-            raise LanceError(
+            raise OptionError(
                 f"{option}: expected one number or three, found {len(values)}; they are per channel"
             )
     if request.std is not None and min(request.std) <= 0:
-        raise LanceError(f"--std: expected numbers above 0, found {min(request.std):g}")
+        raise OptionError(f"--std: expected numbers above 0, found {min(request.std):g}")
     if request.interpolation is not None and request.interpolation not in INTERPOLATIONS:
-        raise LanceError(
+        raise OptionError(
             f"--interpolation: expected one of {', '.join(INTERPOLATIONS)}, found {request.interpolation}"
         )
 
@@ -86,7 +86,7 @@ def settle_input(
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (steps.mean, steps.std))
         say(
             f"input: {channels} x {steps.resolution} x {steps.resolution}, mean {mean}, std {std}; the model"
-            " does not say: check them, and correct them with --input-size, --mean, --std"
+            " does not say: check them; calibrate takes others with --input-size, --mean, --std"
         )
     return steps
 
@@ -95,7 +95,7 @@ def _expect_nothing(request: InputRequest) -> None:
     given = [field.name for field in fields(request) if getattr(request, field.name) is not None]
     if given:
         option = "--input-size" if given[0] == "size" else f"--{given[0]}"
-        raise LanceError(
+        raise OptionError(
             f"{option}: --data holds float32 arrays, which go to the network unchanged; leave it out"
         )
 
@@ -129,7 +129,7 @@ def _per_channel(option: str, values: tuple[float, ...], channels: int) -> tuple
     if len(values) == 1:
         return values * channels
     if len(values) != channels:
-        raise LanceError(
+        raise OptionError(
             f"{option}: the network reads {channels} channel, found {len(values)} numbers; give one"
         )
     return values

@@ -39,6 +39,41 @@ def find_node(graph: ir.Graph, name: str) -> ir.Node:
     )
 
 
+def over_height(graph: ir.Graph, node: ir.Node) -> ir.Node:
+    """The node of a layer; a 1-D convolution is written as a 2-D one over maps of height 1.
+
+    `[N, C, W]` becomes `[N, C, 1, W]`, and the weight `[O, C / groups, k]` is read as `[O, C / groups, 1, k]`.
+    """
+    x, weight, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    if node.op_type != "Conv" or x is None or weight is None or len(dims(weight)) != 3:
+        return node
+    emit, height = Emit(graph, f"{y.name}/"), 2
+    wide = [
+        _shaped(emit("Unsqueeze", value, emit.constant([height])), value, (*dims(value)[:2], 1, dims(value)[2]))
+        for value in (x, weight)
+    ]
+    get, (before, after) = node.attributes.get_ints, node.attributes.get_ints("pads", (0, 0))
+    output = emit(
+        "Conv",
+        *wide,
+        *node.inputs[2:],
+        group=node.attributes.get_int("group", 1),
+        strides=(1, *get("strides", (1,))),
+        dilations=(1, *get("dilations", (1,))),
+        pads=(0, before, 0, after),
+        auto_pad=node.attributes.get_string("auto_pad", "NOTSET"),
+    )
+    _shaped(output, y, (*dims(y)[:2], 1, dims(y)[2]))
+    flat = _shaped(emit("Squeeze", output, emit.constant([height])), y, dims(y))
+    new = output.producer()
+    assert new is not None
+    new.metadata_props.update(node.metadata_props)  # whose module it is
+    ir.convenience.replace_all_uses_with(y, flat, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    graph.sort()
+    return new
+
+
 def _is_linear(node: ir.Node) -> bool:
     """Whether a Gemm is `X W^T + b`."""
     get, scale = node.attributes.get_int, node.attributes.get_float

@@ -24,10 +24,11 @@ from lance_edge.errors import ModelError
 from lance_host.heads import RUN_SAMPLES, run_once
 
 ALL = "all"
+TRAINABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 UNCALLED = nn.modules.linear.NonDynamicallyQuantizableLinear  # the output projection of MultiheadAttention
 LAYER_KINDS: dict[str, Callable[[nn.Module], bool]] = {
     "": lambda module: True,
-    "conv": lambda module: isinstance(module, nn.Conv2d),
+    "conv": lambda module: isinstance(module, nn.Conv1d | nn.Conv2d),
     "linear": lambda module: isinstance(module, nn.Linear),
     "pointwise": lambda module: getattr(module, "groups", 1) == 1,
 }
@@ -53,7 +54,7 @@ class Candidate:
 
 
 def layer_modules(network: nn.Module) -> list[str]:
-    """Names of all 2-D convolutions and linear layers with a weight of their own, in module order.
+    """Names of all 1-D and 2-D convolutions and linear layers with a weight of their own, in module order.
 
     Without those inside of `nn.MultiheadAttention`, which reads their weights and never calls them, and those
     whose weight is computed, as by weight normalisation.
@@ -61,7 +62,7 @@ def layer_modules(network: nn.Module) -> list[str]:
     return [
         name
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
+        if isinstance(module, TRAINABLE)
         and not isinstance(module, UNCALLED)
         and "weight" in dict(module.named_parameters(recurse=False))
     ]
@@ -154,12 +155,12 @@ def list_layers(network: nn.Module, shape: Sequence[int], head: str | None) -> l
     return [
         Candidate(name, describe(module), tuple(module.weight.shape), input_shape)
         for name, input_shape in running_layers(network, shape).items()
-        if name != head and isinstance(module := network.get_submodule(name), nn.Conv2d | nn.Linear)
+        if name != head and isinstance(module := network.get_submodule(name), TRAINABLE)
     ]
 
 
 def _sample_shape(module: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
-    """`[C, H, W]`, `[T, F]` or `[F]` of the input of a layer for two samples."""
+    """`[C, H, W]`, `[C, W]`, `[T, F]` or `[F]` of the input of a layer for two samples."""
     if not isinstance(module, nn.Linear):
         return tuple(x.shape[1:])
     tokens = x.numel() // (RUN_SAMPLES * module.in_features)
@@ -167,10 +168,11 @@ def _sample_shape(module: nn.Module, x: torch.Tensor) -> tuple[int, ...]:
 
 
 def describe(module: nn.Module) -> str:
-    """`linear`, or `3x3, stride 2, depthwise`: what a person calls a layer."""
-    if not isinstance(module, nn.Conv2d):
+    """`linear`, or `3x3, stride 2, depthwise`, or `1-D 3, stride 2`: what a person calls a layer."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return "linear"
-    words = ["x".join(map(str, module.kernel_size))]
+    kernel = "x".join(map(str, module.kernel_size))
+    words = [f"1-D {kernel}" if isinstance(module, nn.Conv1d) else kernel]
     if max(module.stride) > 1:
         words.append(f"stride {max(module.stride)}")
     if max(module.dilation) > 1:

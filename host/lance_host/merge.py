@@ -17,7 +17,7 @@ from onnxscript import optimizer
 
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import Trained, read_weights
-from lance_edge.errors import LanceError
+from lance_edge.errors import OptionError
 from lance_edge.files import atomic_writer
 from lance_edge.input_spec import CLASSES_KEY, PREPROCESSING_KEY
 from lance_edge.names import WEIGHTS_MEMBER, head_name
@@ -37,7 +37,7 @@ def merge(artifact: Path, checkpoint: Path, output: Path) -> None:
             written.
     """
     if output.suffix not in WRITERS:
-        raise LanceError(
+        raise OptionError(
             f"{output}: expected an ending of {', '.join(WRITERS)}, found {output.suffix or 'none'}"
         )
     with Bundle(artifact) as bundle:
@@ -92,8 +92,8 @@ def joined_graph(bundle: Bundle, graphs: Mapping[str, tuple[str, ...]], role: st
 def _with_own_names(tail: onnx.ModelProto) -> onnx.ModelProto:
     """Both graphs were cut from one: constants may bear the same name in each."""
     renamed = {item.name: f"tail/{item.name}" for item in tail.graph.initializer}
-    for item in tail.graph.initializer:
-        item.name = renamed[item.name]
+    for item in (*tail.graph.initializer, *tail.graph.value_info):
+        item.name = renamed.get(item.name, item.name)
     for node in tail.graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)

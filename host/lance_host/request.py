@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lance_edge.errors import LanceError, StorageError
+from lance_edge.errors import OptionError, StorageError
 from lance_edge.input_spec import Split
 from lance_edge.manifest import Mode
 from lance_host.heads import FIND
@@ -110,15 +110,15 @@ def check(request: Request) -> None:
     """Refuse what cannot work before minutes are spent on it.
 
     Raises:
-        LanceError: naming the option.
+        OptionError: naming the option.
     """
     unknown = [method for method in request.methods if method not in METHODS]
     if unknown or not request.methods:
-        raise LanceError(
+        raise OptionError(
             f"--methods: expected all, or some of {', '.join(METHODS)}, found {', '.join(unknown) or 'none'}"
         )
     if not 0 < request.energy <= 1:
-        raise LanceError(
+        raise OptionError(
             f"--energy: expected a share above 0 and at most 1, found {request.energy}; the paper uses 0.7"
         )
     for option, value, least in (
@@ -127,13 +127,13 @@ def check(request: Request) -> None:
         ("--threads", request.threads, 1),
     ):
         if value is not None and value < least:
-            raise LanceError(f"{option}: expected {least} or more, found {value}")
+            raise OptionError(f"{option}: expected {least} or more, found {value}")
     if request.seed > MAX_SEED:
-        raise LanceError(f"--seed: expected at most {MAX_SEED}, found {request.seed}")
+        raise OptionError(f"--seed: expected at most {MAX_SEED}, found {request.seed}")
     if request.mode == "patch":
         _check_patch_mode(request)
     elif request.any_rank:
-        raise LanceError("--any-rank: of patch mode; add --mode patch")
+        raise OptionError("--any-rank: of patch mode; add --mode patch")
     check_input(request.network.input)
     _check_output(request.output)
 
@@ -141,18 +141,18 @@ def check(request: Request) -> None:
 def _check_patch_mode(request: Request) -> None:
     without = [method for method in request.methods if method not in PATCH_METHODS]
     if without:
-        raise LanceError(
+        raise OptionError(
             f"--methods {','.join(without)}: not in patch mode, where codecs do not compress; expected some of"
             f" {', '.join(PATCH_METHODS)}, or use --mode channel"
         )
     if request.budgets:
-        raise LanceError("--memory-budget: not in patch mode; choose --energy, or use --mode channel")
+        raise OptionError("--memory-budget: not in patch mode; choose --energy, or use --mode channel")
 
 
 def _check_output(output: Path) -> None:
     """Minutes before the package is written: can it be?"""
     if output.is_dir():
-        raise LanceError(f"{output}: is a folder; name the package file, for instance pkg.tar")
+        raise OptionError(f"{output}: is a folder; name the package file, for instance pkg.tar")
     nearest = next(folder for folder in output.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         reason = "no permission to write to it" if nearest.is_dir() else "this file is no folder"

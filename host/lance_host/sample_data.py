@@ -28,7 +28,7 @@ def write_digits(folder: Path, per_class: int | None = None) -> int:
         from sklearn.datasets import load_digits
     except ImportError:
         raise LanceError(
-            "sample-data: needs scikit-learn, which is not installed; pip install 'lance-edge[demo]'"
+            "sample-data: needs scikit-learn, which is not installed; pip install scikit-learn"
         ) from None
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 0..16 -> 0..255

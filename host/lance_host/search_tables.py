@@ -58,7 +58,10 @@ def candidate_table(
     `last K` is the number for `--layers` that takes this layer and all below it.
     """
     if not candidates:
-        return "No layer that could be trained: --layers 0 trains the classifier alone."
+        return (
+            "No layer that could be trained (nn.Conv1d, nn.Conv2d or nn.Linear beside the classifier):"
+            " --layers 0 trains the classifier alone."
+        )
     stored = [candidate.bp_bytes(batch_size) for candidate in candidates]
     totals = [human_bytes(sum(stored[index:])) for index in range(len(stored))]
     columns = [

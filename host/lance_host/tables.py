@@ -23,6 +23,7 @@ from lance_host.text import (
 
 MICRO_BATCH = 8  # the micro-batch at which a package quotes its saved bytes
 MOST_FILES = 40
+WHOLE = 0.9995  # of the energy: nothing is left to keep
 
 
 def layer_table(manifest: Manifest) -> str:
@@ -52,6 +53,20 @@ def layer_table(manifest: Manifest) -> str:
     room = WIDTH - sum(width(column) + len(GAP) for column in columns)
     names = [shorten(layer.name, room) for layer in manifest.layers]
     return "\n".join([_layer_heading(manifest, method), "", *grid([["layer", *names, "total"], *columns])])
+
+
+def rank_advice(manifest: Manifest) -> str | None:
+    """What to do where a layer keeps one direction of every mode: often little more than its mean."""
+    method, plans = _compressed(manifest)
+    single = [plan for plan in plans if set(plan.ranks) == {1} and min(plan.energy_kept) < WHOLE]
+    if not single or manifest.variant(method).budget_bytes is not None:
+        return None
+    enough = math.ceil(1000 * max(min(plan.energy_kept) for plan in single)) / 1000
+    return (
+        f"{len(single)} of {count(len(plans), 'layer')} with rank 1 in every mode, often little more than the"
+        f" mean:\nif training does not learn, --energy above {enough:g} keeps more, and --memory-budget asks"
+        " the gradients what to keep"
+    )
 
 
 def saved_line(manifest: Manifest) -> str:

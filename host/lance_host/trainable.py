@@ -4,7 +4,6 @@ Each operator's rule is tried out, on a copy of the graph, so that the answer na
 of the network that it belongs to, and how many of the layers can be trained.
 """
 
-import ast
 from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
@@ -14,9 +13,8 @@ from lance_edge.errors import ModelError
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.reverse import downstream, input_gradients
 from lance_host.capture import Captured, clone
+from lance_host.scopes import module_of
 from lance_host.traverse import ancestors
-
-SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter writes the path of modules
 
 
 def check_trainable(captured: Captured, selection: str) -> None:
@@ -58,13 +56,6 @@ def _first(problems: dict[ir.Node, str], captured: Captured, parameter: ir.Value
     """The first operator with a problem that the gradient of a parameter passes."""
     behind = set(downstream(captured.model.graph, [parameter])[0])
     return next((node for node in problems if node in behind), None)
-
-
-def module_of(node: ir.Node) -> str | None:
-    """The path of the module that a node was exported from, as `named_modules` has it."""
-    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-    names = [name for name in scopes[:-1] if name]  # the last is the operation's own
-    return names[-1] if names else None
 
 
 def _in_module(node: ir.Node) -> str:

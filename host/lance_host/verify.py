@@ -75,7 +75,7 @@ def verify(
             bases = _bases(projections, layer)
             x, dy = tensors[layer.name]
             output, gradient = literal(network, layer, x, dy, bases, is_patch_plan(layer, plan))
-            expected[gradient_name(layer.weight)] = gradient.numpy()
+            expected[gradient_name(layer.weight)] = gradient.reshape(weights[layer.weight].shape).numpy()
             if layer.name in norms:
                 norm = norms[layer.name]
                 scale = scale_gradient(network, norm, output, tensors[norm][1])
@@ -109,9 +109,10 @@ def literal(
     with torch.no_grad():
         if not is_patch:
             rebuilt = rebuild(x, bases)
-            return module(rebuilt), weight_gradient(layer, rebuilt, dy)
+            own = rebuilt.squeeze(2) if isinstance(module, torch.nn.Conv1d) else rebuilt  # of height 1
+            return module(own), weight_gradient(layer, rebuilt, dy)
         patches = rebuilt_patches(layer, x, bases)
-        output = patch_output(layer, module.weight, patches)
+        output = patch_output(layer, module.weight.reshape(layer.weight_shape), patches)
         if module.bias is not None:
             output = output + module.bias[:, None, None]
         return output, patch_weight_gradient(layer, patches, dy)
@@ -206,8 +207,8 @@ def scale_gradient(network: torch.nn.Module, norm: str, y: torch.Tensor, dy: tor
     """
     module: Any = network.get_submodule(norm)
     with torch.no_grad():
-        centred = (y - module.running_mean[:, None, None]) * dy
-        gradient: torch.Tensor = centred.sum((0, 2, 3)) / (module.running_var + module.eps).sqrt()
+        centred = (y.flatten(2) - module.running_mean[:, None]) * dy.flatten(2)
+        gradient: torch.Tensor = centred.sum((0, 2)) / (module.running_var + module.eps).sqrt()
     return gradient
 
 

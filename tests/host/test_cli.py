@@ -73,17 +73,17 @@ REFUSED = {
         "--model resnet: no such network; lance-host knows mcunet, ",
     ),
     "method": (
-        1,
+        2,
         ["--methods", "lance,sgd"],
         "--methods: expected all, or some of bp, lance, asi, hosvd, found sgd",
     ),
     "no method": (
-        1,
+        2,
         ["--methods", ","],
         "--methods: expected all, or some of bp, lance, asi, hosvd, found none",
     ),
-    "energy too small": (1, ["--energy", "0"], "--energy: expected a share above 0 and at most 1, found 0.0"),
-    "energy too large": (1, ["--energy", "70"], "found 70.0; the paper uses 0.7"),
+    "energy too small": (2, ["--energy", "0"], "--energy: expected a share above 0 and at most 1, found 0.0"),
+    "energy too large": (2, ["--energy", "70"], "found 70.0; the paper uses 0.7"),
     "layers in words": (
         6,
         ["--layers", "four"],
@@ -96,19 +96,19 @@ REFUSED = {
     "data": (5, ["--data", "no-such-folder"], "no-such-folder: no such folder; give a folder of class folders"),
     "batch too large": (5, ["--batch-size", "40"], "at most the 39 training images, found 40; ask for 16"),
     "batch too small": (5, ["--batch-size", "0"], "batch size: expected at least 1, found 0"),
-    "no batch": (1, ["--batches", "0"], "--batches: expected 1 or more, found 0"),
-    "seed": (1, ["--seed", "-1"], "--seed: expected 0 or more, found -1"),
-    "threads": (1, ["--threads", "0"], "--threads: expected 1 or more, found 0"),
+    "no batch": (2, ["--batches", "0"], "--batches: expected 1 or more, found 0"),
+    "seed": (2, ["--seed", "-1"], "--seed: expected 0 or more, found -1"),
+    "threads": (2, ["--threads", "0"], "--threads: expected 1 or more, found 0"),
     "layers of another network": (
         6,
         ["--layers", "layer4.*"],
         "no layer is called 'layer4.*', or it takes no part: lance-host layers lists them",
     ),
-    "resolution": (1, ["--resolution", "16"], "--input-size: expected 32 or more, found 16"),
-    "input size": (1, ["--input-size", "16"], "--input-size: expected 32 or more, found 16"),
-    "mean": (1, ["--mean", "0.1,0.2"], "--mean: expected one number or three, found 2"),
-    "std": (1, ["--std", "0"], "--std: expected numbers above 0, found 0"),
-    "interpolation": (1, ["--interpolation", "area"], "--interpolation: expected one of bilinear, bicubic,"),
+    "resolution": (2, ["--resolution", "16"], "--input-size: expected 32 or more, found 16"),
+    "input size": (2, ["--input-size", "16"], "--input-size: expected 32 or more, found 16"),
+    "mean": (2, ["--mean", "0.1,0.2"], "--mean: expected one number or three, found 2"),
+    "std": (2, ["--std", "0"], "--std: expected numbers above 0, found 0"),
+    "interpolation": (2, ["--interpolation", "area"], "--interpolation: expected one of bilinear, bicubic,"),
     "head": (
         6,
         ["--head", "fc"],
@@ -126,24 +126,24 @@ REFUSED = {
         "--model timm:net: timm is not installed; install it with: pip install",
     ),
     "onnx": (6, ["--model", "no.onnx"], "--model no.onnx: no such file; give the path of an ONNX model"),
-    "validation": (1, ["--validation", "1"], "--validation: expected a share from 0 to below 1, found 1.0"),
+    "validation": (2, ["--validation", "1"], "--validation: expected a share from 0 to below 1, found 1.0"),
     "budget of no size": (
-        1,
+        2,
         ["--memory-budget", "64k"],
         "--memory-budget: expected a size such as 512B, 256KiB or 1.5MiB, found '64k'",
     ),
     "budget of a method without ranks": (
-        1,
+        2,
         ["--memory-budget", "bp=64KiB"],
         "--memory-budget: expected a budget for lance, found 'bp=64KiB'; write it as 256KiB",
     ),
     "budget for bp alone": (
-        1,
+        2,
         ["--memory-budget", "64KiB", "--methods", "bp"],
         "--memory-budget: expected one of the methods lance, asi, whose ranks are fixed",
     ),
-    "budget too small": (1, ["--memory-budget", "1KiB"], "--memory-budget of lance: expected at least"),
-    "budget too large": (1, ["--memory-budget", "9MiB"], "inputs of the 4 layers fit as they are"),
+    "budget too small": (2, ["--memory-budget", "1KiB"], "--memory-budget of lance: expected at least"),
+    "budget too large": (2, ["--memory-budget", "9MiB"], "inputs of the 4 layers fit as they are"),
     "weights": (6, ["--weights", "no.pth"], "--weights no.pth: cannot read (No such file or directory)"),
     "weights of another network": (6, ["--model", "mcunet"], "start.pth: does not fit mcunet;"),
 }
@@ -181,7 +181,7 @@ def test_an_unreadable_image_is_named(refused, small, tmp_path, photos, monkeypa
 
 
 def test_the_output_is_a_folder(small, refused, tmp_path):
-    line = refused(1, *small, "-o", tmp_path / "out")
+    line = refused(2, *small, "-o", tmp_path / "out")
     assert f"{tmp_path / 'out'}: is a folder; name the package file, for instance pkg.tar" in line
     assert nothing_in(tmp_path)
 
@@ -307,7 +307,7 @@ def test_merge_says_what_it_wrote(merge_words, lance_host, tmp_path):
 
 
 def test_merge_with_an_unknown_ending(merge_words, refused, tmp_path):
-    line = refused(1, *merge_words, "-o", tmp_path / "out" / "finetuned.h5")
+    line = refused(2, *merge_words, "-o", tmp_path / "out" / "finetuned.h5")
     assert "finetuned.h5: expected an ending of .pth, .safetensors, .onnx, found .h5" in line
     assert nothing_in(tmp_path)
 
@@ -380,7 +380,7 @@ def test_without_the_extra_one_line_says_what_to_install():
     (line,) = done.stderr.splitlines()
     assert line == (
         "error: torch, onnx, onnx_ir, onnxscript, networkx, safetensors not installed; lance-host needs the"
-        " host extra: pip install 'lance-edge[host]'"
+        " host extra: pip install '.[host]' in a clone of the project"
     )
 
 

@@ -24,10 +24,11 @@ from torch import nn
 from lance_edge.errors import ModelError
 from lance_edge.manifest import Schedule
 from lance_edge.names import DROPOUT_SEEDS, INPUTS_ROLE, activation_name
-from lance_host.autodiff.dropout import PRIME, drop_nothing, seed_dropouts
+from lance_host.autodiff.dropout import PRIME, WHOLE_CHANNELS, drop_nothing, seed_dropouts
 from lance_host.build import tap_inputs
 from lance_host.capture import Captured, capture, clone
 from lance_host.compile import inference_tails, layer_inputs
+from lance_host.dropouts import describe
 from lance_host.stages import cut_stages
 from lance_host.step import differentiate
 
@@ -183,6 +184,14 @@ class Masks(nn.Module):
         return h >= int(self.ratio * p)
 
 
+class Channels(Masks):
+    """The same, with one position for each channel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = super().forward(torch.ones(*x.shape[:2], dtype=x.dtype))
+        return x * kept.reshape(*x.shape[:2], *[1] * (x.ndim - 2))
+
+
 LAYERS, DROPPED = ("conv", "wide"), ("first", "second", "third")
 SAMPLES, BATCH = (3, 13, 13), 6
 
@@ -288,3 +297,66 @@ def test_before_the_head_alone_is_behind_the_first_trained_layer() -> None:
     }
     assert (kept[-1] != 0).all()
     assert (kept[7] == 0).all(0).any(), "a column whose input was dropped"
+
+
+# --- whole channels ---
+
+
+class OfChannels(nn.Module):
+    """Whole channels dropped right before and behind a trained layer, and what stays off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.stem = nn.Dropout2d(0.3), nn.Conv2d(3, 6, 3, 2)
+        self.before, self.conv, self.behind = nn.Dropout2d(0.5), nn.Conv2d(6, 20, 3), nn.Dropout2d(0.4)
+        self.line, self.alpha, self.head = nn.Dropout1d(0.25), nn.AlphaDropout(0.2), nn.Linear(20, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(torch.relu(self.stem(self.frozen(x))))
+        x = self.line(self.behind(torch.tanh(self.conv(x))).flatten(2))
+        logits: torch.Tensor = self.head(self.alpha(x.mean(2)))
+        return logits
+
+
+def test_whole_channels_are_dropped_as_pytorch_would_with_the_same_masks() -> None:
+    torch.manual_seed(0)
+    network, names = OfChannels(), ("before", "behind", "line")
+    captured = capture(network, SAMPLES, ["conv"], "head", has_dropout=True)
+    assert "forward" not in vars(network.before), "the user's network is as it was"
+    device = Device.of(differentiate(captured, "bp", {}, BATCH))
+    images, labels = torch.randn(BATCH, *SAMPLES), torch.arange(BATCH) % 4
+    weights = {name: value.detach().numpy() for name, value in network.state_dict().items()}
+    seeds = [5, 17, 2**31 - 2, 0, 1, 2**20]
+    fed = {**weights, DROPOUT_SEEDS: np.array(seeds)}
+    loss, found = device.gradients(fed, images.numpy(), labels.numpy(), (3, 1, 2))
+    for stream, name in enumerate(names):
+        setattr(network, name, Channels(stream, getattr(network, name).p, seeds))
+    exact = network.eval().double()
+    expected = nn.functional.cross_entropy(exact(images.double()), labels)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    parameters = dict(exact.named_parameters())
+    truth = torch.autograd.grad(expected, [parameters[name] for name in found])
+    for name, gradient in zip(found, truth, strict=True):
+        assert relative_error(found[name], gradient) < 1e-5, name  # float32 through three layers
+
+
+def test_what_drops_and_what_stays_off_is_said() -> None:
+    network = OfChannels()
+    captured = capture(network, SAMPLES, ["conv"], "head", has_dropout=True)
+    assert describe(network, captured.model.graph) == [
+        "dropout: before (0.5 of the channels), behind (0.4 of the channels), line (0.25 of the channels) drop"
+        " while the board trains",
+        "dropout: frozen stay off, before the first trained layer",
+        "warning: alpha (AlphaDropout) stay off: only nn.Dropout, Dropout1d, Dropout2d and Dropout3d drop",
+    ]
+
+
+def test_channels_without_positions_are_no_channels() -> None:
+    model = one_dropout(0.5)
+    node = model.graph[0]
+    node.inputs[0].shape = ir.Shape(["N", 5])
+    node.metadata_props[WHOLE_CHANNELS] = "yes"
+    with pytest.raises(
+        ModelError, match=r"expected channels with positions to drop, \[N, C, ...\], found \('N', 5\)"
+    ):
+        seed_all(model)

@@ -48,7 +48,7 @@ def test_what_nobody_says_is_imagenets_and_said_aloud():
     assert steps == Preprocessing(224, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert line == (
         "input: 3 x 224 x 224, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225; the model does not say:"
-        " check them, and correct them with --input-size, --mean, --std"
+        " check them; calibrate takes others with --input-size, --mean, --std"
     )
 
 

@@ -134,4 +134,4 @@ def test_the_table_counts_from_the_end_and_adds_up() -> None:
 def test_the_table_without_a_head_and_without_layers() -> None:
     candidates = list_layers(small_net(), (3, 17, 17), HEAD)
     assert "is not trained (--head none)" in candidate_table(candidates, 1, None)
-    assert candidate_table([], 1, HEAD).startswith("No layer that could be trained: --layers 0")
+    assert candidate_table([], 1, HEAD).endswith("--layers 0 trains the classifier alone.")

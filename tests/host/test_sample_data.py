@@ -68,6 +68,6 @@ def test_at_least_one_image_of_each_class(tmp_path):
 
 def test_without_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(LanceError, match=r"not installed; pip install 'lance-edge\[demo\]'"):
+    with pytest.raises(LanceError, match=r"not installed; pip install scikit-learn"):
         write_digits(tmp_path / "digits")
     assert not (tmp_path / "digits").exists()

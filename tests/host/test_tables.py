@@ -12,7 +12,7 @@ from lance_host.budget import BudgetPlan
 from lance_host.error_table import Candidate
 from lance_host.perplexity import LayerChoices, SearchResult
 from lance_host.search_tables import budget_table
-from lance_host.tables import layer_table, package_table
+from lance_host.tables import layer_table, package_table, rank_advice
 from lance_host.text import human_bytes, human_macs
 
 BATCH = 128
@@ -318,3 +318,30 @@ def test_bytes_are_readable(number: int, text: str) -> None:
 )
 def test_multiply_adds_are_readable(number: int, text: str) -> None:
     assert human_macs(number) == text
+
+
+# --- advice ---
+
+
+def with_plans(ranks, energy, budget=None):
+    """The package with the last layer's ranks and energy, and a budget instead of a threshold."""
+    manifest = package()
+    lance = manifest.variant("lance")
+    *plans, last = lance.layers
+    plans.append(replace(last, ranks=ranks, energy_kept=energy))
+    changed = replace(lance, layers=tuple(plans), budget_bytes=budget)
+    return replace(manifest, variants=(manifest.variant("bp"), changed))
+
+
+def test_rank_1_everywhere_brings_advice():
+    assert rank_advice(package()) is None
+    assert rank_advice(with_plans((1, 1, 1, 2), (0.99, 0.97, 0.98, 1.0))) is None
+    advice = rank_advice(with_plans((1, 1, 1, 1), (0.99, 0.9721, 0.98, 1.0)))
+    assert advice.startswith("1 of 2 layers with rank 1 in every mode, often little more than the mean:\n")
+    assert "--energy above 0.973 keeps more, and --memory-budget asks the gradients what" in advice
+    assert all(len(line) <= 120 for line in advice.splitlines())
+
+
+def test_rank_1_that_was_asked_for_or_is_all_there_is_brings_none():
+    assert rank_advice(with_plans((1, 1, 1, 1), (1.0, 0.9999, 1.0, 1.0))) is None
+    assert rank_advice(with_plans((1, 1, 1, 1), (0.99, 0.97, 0.98, 1.0), budget=4096)) is None

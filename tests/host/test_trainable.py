@@ -9,7 +9,8 @@ from torch import nn
 from lance_edge.errors import ModelError
 from lance_host.capture import Captured, capture, clone
 from lance_host.extras import Extras
-from lance_host.trainable import check_trainable, module_of
+from lance_host.scopes import module_of
+from lance_host.trainable import check_trainable
 
 pytestmark = [pytest.mark.usefixtures("one_torch_thread"), pytest.mark.xdist_group("captures")]
 

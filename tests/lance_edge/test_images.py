@@ -355,3 +355,13 @@ def test_list_images_of_a_missing_path():
     assert str(raised.value) == (
         "nowhere/photo.jpg: no such file or folder; give image files or folders of images"
     )
+
+
+def test_list_images_of_arrays(tmp_path):
+    path = tmp_path / "windows.NPZ"
+    path.touch()
+    with pytest.raises(DataError) as raised:
+        list_images([path])
+    assert str(raised.value) == (
+        f"{path}: holds arrays, and this network takes images; give image files or folders of images"
+    )

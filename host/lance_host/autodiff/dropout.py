@@ -8,7 +8,7 @@ The generator is one of squares modulo a prime, in 64-bit integers, which every 
 
     h0 = s + b j,  h1 = h0^2 + s,  h2 = h1^2 + c  (mod p),  s = a seed + stream
 
-and position j is kept where h2 >= ratio p.
+and position j is kept where h2 >= ratio p.  Where whole channels are dropped, a channel is one position.
 """
 
 import math
@@ -23,6 +23,7 @@ from lance_host.autodiff.emit import Emit, dims, static_dims
 from lance_host.autodiff.rules.common import constant_of, operand, optional, unsupported
 from lance_host.edit import take_over
 
+WHOLE_CHANNELS = "lance.whole_channels"  # metadata of a Dropout whose mask has one value for each channel
 MASK = "/dropout_mask"  # suffix of the values that a mask is
 PRIME = 2**31 - 1  # the square of what is below it fits into 63 bits
 MULTIPLIER, STRIDE, INCREMENT = 48271, 69621, 1_013_904_223
@@ -56,6 +57,9 @@ def seed_dropouts(graph: ir.Graph, trained: Collection[ir.Value]) -> ir.Value | 
         mask.name = f"{y.name}{MASK}"
         dropped = emit("Mul", x, mask)
         dropped.type, dropped.shape = y.type, x.shape
+        product = dropped.producer()
+        assert product is not None
+        product.metadata_props.update(node.metadata_props)  # whose module it is
         take_over(graph, node, dropped)
     graph.sort()
     return seeds
@@ -71,11 +75,16 @@ def drop_nothing(model: ir.Model, seeds: ir.Value | None) -> None:
     """Take the masks of `seed_dropouts` out again: the graph of evaluation, without the input `seeds`."""
     if seeds is None:
         return
-    for node in [node for node in model.graph if node.op_type == "Mul" and _is_mask(node.inputs[1])]:
+    for node in dropping_nodes(model.graph):
         _leave_out(model.graph, node)
     passes.IdentityEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     model.graph.inputs.remove(seeds)
+
+
+def dropping_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """The products with a mask, in the order of the graph."""
+    return [node for node in graph if node.op_type == "Mul" and _is_mask(node.inputs[1])]
 
 
 def _is_mask(value: ir.Value | None) -> bool:
@@ -97,6 +106,10 @@ def _mask(emit: Emit, node: ir.Node, seeds: ir.Value, stream: int) -> ir.Value:
     if dims(x)[0] != BATCH_DIM:
         raise unsupported(node, f"expected the batch as first axis of what Dropout drops, found {dims(x)}")
     shape = static_dims(x, start=1)
+    if WHOLE_CHANNELS in node.metadata_props:
+        if len(shape) < 2:
+            raise unsupported(node, f"expected channels with positions to drop, [N, C, ...], found {dims(x)}")
+        shape = (shape[0], *[1] * (len(shape) - 1))
     column = emit("Unsqueeze", seeds, emit.constant([1]))  # [N, 1]
     kept = _random(emit, column, math.prod(shape), stream, least=int(ratio * PRIME))
     off = emit("Less", column, _integer(emit, 0))

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import trained_shapes
-from lance_edge.errors import DataError, LanceError, ModelError, PlatformError, StorageError
+from lance_edge.errors import DataError, ModelError, OptionError, PlatformError, StorageError
 from lance_edge.manifest import Variant
 from lance_edge.names import DROPOUT_SEEDS, WEIGHTS_MEMBER
 from lance_host.graph_file import read_graph
@@ -73,9 +73,9 @@ def export_artifacts(request: Request) -> int | None:
 
 def _check(request: Request) -> None:
     if request.optimizer not in OPTIMIZERS:
-        raise LanceError(f"--optimizer: expected {' or '.join(OPTIMIZERS)}, found {request.optimizer}")
+        raise OptionError(f"--optimizer: expected {' or '.join(OPTIMIZERS)}, found {request.optimizer}")
     if not 0 <= request.clip < float("inf"):
-        raise LanceError(f"--clip: expected a norm, or 0 for none, found {request.clip}")
+        raise OptionError(f"--clip: expected a norm, or 0 for none, found {request.clip}")
     if request.output.exists() and not request.output.is_dir():
         raise StorageError(f"{request.output}: expected a folder to write to, found a file; name another one")
     if request.output.is_dir() and any(request.output.iterdir()):

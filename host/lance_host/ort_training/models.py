@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from lance_edge.bundle import Bundle
-from lance_edge.errors import LanceError, ModelError
+from lance_edge.errors import ModelError, OptionError
 from lance_edge.input_spec import CLASSES_KEY, PREPROCESSING_KEY
 from lance_edge.manifest import Manifest, TensorSpec, Variant
 from lance_edge.names import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, PROJECTIONS_MEMBER, SCALE, gradient_name
@@ -48,7 +48,7 @@ def training_model(bundle: Bundle, variant: Variant) -> ModelProto:
         ModelError: if the joined graph is not valid ONNX.
     """
     if variant.schedule == "by layer":
-        raise LanceError(
+        raise OptionError(
             f"--method {variant.method}: expected a method whose step is graphs alone (lance, bp), found one"
             " that compresses activations between them, in code that ONNX Runtime's API does not have"
         )

@@ -77,11 +77,9 @@ def _attribute(text: str, module: ModuleType, attribute: str) -> Any:
     try:
         found = getattr(module, attribute)
     except AttributeError:
-        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        close = difflib.get_close_matches(attribute, public, n=3, cutoff=0.3) or public[:3]
         raise ModelError(
             f"--model {text}: {module.__name__.removeprefix('lance_model_')} has no {attribute!r};"
-            f" it has {', '.join(close) or 'nothing that could be called'}"
+            f" {_offers(module, attribute)}"
         ) from None
     if not callable(found):  # a module is callable, too
         raise ModelError(
@@ -89,6 +87,19 @@ def _attribute(text: str, module: ModuleType, attribute: str) -> Any:
             f" {type(found).__name__}"
         )
     return found
+
+
+def _offers(module: ModuleType, attribute: str) -> str:
+    """All that could be meant: what the module defines itself, or else what it imports."""
+    public = {name: value for name, value in vars(module).items() if callable(value) and name[0] != "_"}
+    own = [
+        name
+        for name, value in public.items()
+        if isinstance(value, nn.Module) or getattr(value, "__module__", None) == module.__name__
+    ]
+    close = difflib.get_close_matches(attribute, public, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}it has {', '.join(own or public) or 'nothing that could be called'}"
 
 
 def _check_signature(text: str, factory: Any) -> None:
