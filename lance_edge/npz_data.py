@@ -57,17 +57,17 @@ def read_npz(path: Path) -> tuple[list[str], NpzPart, NpzPart | None]:
             " shape: convert one of them"
         )
     classes = _class_names(path, arrays.get("classes"), train.labels)
-    for label, count in enumerate(np.bincount(train.labels, minlength=len(classes))):
-        if count == 0:
-            raise DataError(
-                f"{path}: class {classes[label]!r} has no image in y; labels must be 0 to {len(classes) - 1},"
-                " each used: number the classes without gaps"
-            )
     for key, part in (("y", train), ("y_test", test)):
         if part is not None and part.labels.max() >= len(classes):
             raise DataError(
                 f"{path}: {key} has label {part.labels.max()}, expected 0 to {len(classes) - 1}"
                 f" for {len(classes)} classes; correct the labels or the classes"
+            )
+    for label, count in enumerate(np.bincount(train.labels, minlength=len(classes))):
+        if count == 0:
+            raise DataError(
+                f"{path}: class {classes[label]!r} has no image in y; labels must be 0 to {len(classes) - 1},"
+                " each used: number the classes without gaps"
             )
     return classes, train, test
 

@@ -393,6 +393,10 @@ EITHER_KIND = "x must be uint8 [N, H, W, 3] (images) or float32 [N, ...] (arrays
         ({"y": np.arange(24) % 2 * 2}, "class '1' has no image in y; labels must be 0 to 2, each used"),
         ({"y": np.zeros(24, int)}, "expected two or more classes, found only '0'; add the others"),
         ({"classes": np.array(["a", "b"])}, "y has label 2, expected 0 to 1 for 2 classes; correct the labels"),
+        (
+            {"y": np.r_[9, np.arange(23) % 2], "classes": np.array(list("ab"))},
+            "y has label 9, expected 0 to 1 for 2 classes; correct the labels",
+        ),
         ({"classes": np.array(list("abcd"))}, "class 'd' has no image in y; labels must be 0 to 3"),
         ({"classes": np.array(["a", "b", "a"])}, "classes must be distinct strings [K], found <U1 [3]"),
         ({"classes": np.array([1, 2, 3])}, "classes must be distinct strings [K], found int64 [3]"),
