@@ -17,7 +17,7 @@ HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors", "m
 CLICK_MODULES = {
     *("lance_device.bench_cli", "lance_device.cli", "lance_device.cli_board"),
     *("lance_device.cli_common", "lance_device.cli_tasks", "lance_device.cli_train", "lance_device.cli_types"),
-    "lance_device.cli_watch",
+    *("lance_device.cli_service", "lance_device.cli_watch"),
     *("lance_host.cli", "lance_host.cli_benchmark", "lance_host.cli_calibrate", "lance_host.cli_continual"),
     *("lance_host.cli_export", "lance_host.cli_keys", "lance_host.cli_options", "lance_host.cli_package"),
     *("lance_host.cli_report", "lance_host.cli_reproduce"),

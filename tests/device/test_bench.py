@@ -170,7 +170,7 @@ def test_a_cache_changes_nothing_but_the_rounding_of_features(words, tmp_path):
 
 
 def test_a_cache_without_a_step_to_fill_it(words, tmp_path):
-    line = refused(lance_device(*words, "--cache", "on", "--warmups", 0), 1)
+    line = refused(lance_device(*words, "--cache", "on", "--warmups", 0), 2)
     assert "--cache on: the first step fills the cache; expected --warmups 1 or more, found 0" in line
     assert not (tmp_path / "out").exists()
 
@@ -252,8 +252,8 @@ def test_all_methods_are_those_of_the_package(words, tmp_path):
         (["--methods", "asi"], 3, "this package holds the methods lance, bp, not asi; choose one of them"),
         (["--layers", "2"], 3, "this package holds method lance with --layers 1, not 2; choose one of these"),
         (["--layers", "1-3"], 3, "with --layers 1, not 2"),
-        (["--batch-size", "8"], 1, "was calibrated for batches of 16, and its ranks and bytes"),
-        (["--micro-batch", "8,32"], 1, "--micro-batch 32: expected at most the batch size, 16"),
+        (["--batch-size", "8"], 2, "was calibrated for batches of 16, and its ranks and bytes"),
+        (["--micro-batch", "8,32"], 2, "--micro-batch 32: expected at most the batch size, 16"),
         (["--board", "rpi9"], 9, "--board rpi9: expected auto or one of"),
         (["--artifact", "no.tar"], 3, "no.tar: cannot open the package"),
     ],
