@@ -202,7 +202,7 @@ def test_addresses_that_are_none(tmp_path, text):
 
 def test_train_serves_its_page_while_it_trains(package, images, tmp_path):
     out = tmp_path / "run"
-    process = spawn(*train_words(package, images, out), "--epochs", 200, "--serve", 0)
+    process = spawn(*train_words(package, images, out), "--epochs", 100_000, "--serve", 0)
     found = None
     while found is None:
         line = process.stderr.readline()
