@@ -47,7 +47,7 @@ test-slow: $(INSTALLED)
 $(ORT_INSTALLED): constraints-ort-training.txt
 	$(ORT_PYTHON) -m venv $(ORT_VENV)
 	$(ORT_VENV)/bin/python -m pip install $(PIP_FLAGS) --quiet --disable-pip-version-check \
-	    -c constraints-ort-training.txt onnxruntime-training onnx torch numpy click pillow psutil pytest
+	    -c constraints-ort-training.txt onnxruntime-training onnx torch numpy click pillow psutil threadpoolctl pytest
 	touch $@
 
 # Exports here and trains there; then the device's own tests there, where lance-edge is a folder, not installed.
