@@ -215,6 +215,7 @@ def test_a_damaged_record_is_named(learnt: Path, tmp_path: Path) -> None:
         read_records(copy)
 
 
+@pytest.mark.slow
 def test_a_task_whose_numbers_run_away_begins_again_at_half_the_rate(
     material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +277,7 @@ def test_only_protection_can_be_relaxed(material: tuple[Path, str], tmp_path: Pa
         run_benchmark(request_of(material, tmp_path, "er", "lance", relax=0.1), SILENT)
 
 
+@pytest.mark.slow
 def test_energy_is_for_what_compresses_and_saves_bytes(
     material: tuple[Path, str], learnt: Path, tmp_path: Path
 ) -> None:
