@@ -4,7 +4,7 @@ The protected mode may have a basis for each group, and none of its directions h
 without a second moment (too many positions) is kept whole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +120,24 @@ def layer_spectra_of(
         else:
             spectra.append(WholeMode(size))
     return tuple(spectra)
+
+
+def spectra_of_layers(
+    layers: Iterable[Layer],
+    mode: Mode,
+    batch_size: int,
+    moments: Mapping[str, Mapping[int, NDArray[np.floating]]],
+    memory: Mapping[str, LayerMemory],
+    energy: float,
+    whole_below: int = 0,
+) -> dict[str, tuple[ModeSpectrum, ...]]:
+    """`layer_spectra_of` each layer, by name; a layer that the memory lacks is of no earlier task."""
+    return {
+        layer.name: layer_spectra_of(
+            layer, mode, batch_size, moments[layer.name], memory.get(layer.name), energy, whole_below
+        )
+        for layer in layers
+    }
 
 
 def protected_spectrum(

@@ -15,7 +15,12 @@ def duration(seconds: float) -> str:
 
 def count(number: int, noun: str) -> str:
     """`1 layer`, `4 layers`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {plural(number, noun)}"
+
+
+def plural(number: int, noun: str) -> str:
+    """`layer` of one, `layers` and `batches` of others."""
+    return noun if number == 1 else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
 
 
 def size(nbytes: float | None) -> str:

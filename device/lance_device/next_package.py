@@ -29,7 +29,6 @@ from lance_edge.names import (
 )
 
 Arrays = dict[str, NDArray[Any]]
-OWN_MEMBERS = (WEIGHTS_MEMBER, PROJECTIONS_MEMBER, SPECTRA_MEMBER, MEMORY_MEMBER)
 METHODS = ("lance", "bp")  # the codecs of others know no memory
 TRIAL_IMAGES = 2
 TOUCHES = 1e-4  # ||dW M|| / ||dW|| in float32; what ignores the memory has 0.1 and more

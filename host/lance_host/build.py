@@ -17,7 +17,7 @@ from lance_edge.input_spec import InputSpec
 from lance_edge.manifest import Manifest
 from lance_edge.memory import LayerMemory
 from lance_edge.moments import Moments
-from lance_edge.protected_spectra import layer_spectra_of
+from lance_edge.protected_spectra import spectra_of_layers
 from lance_edge.screening import steady
 from lance_host.autodiff.emit import Emit
 from lance_host.budget import check_budget
@@ -35,6 +35,7 @@ from lance_host.request import Feedback, Request, check
 from lance_host.shapes import infer_specs
 from lance_host.share import share
 from lance_host.stages import bind, extract
+from lance_host.text import count
 from lance_host.trainable import check_trainable
 from lance_host.verify import Samples, check_samples_apart, verify_on_any
 
@@ -144,13 +145,11 @@ def measure_spectra(
     batch_size = order.shape[1]
     if request.mode == "patch":
         moments = measure_moments(request, network, captured, dataset, order, {}, feedback)
-        return {
-            layer.name: layer_spectra_of(
-                layer, request.mode, batch_size, moments[layer.name], None, request.energy
-            )
-            for layer in captured.layers
-        }, len(order)
-    feedback.say(f"calibration: {len(order)} batch{'es' * (len(order) != 1)} of {batch_size} training images")
+        spectra_in_patches = spectra_of_layers(
+            captured.layers, request.mode, batch_size, moments, {}, request.energy
+        )
+        return spectra_in_patches, len(order)
+    _say_batches(order, feedback)
     model, taps = tap_inputs(captured, network_weights(network))
     spectra = layer_spectra(
         serialise(model, "calibration"),
@@ -179,7 +178,7 @@ def measure_moments(
         order: of the images, `[batches, B]`.
         memory: what earlier tasks need, by layer.
     """
-    feedback.say(f"calibration: {len(order)} batches of {order.shape[1]} training images")
+    _say_batches(order, feedback)
     model, taps = tap_inputs(captured, network_weights(network))
     return layer_moments(
         serialise(model, "calibration"),
@@ -192,6 +191,10 @@ def measure_moments(
         request.threads or os.cpu_count() or 1,
         lambda done: feedback.progress("calibrate", done, len(order)),
     )
+
+
+def _say_batches(order: NDArray[np.int64], feedback: Feedback) -> None:
+    feedback.say(f"calibration: {count(len(order), 'batch')} of {order.shape[1]} training images")
 
 
 def _load(order: NDArray[np.int64], part: Part, preprocessing: InputSpec) -> Iterator[NDArray[np.float32]]:

@@ -14,7 +14,7 @@ from lance_edge.input_spec import InputSpec
 from lance_edge.manifest import FrozenLayer, Layer, Manifest
 from lance_edge.memory import LayerMemory, Memory
 from lance_edge.moments import protected_mode
-from lance_edge.protected_spectra import layer_spectra_of, ranks_by_mode
+from lance_edge.protected_spectra import ranks_by_mode, spectra_of_layers
 from lance_host.build import (
     VERIFY_IMAGES,
     VERIFY_SETS,
@@ -93,18 +93,10 @@ def measure(
         batches = len(order)
         moments = measure_moments(request, network, captured, material.dataset, order, remembered, feedback)
     whole_below = request.after.null_space_below if request.after is not None else 0
-    return {
-        layer.name: layer_spectra_of(
-            layer,
-            request.mode,
-            material.batch_size,
-            moments[layer.name],
-            remembered.get(layer.name),
-            request.energy,
-            whole_below,
-        )
-        for layer in captured.layers
-    }, batches
+    spectra = spectra_of_layers(
+        captured.layers, request.mode, material.batch_size, moments, remembered, request.energy, whole_below
+    )
+    return spectra, batches
 
 
 def freeze(

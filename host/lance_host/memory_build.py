@@ -20,6 +20,7 @@ from lance_host.calibrate import calibration_batches, layer_moments
 from lance_host.next_task import check_statistics
 from lance_host.past import Past, read_past, tap_names
 from lance_host.request import Feedback
+from lance_host.text import count
 
 # The published protocol's (arXiv 2509.21617, after GPM): 0.97 after the first task, 0.003 more each time.
 FIRST_THRESHOLD, THRESHOLD_STEP, LAST_THRESHOLD = 0.97, 0.003, 0.999
@@ -133,7 +134,7 @@ def _measure_images(request: MemoryRequest, past: Past, mode: Mode, feedback: Fe
     part = steady(opened, feedback.say_bad_image).train
     batch_size = min(manifest.batch_size, len(part))
     order = calibration_batches(len(part), batch_size, request.batches, request.seed)
-    feedback.say(f"memory of {past.task}: {len(order)} batches of {batch_size} training images")
+    feedback.say(f"memory of {past.task}: {count(len(order), 'batch')} of {batch_size} training images")
     moments = layer_moments(
         past.taps,
         tap_names(past.layers),

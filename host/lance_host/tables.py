@@ -88,7 +88,7 @@ def package_table(manifest: Manifest) -> str:
         ("classes", f"{len(manifest.classes)}: {', '.join(manifest.classes)}"),
         ("batch size", str(manifest.batch_size)),
         ("compression", _rules(manifest)),
-        ("calibration", f"{batches} batch{'es' * (batches != 1)}, seed {manifest.seed}"),
+        ("calibration", f"{count(batches, 'batch')}, seed {manifest.seed}"),
         ("preprocessing", _preprocessing(manifest.preprocessing)),
         ("split", f"seed {manifest.split.seed}, {manifest.split.test_fraction:.0%} for testing, then"
          f" {manifest.split.validation_fraction:.0%} of the rest for validation"),

@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from lance_edge.units import plural
+
 WIDTH = 120
 GAP = "  "
 LABEL_WIDTH = 20
@@ -83,6 +85,5 @@ def ratio(whole: int, part: int) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """`1 batch`, `3 batches`."""
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
+    """`1 batch`, `1,024 batches`."""
+    return f"{number:,} {plural(number, noun)}"

@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def lance_device(*arguments: Any) -> Result:
 def train(package: TinyPackage, images: Path, out: Path, *arguments: Any) -> Result:
     """`lance-device train` with one thread, for speed."""
     return lance_device(*train_words(package, images, out), *arguments)
+
+
+def into(words: Sequence[Any], out: Path) -> tuple[Any, ...]:
+    """A command line that leaves its run in `out`, where the given one says `OUT`."""
+    return tuple(out if word == "OUT" else word for word in words)
 
 
 def train_words(package: TinyPackage, images: Path, out: Path) -> tuple[Any, ...]:

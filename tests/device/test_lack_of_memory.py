@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device_harness import lance_device, refused, started, train_words
+from device_harness import into, lance_device, refused, started, train_words
 from power_cut import assert_same_run
 
 from lance_device import keeper
@@ -26,14 +26,10 @@ def words(package, images):
     return (*train_words(package, images, "OUT"), *LENGTH, "--resume-or-start")
 
 
-def _to(words, out):
-    return tuple(out if word == "OUT" else word for word in words)
-
-
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    started(lance_device(*_to(words, out)))
+    started(lance_device(*into(words, out)))
     return out
 
 
@@ -62,13 +58,13 @@ class _Lack:
 
 def test_memory_that_runs_out_anywhere_leaves_a_state_that_was(words, whole, tmp_path):
     counter = _Lack()
-    started(counter.run(_to(words, tmp_path / "counted")))
+    started(counter.run(into(words, tmp_path / "counted")))
     chance = random.Random(1)
     for number in range(PLACES):
         out, line = tmp_path / f"run{number}", chance.randrange(1, counter.seen)
-        message = refused(_Lack(line).run(_to(words, out)), 9)
+        message = refused(_Lack(line).run(into(words, out)), 9)
         assert "not enough memory" in message
-        started(lance_device(*_to(words, out)))
+        started(lance_device(*into(words, out)))
         assert_same_run(out, whole)
 
 
@@ -93,10 +89,10 @@ def test_what_broke_off_halfway_is_not_saved_and_said(words, whole, tmp_path, mo
     out = tmp_path / "run"
     with monkeypatch.context() as patches:
         _once(patches, kind, name, 1 if name in ("evaluation", "remember_best") else 3)
-        line = refused(lance_device(*_to(words, out)), 9)
+        line = refused(lance_device(*into(words, out)), 9)
     is_torn = name != "remember_best"
     assert line.endswith("; what came after step 2, the last that was saved, is lost") == is_torn
-    resumed = started(lance_device(*_to(words, out)))
+    resumed = started(lance_device(*into(words, out)))
     assert f"resuming after step {2 if is_torn else 3} of 7" in resumed.stderr
     assert_same_run(out, whole)
 
@@ -106,8 +102,8 @@ def test_what_breaks_off_before_anything_changed_is_saved(words, whole, tmp_path
     out = tmp_path / "run"
     with monkeypatch.context() as patches:
         _once(patches, kind, name, 4 + (name == "state"))  # it is asked for once before the first step
-        assert refused(lance_device(*_to(words, out)), 9).endswith("or --memory-limit")
-    assert "resuming after step 3 of 7" in started(lance_device(*_to(words, out))).stderr
+        assert refused(lance_device(*into(words, out)), 9).endswith("or --memory-limit")
+    assert "resuming after step 3 of 7" in started(lance_device(*into(words, out))).stderr
     assert_same_run(out, whole)
 
 

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from device_harness import lance_device, spawn, started, table, train_words
+from device_harness import into, lance_device, spawn, started, table, train_words
 from power_cut import ForgetfulDisk, assert_same_run, count_calls, run_until_killed, same_weights
 
 from lance_device import keeper
@@ -30,31 +30,27 @@ def words(package, images):
     return (*train_words(package, images, "OUT"), *LENGTH, "--resume-or-start")
 
 
-def _to(words, out):
-    return tuple(out if word == "OUT" else word for word in words)
-
-
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
     """A run without a break."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    started(lance_device(*_to(words, out)))
+    started(lance_device(*into(words, out)))
     return out
 
 
 def _kill_and_compare(words, whole, folder, kills, seed):
     """Kill runs until there were so many kills; every run that comes to its end is as the whole one."""
     chance, killed, number, ended = random.Random(seed), 0, 0, 0
-    calls = count_calls(_to(words, folder / "counted"))
+    calls = count_calls(into(words, folder / "counted"))
     while killed < kills:
         out = folder / f"run{number}"
-        if run_until_killed(_to(words, out), chance, calls, SECONDS):
+        if run_until_killed(into(words, out), chance, calls, SECONDS):
             killed += 1
             continue
         assert_same_run(out, whole)
         number, ended = number + 1, ended + 1
     out = folder / f"run{number}"
-    started(lance_device(*_to(words, out)))
+    started(lance_device(*into(words, out)))
     assert_same_run(out, whole)
     return ended + 1
 
@@ -75,12 +71,12 @@ def _crashes(words, whole, tmp_path, monkeypatch, count, seed):
     out.mkdir()
     with monkeypatch.context() as patches:
         disk = ForgetfulDisk(out, patches)
-        started(lance_device(*_to(words, out)))
+        started(lance_device(*into(words, out)))
     assert {"write", "sync", "sync folder", "replace", "hardlink_to"} <= {kind for kind, *_ in disk.operations}
     for number in range(count):
         moment, left = chance.randrange(len(disk.operations) + 1), tmp_path / f"left{number}"
         disk.crash(moment, chance, left)
-        result = started(lance_device(*_to(words, left)))
+        result = started(lance_device(*into(words, left)))
         resumed = re.search(r"resuming after step (\d+)", result.stderr)
         assert (int(resumed[1]) if resumed else 0) >= disk.promised_step(moment)
         assert_same_run(left, whole)
@@ -103,12 +99,12 @@ def test_a_power_cut_while_a_run_is_taken_up_again(words, whole, tmp_path, monke
     _flip(out / "last.npz", 0.5)
     with monkeypatch.context() as patches:
         disk = ForgetfulDisk(out, patches)
-        started(lance_device(*_to(words, out)))
+        started(lance_device(*into(words, out)))
     assert_same_run(out, whole)
     for attempt in range(4):
         left = tmp_path / f"left{attempt}"
         disk.crash(chance.randrange(min(40, len(disk.operations))), chance, left)
-        started(lance_device(*_to(words, left)))
+        started(lance_device(*into(words, left)))
         assert_same_run(left, whole)
 
 
@@ -147,7 +143,7 @@ def step(self, *arguments, **named):
         os.kill(os.getpid(), signal.SIGTERM)
 RunLog.step = step
 """
-    process = spawn(*_to(words, out), prelude=prelude)
+    process = spawn(*into(words, out), prelude=prelude)
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert {file.name for file in out.iterdir()} == set(FILES)
@@ -183,7 +179,7 @@ def test_a_damaged_file_is_found_and_the_last_good_state_taken(words, whole, sto
         out = tmp_path / f"run{number}"
         shutil.copytree(stopped, out)
         damage(out / name, place)
-        result = started(lance_device(*_to(words, out)))
+        result = started(lance_device(*into(words, out)))
         said = _warnings(result, out)
         assert same_weights(out / "last.npz", whole / "last.npz")
         try:
@@ -198,7 +194,7 @@ def test_a_damaged_last_checkpoint_says_from_where_it_goes_on(words, whole, stop
     shutil.copytree(stopped, out)
     _flip(out / "last.npz", 0.5)
     damaged = (out / "last.npz").read_bytes()
-    said = _warnings(started(lance_device(*_to(words, out))), out)
+    said = _warnings(started(lance_device(*into(words, out))), out)
     assert said[0].startswith("last.npz is damaged (Bad CRC-32 for file")
     assert said[1:] == ["going on from previous.npz, step 8; last.npz is kept as last.npz.damaged"]
     assert (out / "last.npz.damaged").read_bytes() == damaged
@@ -215,10 +211,10 @@ def test_too_little_memory_to_read_a_checkpoint_is_no_damage(words, whole, stopp
 
     with monkeypatch.context() as patches:
         patches.setattr(Archive, "tensor", refuse)
-        result = lance_device(*_to(words, out))
+        result = lance_device(*into(words, out))
     assert (result.exit_code, result.stderr.count("error: not enough memory")) == (9, 1)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    assert _warnings(started(lance_device(*_to(words, out))), out) == []
+    assert _warnings(started(lance_device(*into(words, out))), out) == []
     assert_same_run(out, whole)
 
 
@@ -232,7 +228,7 @@ def test_a_checkpoint_that_cannot_be_set_aside_is_left(words, stopped, tmp_path,
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "replace", refuse)
-    result = lance_device(*_to(words, out))
+    result = lance_device(*into(words, out))
     assert result.exit_code == 8
     assert (
         "last.npz: cannot rename it to last.npz.damaged (Read-only file system); check the card"
@@ -245,7 +241,7 @@ def test_a_table_that_is_gone_is_said(words, whole, stopped, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
     (out / "history.csv").unlink()
-    said = _warnings(started(lance_device(*_to(words, out))), out)
+    said = _warnings(started(lance_device(*into(words, out))), out)
     assert said[-1] == "history.csv is missing: its rows up to step 9 are lost"
     assert same_weights(out / "last.npz", whole / "last.npz")
 
@@ -256,7 +252,7 @@ def test_rows_that_were_changed_are_set_aside(words, whole, stopped, tmp_path):
     shutil.copytree(stopped, out)
     _flip(out / "steps.csv", 0.2, bit=0)
     damaged = (out / "steps.csv").read_bytes()
-    said = _warnings(started(lance_device(*_to(words, out))), out)
+    said = _warnings(started(lance_device(*into(words, out))), out)
     assert said == ["steps.csv is damaged: its rows up to step 9 are lost (see steps.csv.damaged)"]
     assert (out / "steps.csv.damaged").read_bytes() == damaged
     assert [row["step"] for row in table(out / "steps.csv") if row["phase"] == "step"] == [
@@ -272,7 +268,7 @@ def test_rows_that_an_older_checkpoint_vouches_for_stay(words, whole, stopped, t
     shutil.copytree(stopped, out)
     _flip(out / "steps.csv", 0.97)
     damaged = (out / "steps.csv").read_bytes()
-    result = started(lance_device(*_to(words, out)))
+    result = started(lance_device(*into(words, out)))
     said = _warnings(result, out)
     assert said == ["steps.csv is damaged: its rows after step 8 are lost (see steps.csv.damaged)"]
     assert "resuming after step 9 of 14" in result.stderr
@@ -324,11 +320,11 @@ def test_a_power_cut_while_damaged_rows_are_given_up(words, whole, stopped, tmp_
     chance = random.Random(7)
     with monkeypatch.context() as patches:
         disk = ForgetfulDisk(out, patches)
-        started(lance_device(*_to(words, out)))
+        started(lance_device(*into(words, out)))
     for attempt in range(6):
         left = tmp_path / f"left{attempt}"
         disk.crash(chance.randrange(min(30, len(disk.operations))), chance, left)
-        result = started(lance_device(*_to(words, left)))
+        result = started(lance_device(*into(words, left)))
         assert int(re.search(r"resuming after step (\d+)", result.stderr)[1]) >= 9
         assert same_weights(left / "last.npz", whole / "last.npz")
         assert (left / "steps.csv.damaged").read_bytes() == damaged
@@ -342,7 +338,7 @@ def test_rows_that_cannot_be_written_are_found_before_anything_is_renamed(words,
     (out / "steps.csv").mkdir()
     _flip(out / "last.npz", 0.5)
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
-    result = lance_device(*_to(words, out))
+    result = lance_device(*into(words, out))
     assert result.exit_code == 8
     assert "steps.csv: cannot write (Is a directory), so the run cannot go on; check its perm" in result.stderr
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
@@ -361,7 +357,7 @@ def test_best_stands_in_for_the_others(words, whole, stopped, tmp_path):
     shutil.copytree(stopped, out)
     for name in ("last.npz", "previous.npz"):
         _cut(out / name, 0.5)
-    said = _warnings(started(lance_device(*_to(words, out))), out)
+    said = _warnings(started(lance_device(*into(words, out))), out)
     assert said[2].startswith("going on from best.npz, step ")
     assert_same_run(out, whole)
 
@@ -370,7 +366,7 @@ def test_a_lost_best_is_said(words, whole, stopped, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(stopped, out)
     (out / "best.npz").unlink()
-    said = _warnings(started(lance_device(*_to(words, out))), out)
+    said = _warnings(started(lance_device(*into(words, out))), out)
     assert said[0] == "best.npz is missing or of another run"
     assert "the best so far, are lost; the best is chosen anew" in said[1]
     assert same_weights(out / "last.npz", whole / "last.npz")
@@ -382,7 +378,7 @@ def test_nothing_whole_is_left(words, stopped, tmp_path):
     for name in ("last.npz", "previous.npz", "best.npz"):
         _cut(out / name, 0.5)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    result = lance_device(*_to(words, out))
+    result = lance_device(*into(words, out))
     assert result.exit_code == 4
     assert "no checkpoint here is whole (last.npz is damaged (" in result.stderr
     assert "start a new run with another --out" in result.stderr
@@ -406,19 +402,19 @@ def test_an_evaluation_that_no_checkpoint_knows_comes_again(words, whole, stoppe
         patches.setattr(
             Training, "_evaluate", lambda *both: (stop_before if is_end(both[0]) else evaluate)(*both)
         )
-        assert lance_device(*_to(words, out)).exit_code == 130
+        assert lance_device(*into(words, out)).exit_code == 130
     with monkeypatch.context() as patches:
         patches.setattr(keeper, "write_checkpoint", refuse)
-        assert lance_device(*_to(words, out)).exit_code == 8
-    started(lance_device(*_to(words, out)))
+        assert lance_device(*into(words, out)).exit_code == 8
+    started(lance_device(*into(words, out)))
     assert_same_run(out, whole)
 
 
 def test_two_processes_do_not_train_into_one_folder(words, tmp_path):
     out = tmp_path / "run"
-    process = spawn(*_to(words, out), "--steps", 100_000)
+    process = spawn(*into(words, out), "--steps", 100_000)
     assert any("36 training" in line for line in process.stderr)
-    result = lance_device(*_to(words, out))
+    result = lance_device(*into(words, out))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert result.exit_code == 8
