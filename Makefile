@@ -14,12 +14,14 @@ ORT_VENV   ?= .venv-ort
 ORT_INSTALLED := $(ORT_VENV)/.installed
 SOURCES := $(CURDIR):$(CURDIR)/host:$(CURDIR)/device
 
-.PHONY: help install demo test test-slow test-ort-training lint format bench pi-check clean
+.PHONY: help install demo docs docs-links test test-slow test-ort-training lint format bench pi-check clean
 
 help:
 	@echo "make demo      train MCUNet with LANCE and with backpropagation, side by side (about five minutes)"
 	@echo "make test      run the tests"
 	@echo "make test-ort-training   export and device against onnxruntime-training 1.19.2 (CPython 3.11, x86-64)"
+	@echo "make docs      the documentation as a site, in build/docs; a warning or a broken link is an error"
+	@echo "make docs-links   the addresses of other sites in it, too (needs the network)"
 	@echo "make lint      formatting, lint, types, import contracts"
 	@echo "make bench     step time and memory beside PyTorch's, on this machine (about ten minutes)"
 	@echo "make pi-check  run the device runtime on an emulated Raspberry Pi (as root; downloads Debian and wheels)"
@@ -60,6 +62,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+
+docs-links: $(INSTALLED)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b linkcheck docs build/docs-links
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

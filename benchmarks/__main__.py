@@ -7,6 +7,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.arguments import counts, make_folder, positive
 from benchmarks.compare import Comparison, compare
 from benchmarks.material import Recipe, make_material
 from benchmarks.plan import Options
@@ -16,12 +17,11 @@ from lance_device.bench_report import about_load
 from lance_device.measure import write_rows
 from lance_device.options import available_cores
 from lance_device.run_record import describe_machine, describe_software, file_sha256, write_record
-from lance_device.units import count
 from lance_edge.bundle import Bundle
-from lance_edge.counts import parse_counts
-from lance_edge.errors import LanceError
+from lance_edge.errors import Interrupted, LanceError
 from lance_edge.files import atomic_writer
 from lance_edge.manifest import Manifest
+from lance_edge.units import count
 
 
 def main(words: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(words: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print(f"stopped; what was measured is in {arguments.out}", file=sys.stderr)
-        return 130
+        return Interrupted.exit_code
     return 0
 
 
@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> None:
     if busy is not None:
         _say(f"warning: {busy}")
     out: Path = arguments.out
-    _make_folder(out)
+    make_folder(out)
     material = make_material(_recipe(arguments), folder, _say)
     with Bundle(material.package) as bundle:
         manifest = bundle.manifest
@@ -65,14 +65,14 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
         description="A training step in our runtime, in PyTorch and in ONNX Runtime, side by side.",
     )
     parser.add_argument("--quick", action="store_true", help="one round, 4 layers: about two minutes, not ten")
-    parser.add_argument("--layers", type=_counts, help="trained layers, 1-10 or 2,4  [2,4; --quick: 4]")
-    parser.add_argument("--rounds", type=_positive, help="over all contenders  [3; --quick: 1]")
-    parser.add_argument("--micro-batch", type=_positive, default=8, help="of ours and ONNX Runtime's  [8]")
-    parser.add_argument("--batch-size", type=_positive, default=128, help="of a new package  [128]")
-    parser.add_argument("--threads", type=_positive, default=available_cores(), help="[the cores]")
+    parser.add_argument("--layers", type=counts, help="trained layers, 1-10 or 2,4  [2,4; --quick: 4]")
+    parser.add_argument("--rounds", type=positive, help="over all contenders  [3; --quick: 1]")
+    parser.add_argument("--micro-batch", type=positive, default=8, help="of ours and ONNX Runtime's  [8]")
+    parser.add_argument("--batch-size", type=positive, default=128, help="of a new package  [128]")
+    parser.add_argument("--threads", type=positive, default=available_cores(), help="[the cores]")
     parser.add_argument("--artifact", type=Path, help="a package to measure instead of a new one")
     parser.add_argument("--model", default="mcunet", help="network of a new package  [mcunet]")
-    parser.add_argument("--resolution", type=_positive, help="of its images  [the network's]")
+    parser.add_argument("--resolution", type=positive, help="of its images  [the network's]")
     parser.add_argument("--weights", default="bundled", help="of a new package, as in lance-host  [bundled]")
     name = f"bench-peers-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     parser.add_argument("--out", type=Path, default=Path(name), help="new folder for the figures")
@@ -139,25 +139,6 @@ def _write(
         "machine": describe_machine(),
     }
     write_record(out / "run.json", record | software)
-
-
-def _make_folder(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        raise LanceError(f"--out {out}: expected a new or empty folder, found files in it; name another one")
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    counts = parse_counts(text)
-    if not counts or counts[0] < 1:
-        raise argparse.ArgumentTypeError(f"expected counts from 1 such as 4, 2,4 or 1-10, found {text!r}")
-    return counts
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
-    return int(text)
 
 
 def _say(text: str) -> None:

@@ -12,7 +12,8 @@ from lance_device.features import Batch
 from lance_device.measure import PhaseMeter
 from lance_device.probe import MemoryProbe
 from lance_edge.bundle import Bundle
-from lance_edge.manifest import WEIGHTS_MEMBER, Manifest
+from lance_edge.manifest import Manifest
+from lance_edge.names import WEIGHTS_MEMBER
 
 # So large that one step moves the loss by more than rounding: a contender with a wrong gradient shows.
 LEARNING_RATE = 0.05

@@ -12,8 +12,8 @@ from benchmarks.process import BenchmarkError, measure
 from benchmarks.rows import PeerRow
 from benchmarks.tuning import Trial, candidates, search
 from lance_device.measure import RowLog
-from lance_device.units import duration
 from lance_edge.manifest import Manifest
+from lance_edge.units import duration
 
 Say = Callable[[str], None]
 Measure = Callable[[Job], tuple[PeerRow, ...]]

@@ -8,14 +8,17 @@ import numpy as np
 from PIL import Image
 
 from lance_edge.bundle import Bundle
+from lance_edge.datasets import LEAST_FOR_VALIDATION
 from lance_edge.errors import LanceError
-from lance_edge.manifest import WEIGHTS_MEMBER
+from lance_edge.input_spec import Split
+from lance_edge.names import WEIGHTS_MEMBER
 
 Say = Callable[[str], None]
 
 CLASSES = tuple(f"crop{number}" for number in range(10))
 PHOTO_SIDE = (200, 160)  # pixels of a stored photograph, width and height
 BATCHES = 4  # of calibration, all different images
+SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.1)  # of a new package
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,32 @@ def make_material(recipe: Recipe, folder: Path, say: Say) -> Material:
     """
     photos, model = folder / "photos", folder / "inference.onnx"
     if recipe.artifact is None:
-        package, classes, batch_size = folder / "pkg.tar", CLASSES, recipe.batch_size
+        package, classes, batch_size, split = folder / "pkg.tar", CLASSES, recipe.batch_size, SPLIT
     else:
         with Bundle(recipe.artifact) as bundle:
             manifest = bundle.manifest
         package, classes, batch_size = recipe.artifact, manifest.classes, manifest.batch_size
-    # A quarter is for testing and a tenth of the rest for validation: 1.5 times leaves full batches.
-    write_photos(photos, classes, -(-batch_size * BATCHES * 3 // (2 * len(classes))))
+        split = manifest.split
+    write_photos(photos, classes, photos_per_class(batch_size, len(classes), split))
     if recipe.artifact is None:
         _make_package(recipe, photos, package, say)
     model.write_bytes(inference_model(package))
     return Material(package, photos, model)
+
+
+def photos_per_class(batch_size: int, classes: int, split: Split) -> int:
+    """The least number that leaves training images for all batches of a calibration; see `datasets.py`."""
+    needed = -(-batch_size * BATCHES // classes)
+    number = needed + 1  # one to test on
+    while _training_images(number, split) < needed:
+        number += 1
+    return number
+
+
+def _training_images(number: int, split: Split) -> int:
+    """Of so many of a class, those that are neither for testing nor for validation."""
+    rest = number - max(1, round(split.test_fraction * number))
+    return rest - max(round(split.validation_fraction * rest), int(rest >= LEAST_FOR_VALIDATION))
 
 
 def write_photos(folder: Path, classes: tuple[str, ...], per_class: int) -> None:
@@ -111,6 +129,7 @@ def _make_package(recipe: Recipe, photos: Path, package: Path, say: Say) -> None
         batch_size=recipe.batch_size,
         resolution=recipe.resolution,
         threads=recipe.threads,
+        split=SPLIT,
     )
     calibrate(request, Feedback(say, lambda name, done, total: None))
 

@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from benchmarks.batches import new_meter, package_of, same_batch
 from benchmarks.job import Job, step_rows
 from benchmarks.rows import PeerRow
+from lance_device.evaluate import cross_entropy
 from lance_device.step_graphs import micro_batches
-from lance_edge.manifest import IMAGES, LOGITS
+from lance_edge.names import IMAGES, LOGITS
 from lance_host.runtime import open_session
 
 
@@ -26,12 +24,5 @@ def run(job: Job, folder: Path) -> Iterator[PeerRow]:
                 images = batch.images(rows)
             with meter.phase("forward"):
                 (logits,) = session.run([LOGITS], {IMAGES: images})
-            total += _loss(logits, batch.labels(rows))
+            total += float(cross_entropy(logits, batch.labels(rows)).sum())  # outside of every phase
         yield from step_rows(job, len(batch), number, meter.take_step(), total / len(batch))
-
-
-def _loss(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """Cross-entropy summed over samples, outside of every phase."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    chosen = shifted[np.arange(len(labels)), labels]
-    return float((np.log(np.exp(shifted).sum(axis=1)) - chosen).sum())

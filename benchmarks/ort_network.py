@@ -3,7 +3,8 @@
 from onnx import ModelProto, helper, numpy_helper
 
 from lance_edge.bundle import Bundle
-from lance_edge.manifest import IMAGES, LOGITS, WEIGHTS_MEMBER, Variant
+from lance_edge.manifest import Variant
+from lance_edge.names import IMAGES, LOGITS, WEIGHTS_MEMBER
 from lance_host.graph_file import read_graph
 from lance_host.ort_training.join import join
 from lance_host.ort_training.models import IR_VERSION, OPSET

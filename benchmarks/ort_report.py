@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.report import LOSS_TOLERANCE, markdown
-from lance_device.bench_report import LARGE_SPREAD
-from lance_device.units import size
+from lance_edge.bench_rows import LARGE_SPREAD
+from lance_edge.units import size
 
 
 @dataclass(frozen=True)

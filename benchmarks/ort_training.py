@@ -1,6 +1,7 @@
 """A step in ONNX Runtime's own training API and in our runtime: `python -m benchmarks.ort_training`."""
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from benchmarks.arguments import make_folder, positive
 from benchmarks.batches import same_batch
 from benchmarks.job import Job
 from benchmarks.material import Material, Recipe, make_material
@@ -24,10 +26,10 @@ from benchmarks.report import heading_of
 from lance_device.measure import write_rows
 from lance_device.options import available_cores
 from lance_device.run_record import describe_machine
-from lance_device.units import count
 from lance_edge.bundle import Bundle
 from lance_edge.errors import LanceError
 from lance_edge.files import atomic_writer
+from lance_edge.units import count
 from lance_host.ort_training import export
 
 DRIVER = Path(__file__).with_name("ort_driver.py")
@@ -92,21 +94,23 @@ def main(words: list[str] | None = None) -> int:
 def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ort_training", description=__doc__)
     parser.add_argument("--ort-python", default=".venv-ort/bin/python", help="has onnxruntime-training")
-    parser.add_argument("--layers", type=int, default=3, help="trained layers  [3]")
-    parser.add_argument("--rounds", type=int, default=3, help="[3]")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of a process  [3]")
-    parser.add_argument("--micro-batch", type=int, default=8, help="of our runtime  [8]")
-    parser.add_argument("--batch-size", type=int, default=128, help="of a new package  [128]")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="[the cores]")
+    parser.add_argument("--layers", type=positive, default=3, help="trained layers  [3]")
+    parser.add_argument("--rounds", type=positive, default=3, help="[3]")
+    parser.add_argument("--steps", type=positive, default=3, help="measured steps of a process  [3]")
+    parser.add_argument("--micro-batch", type=positive, default=8, help="of our runtime  [8]")
+    parser.add_argument("--batch-size", type=positive, default=128, help="of a new package  [128]")
+    parser.add_argument("--threads", type=positive, default=available_cores(), help="[the cores]")
     parser.add_argument("--artifact", type=Path, help="a package to measure instead of a new one")
     parser.add_argument("--model", default="mcunet", help="network of a new package  [mcunet]")
-    parser.add_argument("--resolution", type=int, help="of its images  [the network's]")
+    parser.add_argument("--resolution", type=positive, help="of its images  [the network's]")
     parser.add_argument("--weights", default="bundled", help="of a new package  [bundled]")
-    parser.add_argument("--out", type=Path, default=Path("bench-ort-training"), help="folder of the figures")
+    name = f"bench-ort-training-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    parser.add_argument("--out", type=Path, default=Path(name), help="new folder of the figures")
     return parser.parse_args(words)
 
 
 def _run(arguments: argparse.Namespace, folder: Path) -> None:
+    make_folder(arguments.out)
     recipe = Recipe(
         model=arguments.model,
         weights=arguments.weights,
@@ -132,7 +136,6 @@ def _run(arguments: argparse.Namespace, folder: Path) -> None:
     )
     make_artifacts(setup)
     rows = measure_all(setup, arguments.rounds, _say)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_rows(arguments.out / "steps.csv", StepRow, rows)
     text = report(rows, _heading(setup, arguments.rounds))
     with atomic_writer(arguments.out / "report.md") as file:

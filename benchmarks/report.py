@@ -8,8 +8,8 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.rows import PeerRow, PeerSummary, Setting
 from benchmarks.targets import TARGETS, Figures, Target, number_text
 from benchmarks.tuning import Trial
-from lance_device.bench_report import LARGE_SPREAD
-from lance_device.units import size
+from lance_edge.bench_rows import LARGE_SPREAD
+from lance_edge.units import size
 
 # The same network, weights and images: rounding tells losses apart, in kept features that of float16.
 LOSS_TOLERANCE = 2e-3

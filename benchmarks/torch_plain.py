@@ -16,7 +16,7 @@ from benchmarks.torch_network import load_network
 from lance_device.bench_job import OPTIMISER
 from lance_device.graphs import load_projections
 from lance_edge.bundle import Bundle
-from lance_edge.manifest import projection_name
+from lance_edge.names import projection_name
 
 METHODS = {"torch-bp": "bp", "torch-lance": "lance"}  # whose variant says what trains
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from lance_edge.manifest import BATCH_DIM, Layer, Manifest, Variant, gradient_name
+from lance_edge.manifest import Layer, Manifest, Variant
+from lance_edge.names import BATCH_DIM, gradient_name
 from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.linear import LinearGeometry

@@ -1,11 +1,26 @@
 """The rows of a benchmark: its `steps.csv` and `summary.csv`, typed as in `profiles.py`."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lance_edge.profiles import PHASES, LatencyCollector, StepRow, SummaryRow
 
 BASELINE = "lance"  # what ratios are taken to
+LARGE_SPREAD = 0.10  # pyperf's measure of an unstable benchmark: standard deviation over mean
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cell of the comparison.
+
+    Attributes:
+        cached: measured steps read the frozen part's features from disk.
+    """
+
+    method: str
+    layers: int
+    micro_batch: int
+    cached: bool
 
 
 @dataclass(frozen=True)
@@ -19,6 +34,11 @@ class BenchRow(StepRow):
     """
 
     trial: int
+
+    @property
+    def setting(self) -> Setting:
+        """What was measured."""
+        return Setting(self.method, self.layers, self.micro_batch, self.cached)
 
 
 @dataclass(frozen=True)
@@ -51,14 +71,6 @@ class BenchSummaryRow:
     saved_bytes: int
 
 
-Setting = tuple[str, int, int, bool]  # method, layers, micro-batch, cached
-
-
-def setting(row: BenchRow) -> Setting:
-    """What was measured."""
-    return row.method, row.layers, row.micro_batch, row.cached
-
-
 def summarise_bench(rows: Iterable[BenchRow]) -> tuple[BenchSummaryRow, ...]:
     """The content of a benchmark's `summary.csv`, settings in the order in which they were first measured.
 
@@ -67,8 +79,8 @@ def summarise_bench(rows: Iterable[BenchRow]) -> tuple[BenchSummaryRow, ...]:
     collectors: dict[Setting, LatencyCollector] = {}
     members: dict[Setting, list[BenchRow]] = {}
     for row in rows:
-        collectors.setdefault(setting(row), LatencyCollector()).add(row)
-        members.setdefault(setting(row), []).append(row)
+        collectors.setdefault(row.setting, LatencyCollector()).add(row)
+        members.setdefault(row.setting, []).append(row)
     latencies = {one: {row.phase: row for row in collector.rows()} for one, collector in collectors.items()}
     return tuple(
         _summary(one, phase, latencies, members[one])
@@ -81,15 +93,14 @@ def summarise_bench(rows: Iterable[BenchRow]) -> tuple[BenchSummaryRow, ...]:
 def _summary(
     one: Setting, phase: str, latencies: dict[Setting, dict[str, SummaryRow]], rows: list[BenchRow]
 ) -> BenchSummaryRow:
-    method, layers, micro_batch, cached = one
-    own, baseline = latencies[one][phase], latencies.get((BASELINE, layers, micro_batch, cached), {}).get(phase)
+    own, baseline = latencies[one][phase], latencies.get(replace(one, method=BASELINE), {}).get(phase)
     measured = [row for row in rows if row.phase == phase and not row.warmup]
     peaks = [row.peak_rss_kib for row in measured if row.peak_rss_kib is not None]
     return BenchSummaryRow(
-        method=method,
-        layers=layers,
-        micro_batch=micro_batch,
-        cached=cached,
+        method=one.method,
+        layers=one.layers,
+        micro_batch=one.micro_batch,
+        cached=one.cached,
         phase=phase,
         n=own.n,
         mean_ms=own.mean_ms,

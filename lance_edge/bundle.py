@@ -17,10 +17,10 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lance_edge import manifest as manifests
 from lance_edge.errors import ArtifactError
-from lance_edge.files import atomic_writer
+from lance_edge.files import atomic_writer, expect_signed
 from lance_edge.manifest import Manifest, Member
+from lance_edge.manifest_json import decode, encode
 from lance_edge.npy import load, read_member
 
 MANIFEST_MEMBER = "manifest.json"
@@ -43,7 +43,7 @@ def write_bundle(path: Path, manifest: Manifest, contents: Mapping[str, bytes]) 
     Raises:
         StorageError: if the file cannot be written; nothing is left behind.
     """
-    encoded = manifests.encode(manifest)
+    encoded = encode(manifest)
     with atomic_writer(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         _add(tar, MANIFEST_MEMBER, encoded)
         _add(tar, DIGEST_MEMBER, _digest_line(encoded))
@@ -68,8 +68,11 @@ def _digest_line(encoded: bytes) -> bytes:
 class Bundle:
     """An open, verified package.  Use as a context manager; members are read on demand."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, signed_sha256: str | None = None) -> None:
         """Open and verify.
+
+        Args:
+            signed_sha256: of the whole file, by its signature: looked at before anything in it is read.
 
         Raises:
             ArtifactError: if the file is missing, truncated, tampered with, unsafe or too new.
@@ -77,11 +80,14 @@ class Bundle:
         self.path = path
         self._file = _open_file(path)
         try:
+            if signed_sha256 is not None:
+                expect_signed(path, _sha256(self._file), signed_sha256)
+                self._file.seek(0)
             self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 - open as long as the bundle
             infos = _checked_infos(path, self._tar)
             _expect_layout(path, self._file, infos)
             encoded = self._read_manifest(infos)
-            self.manifest = manifests.decode(encoded, str(path))
+            self.manifest = decode(encoded, str(path))
             self.sha256 = hashlib.sha256(encoded).hexdigest()  # covers every member through its hash
             self._infos = {info.name: info for info in infos[2:]}
             self._verify_members()
@@ -113,7 +119,10 @@ class Bundle:
 
     def _read(self, name: str) -> bytes:
         with self._open(name) as stream:
-            return stream.read()
+            content = stream.read()
+        if describe(name, content) not in self.manifest.members:
+            raise ArtifactError(f"{self.path}: {name} was changed while the package is in use; copy it again")
+        return content
 
     def arrays(self, name: str) -> "ArrayReader":
         """The arrays of an `.npz` member, each read when it is asked for."""
@@ -166,11 +175,8 @@ class Bundle:
                 )
 
     def _digest(self, name: str) -> str:
-        digest = hashlib.sha256()
         with self._open(name) as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-        return digest.hexdigest()
+            return _sha256(stream)
 
 
 class ArrayReader(Mapping[str, NDArray[np.generic]]):
@@ -215,6 +221,14 @@ def npz_bytes(arrays: Mapping[str, NDArray[np.generic]]) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **{name: np.asarray(value, order="C") for name, value in arrays.items()})  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+def _sha256(stream: BinaryIO) -> str:
+    """Of all that is left in it."""
+    digest = hashlib.sha256()
+    while chunk := stream.read(CHUNK_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _open_file(path: Path) -> BinaryIO:

@@ -21,7 +21,7 @@ from lance_edge.manifest import Variant
 from lance_edge.npy import load, read_member
 from lance_edge.sealed import SEAL, check_seal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 META = "meta"
 OPTIMIZER = "optimizer/"
 CODEC = "codec/"
@@ -68,6 +68,11 @@ class Archive:
             raise CheckpointError(
                 f"{self.path}: checkpoint schema {version}, this runtime reads {SCHEMA_VERSION};"
                 " install a newer lance-edge"
+            )
+        if isinstance(version, int) and version < SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{self.path}: checkpoint schema {version}, this runtime reads {SCHEMA_VERSION};"
+                " finish this run with the lance-edge that began it"
             )
         if not isinstance(value, dict) or not isinstance(value.get("artifact_sha256"), str):
             raise CheckpointError(f"{self.path}: its {META} is damaged; use another checkpoint")

@@ -1,4 +1,4 @@
-"""Class folders or an `.npz` as training, validation and test parts: the same on host and device.
+"""Class folders or an `.npz` as training, validation and test parts: the same on host and device::
 
     root/train/<class>/*  and  root/test/<class>/*     the parts as given
     root/<class>/*                                     a stratified split is made
@@ -27,7 +27,7 @@ from PIL import Image
 from lance_edge.arrays import FloatPart
 from lance_edge.errors import DataError
 from lance_edge.images import EXTENSIONS, Part, is_image, load_image, visible_entries
-from lance_edge.manifest import Split
+from lance_edge.input_spec import Split
 from lance_edge.npz_data import ArrayPart, read_npz
 
 LEAST_FOR_VALIDATION = 4  # training images of a class that can spare one whatever the fraction

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from lance_edge.errors import StorageError
+from lance_edge.errors import ArtifactError, StorageError
 
 CHUNK_BYTES = 1 << 16
 
@@ -62,6 +62,23 @@ def file_digest(path: Path, size: int | None = None) -> "hashlib._Hash":
             digest.update(chunk)
             left -= len(chunk)
     return digest
+
+
+def expect_signed(path: Path, found_sha256: str, signed_sha256: str | None) -> None:
+    """See that a file that is about to be used is the one that was signed, if that is asked for.
+
+    Args:
+        found_sha256: of all of it.
+        signed_sha256: what its signature says.
+
+    Raises:
+        ArtifactError: if it is another.
+    """
+    if signed_sha256 not in (None, found_sha256):
+        raise ArtifactError(
+            f"{path}: not the package that was signed (expected sha256 {str(signed_sha256)[:12]}..., found"
+            f" {found_sha256[:12]}...); it was changed or damaged: copy it again, with its signature"
+        )
 
 
 def _keep(path: Path, previous: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lance_edge.arrays import array_batch
 from lance_edge.errors import DataError
-from lance_edge.manifest import ArrayInput, InputSpec, Preprocessing
+from lance_edge.input_spec import ArrayInput, InputSpec, Preprocessing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")  # case does not matter
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")

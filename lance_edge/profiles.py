@@ -11,10 +11,10 @@ import re
 import types
 import typing
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -175,6 +175,11 @@ def summarise(rows: Iterable[StepRow]) -> tuple[SummaryRow, ...]:
     return collector.rows()
 
 
+def finite(loss: float | None) -> float | None:
+    """A loss, or `None` where it is no number: what a person is shown."""
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
 def columns(kind: type) -> tuple[str, ...]:
     """The header of the file that holds rows of this kind."""
     return tuple(field.name for field in dataclasses.fields(kind))
@@ -236,53 +241,97 @@ def read_intact_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
 
 
 def _parse(reader: Iterator[list[str]], kind: type[Row], where: str) -> Iterator[Row]:
-    names = columns(kind)
-    header = next(reader, [])
-    if not ",".join(names).startswith(",".join(header)):
-        missing = [name for name in names if name not in header]
-        unknown = [name for name in header if name not in names]
-        raise OtherColumnsError(
-            f"{where}: expected the columns {','.join(names)}; missing {missing}, unknown {unknown};"
-            " read it with the version of lance-edge that wrote it"
-        )
-    if tuple(header) != names:
-        raise DataError(f"{where}: its header is cut off; copy the file again")
-    hints = typing.get_type_hints(kind)
+    parser = RowParser(kind, where)
+    parser.check_header(next(reader, []))
     for line, texts in enumerate(reader, start=2):
-        if len(texts) != len(names):
+        yield parser.row(texts, line)
+
+
+class RowParser(Generic[Row]):
+    """Turns the cells of one file into rows of one kind."""
+
+    def __init__(self, kind: type[Row], where: str) -> None:
+        """`where` begins every message: the file's name."""
+        hints = typing.get_type_hints(kind)
+        self._kind, self._where, self._names = kind, where, columns(kind)
+        self._columns = [_Column(name, hints[name]) for name in self._names]
+
+    def check_header(self, header: list[str]) -> None:
+        """Refuse the columns of another kind.
+
+        Raises:
+            DataError: if they are others, or cut off.
+        """
+        names = self._names
+        if not ",".join(names).startswith(",".join(header)):
+            missing = [name for name in names if name not in header]
+            unknown = [name for name in header if name not in names]
+            raise OtherColumnsError(
+                f"{self._where}: expected the columns {','.join(names)}; missing {missing}, unknown {unknown};"
+                " read it with the version of lance-edge that wrote it"
+            )
+        if tuple(header) != names:
+            raise DataError(f"{self._where}: its header is cut off; copy the file again")
+
+    def row(self, texts: list[str], line: int) -> Row:
+        """The row in a line, counted from 1.
+
+        Raises:
+            DataError: naming line and column of the first cell that does not fit.
+        """
+        if len(texts) != len(self._names):
             raise DataError(
-                f"{where} line {line}: expected {len(names)} cells, found {len(texts)};"
+                f"{self._where} line {line}: expected {len(self._names)} cells, found {len(texts)};"
                 " the file is cut off or was edited"
             )
-        yield kind(**_values(dict(zip(names, texts, strict=True)), hints, f"{where} line {line}"))
+        values = {}
+        for number, (column, text) in enumerate(zip(self._columns, texts, strict=True), start=1):
+            try:
+                values[column.name] = column.value(text)
+            except ValueError:
+                raise DataError(
+                    f"{self._where} line {line}, column {number} ({column.name}): expected"
+                    f" {column.expected}, found {text!r}; the file was edited or damaged"
+                ) from None
+        return self._kind(**values)
 
 
-def _values(texts: Mapping[str, str], hints: Mapping[str, Any], where: str) -> dict[str, Any]:
-    values = {}
-    for column, (name, text) in enumerate(texts.items(), start=1):
-        try:
-            values[name] = _value(name, text, hints[name])
-        except ValueError:
-            raise DataError(
-                f"{where}, column {column} ({name}): expected {_kind_name(hints[name])}, found {text!r};"
-                " the file was edited or damaged"
-            ) from None
-    return values
+class _Column:
+    """How the texts of one column become values."""
+
+    def __init__(self, name: str, hint: Any) -> None:
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        self.name, self._is_optional = name, types.NoneType in kinds
+        self.expected, self._parse = _KINDS[kinds[0]]
+        if name in LOSSES:
+            self._parse = float
+
+    def value(self, text: str) -> Any:
+        return None if text == "" and self._is_optional else self._parse(text)
 
 
-def _value(name: str, text: str, hint: Any) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if text == "" and types.NoneType in kinds:
-        return None
-    if kinds[0] is bool and text not in ("0", "1"):
+def _whole_number(text: str) -> int:
+    if re.fullmatch(r"-?[0-9]+", text) is None:  # int() also takes " 1_0 "
         raise ValueError(text)
-    if kinds[0] is float and name not in LOSSES and not math.isfinite(float(text)):
-        raise ValueError(text)
-    if kinds[0] is int and re.fullmatch(r"-?[0-9]+", text) is None:  # int() also takes " 1_0 "
-        raise ValueError(text)
-    return text == "1" if kinds[0] is bool else kinds[0](text)
+    return int(text)
 
 
-def _kind_name(hint: Any) -> str:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}[kinds[0]]
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def _flag(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError(text)
+    return text == "1"
+
+
+_KINDS: dict[type, tuple[str, Callable[[str], Any]]] = {
+    int: ("a whole number", _whole_number),
+    float: ("a number", _finite_number),
+    bool: ("0 or 1", _flag),
+    str: ("text", str),
+}

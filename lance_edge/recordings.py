@@ -19,7 +19,7 @@ class Recording:
 
     Attributes:
         record: `run.json`: machine, versions, session options, arguments, the package's SHA-256.
-        steps: a row for each phase of each step; of a benchmark they are `BenchRow`s.
+        steps: a row for each phase of each step; in a benchmark each is a `BenchRow`.
         summary: latencies of each phase; of a benchmark, of each phase of each setting.
     """
 
@@ -40,7 +40,7 @@ def read_recording(folder: Path | str) -> Recording:
         DataError: naming file, line and column of the first thing that does not fit.
     """
     folder = Path(folder)
-    record = _read_record(folder / "run.json")
+    record = read_record(folder / "run.json")
     steps_path, summary_path = folder / "steps.csv", folder / "summary.csv"
     if _header(steps_path) == list(columns(BenchRow)):
         steps: tuple[StepRow, ...] = tuple(read_rows(steps_path, BenchRow))
@@ -82,7 +82,12 @@ def _check_steps(path: Path, rows: tuple[StepRow, ...]) -> None:
                 )
 
 
-def _read_record(path: Path) -> Mapping[str, Any]:
+def read_record(path: Path) -> Mapping[str, Any]:
+    """A `run.json`, with its parts `machine`, `versions` and `artifact`.
+
+    Raises:
+        DataError: naming what does not fit.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

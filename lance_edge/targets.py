@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lance_edge.manifest import TARGET_OFF, TARGET_ON
+from lance_edge.names import TARGET_OFF, TARGET_ON
 
 
 @dataclass(frozen=True, eq=False)

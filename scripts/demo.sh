@@ -18,8 +18,11 @@ for method in lance bp; do
     echo "== device: train with $method"
     # A mirrored digit is no digit: no flips.
     lance-device train --artifact "$run/pkg.tar" --data "$data" --method "$method" --augment none \
-        --epochs 8 --eval-every 2 --out "$run/$method"
+        --epochs 8 --out "$run/$method"
 done
 
 echo "== side by side"
 lance-device compare "$run/lance" "$run/bp"
+
+echo "== figures"
+lance-host report "$run/lance" "$run/bp" -o "$run/report.html"

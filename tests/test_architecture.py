@@ -13,12 +13,13 @@ import lance_edge
 import lance_host
 
 PACKAGES = {"lance_edge": lance_edge, "lance_host": lance_host, "lance_device": lance_device}
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors")
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "networkx", "safetensors", "matplotlib")
 CLICK_MODULES = {
     *("lance_device.bench_cli", "lance_device.cli", "lance_device.cli_board"),
-    *("lance_device.cli_common", "lance_device.cli_train", "lance_device.cli_types"),
-    *("lance_host.cli", "lance_host.cli_calibrate", "lance_host.cli_export"),
-    *("lance_host.cli_keys", "lance_host.cli_options", "lance_host.cli_package"),
+    *("lance_device.cli_common", "lance_device.cli_tasks", "lance_device.cli_train", "lance_device.cli_types"),
+    *("lance_host.cli", "lance_host.cli_benchmark", "lance_host.cli_calibrate", "lance_host.cli_continual"),
+    *("lance_host.cli_export", "lance_host.cli_keys", "lance_host.cli_options", "lance_host.cli_package"),
+    *("lance_host.cli_report", "lance_host.cli_reproduce"),
 }
 
 

@@ -17,9 +17,10 @@ from benchmarks.batches import LEARNING_RATE, same_batch
 from benchmarks.compare import compare
 from benchmarks.contenders import CONTENDERS
 from benchmarks.job import Job, Tuning
-from benchmarks.material import Material, inference_model, write_photos
+from benchmarks.material import BATCHES, SPLIT, Material, inference_model, photos_per_class, write_photos
 from benchmarks.ort_report import StepRow
 from benchmarks.ort_report import report as ort_report
+from benchmarks.ort_training import main as ort_main
 from benchmarks.plan import Options, plan_round
 from benchmarks.process import BenchmarkError, Watched, measure, reason, watch
 from benchmarks.report import LOSS_TOLERANCE, report, warnings_of
@@ -37,8 +38,10 @@ from lance_device.bench_report import about_load
 from lance_device.features import Batch, Unmetered
 from lance_device.graphs import load_projections
 from lance_edge.bundle import Bundle
+from lance_edge.datasets import open_dataset
 from lance_edge.errors import ArtifactError, LanceError, ModelError
-from lance_edge.manifest import WEIGHTS_MEMBER, Manifest, gradient_name
+from lance_edge.manifest import Manifest
+from lance_edge.names import WEIGHTS_MEMBER, gradient_name
 from lance_edge.profiles import read_rows
 from lance_host.zoo import ZOO
 
@@ -584,6 +587,18 @@ def test_photographs_are_always_the_same(tmp_path: Path) -> None:
     assert len(set(contents)) == 6
 
 
+@pytest.mark.parametrize(("batch_size", "classes"), [(1, 2), (1, 10), (7, 3), (128, 10), (128, 1000)])
+def test_there_are_photographs_for_all_batches_of_a_calibration(
+    batch_size: int, classes: int, tmp_path: Path
+) -> None:
+    for label in range(classes):
+        (tmp_path / f"{label:04}").mkdir()
+        for index in range(photos_per_class(batch_size, classes, SPLIT)):
+            (tmp_path / f"{label:04}/{index:03}.jpg").touch()
+    images = len(open_dataset(tmp_path, SPLIT).train)
+    assert BATCHES * batch_size <= images < BATCHES * batch_size + 2 * classes
+
+
 def test_photographs_need_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(LanceError) as caught:
@@ -604,8 +619,13 @@ def test_networks_of_others_are_refused(material: Material) -> None:
 
 def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "kept.csv").touch()
-    assert main(["--out", str(tmp_path)]) == 1
-    assert f"--out {tmp_path}: expected a new or empty folder, found files in it" in capsys.readouterr().err
+    for command in (main, ort_main):
+        assert command(["--out", str(tmp_path)]) == 8
+        assert f"--out {tmp_path}: expected a new or empty folder, found files in it" in capsys.readouterr().err
+        assert command(["--out", str(tmp_path / "kept.csv/out")]) == 8
+        assert (
+            "kept.csv/out: cannot make this folder (Not a directory); name another" in capsys.readouterr().err
+        )
 
 
 @pytest.mark.parametrize(
@@ -619,6 +639,9 @@ def test_odd_options_are_refused(words: list[str], message: str, capsys: pytest.
     with pytest.raises(SystemExit):
         main(words)
     assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ort_main(["--micro-batch", "0"])
+    assert "expected a whole number from 1, found '0'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch.nn import functional
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import open_dataset
 from lance_edge.images import load_batch
-from lance_edge.manifest import ArrayInput
+from lance_edge.input_spec import ArrayInput
 
 CHANNELS, LENGTH, RATE = 3, 40, 0.02
 CLASSES = ("slow", "middle", "fast")

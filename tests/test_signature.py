@@ -14,7 +14,11 @@ sys.path.insert(0, str(__import__("pathlib").Path(__file__).parent / "device"))
 
 from tiny_package import write_images, write_tiny_package
 
+from lance_device import signature
+from lance_device.classifier import from_onnx
 from lance_device.cli import main as device
+from lance_device.signature import signed_digest
+from lance_edge.errors import ArtifactError
 from lance_edge.signature import message, read_signature
 from lance_host.cli import cli as host
 
@@ -58,11 +62,11 @@ def test_a_signed_package_trains_and_the_secret_is_kept(place):
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 def test_openssl_says_the_same(place):
-    signature = read_signature(place / "pkg.tar.sig")
+    found = read_signature(place / "pkg.tar.sig")
     digest = subprocess.run(["sha256sum", place / "pkg.tar"], capture_output=True, text=True, check=True).stdout
-    assert signature.package_sha256 == digest.split()[0]
-    (place / "message").write_bytes(message(signature.package_sha256))
-    (place / "raw").write_bytes(signature.signature)
+    assert found.package_sha256 == digest.split()[0]
+    (place / "message").write_bytes(message(found.package_sha256))
+    (place / "raw").write_bytes(found.signature)
     command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", "key.pub", "-rawin", "-in", "message"]
     done = subprocess.run([*command, "-sigfile", "raw"], cwd=place, capture_output=True, text=True, check=False)
     assert "Signature Verified Successfully" in done.stdout, done.stderr
@@ -81,8 +85,25 @@ def test_a_package_that_was_changed_after_it_was_signed(place):
     write_tiny_package(place / "pkg.tar", seed=1)
     line = refused(3, device, *words(place))
     assert re.search(
-        r"pkg.tar: not the package that was signed \(expected sha256 [0-9a-f]{12}\.\.\.\); it was", line
+        r"pkg.tar: not the package that was signed \(expected sha256 [0-9a-f]{12}\.\.\., found [0-9a-f]{12}",
+        line,
     )
+
+
+def test_a_package_that_is_exchanged_after_its_signature_was_read(place, monkeypatch):
+    """What is compared with the signature is the open file that is used, not whatever had its name before."""
+
+    def exchange(*words):
+        digest = signed_digest(*words)
+        write_tiny_package(place / "pkg.tar", seed=1)
+        return digest
+
+    monkeypatch.setattr(signature, "signed_digest", exchange)
+    assert "pkg.tar: not the package that was signed" in refused(3, device, *words(place))
+    with pytest.raises(
+        ArtifactError, match=r"pkg\.tar: not the package that was signed \(expected sha256 0000"
+    ):
+        from_onnx(place / "pkg.tar", 1, "0" * 64)
 
 
 def test_another_key(place):

@@ -14,20 +14,20 @@ from typing import Any
 
 from lance_device.bench_folder import BenchFolder
 from lance_device.bench_job import Job
-from lance_device.bench_plan import BenchRequest, Setting, plan_jobs
+from lance_device.bench_plan import BenchRequest, plan_jobs
 from lance_device.bench_report import KILLED, about_load, warnings_of
 from lance_device.board import choose_board
 from lance_device.live import Reporter
 from lance_device.measure import RowLog, write_rows
 from lance_device.run_record import describe_machine, describe_software, file_sha256, now_utc, write_record
 from lance_device.stop import StopRequest, stop_on_signals
-from lance_device.units import count, duration
-from lance_edge.bench_rows import BenchRow, BenchSummaryRow, summarise_bench
+from lance_edge.bench_rows import BenchRow, BenchSummaryRow, Setting, summarise_bench
 from lance_edge.boards import Board
 from lance_edge.bundle import Bundle
 from lance_edge.errors import Interrupted, LanceError, PlatformError
 from lance_edge.profiles import read_rows
 from lance_edge.records import to_json
+from lance_edge.units import count, duration
 
 POLL_S = 0.2
 OUT_OF_MEMORY = (PlatformError.exit_code, -9)  # our own refusal, or killed by the kernel
@@ -106,8 +106,7 @@ class _Benchmark:
     def _run_jobs(self, log: RowLog, stop: StopRequest) -> None:
         began = time.monotonic()
         for done, job in enumerate(self.jobs):
-            one = Setting(job.method, job.layers, job.micro_batch)
-            if one in self.failures:
+            if job.setting in self.failures:
                 continue
             elapsed_s = time.monotonic() - began
             self.reporter.status(self._status(job, done, elapsed_s), always=done == 0)
@@ -118,8 +117,8 @@ class _Benchmark:
                     f"stopped after {done} of {len(self.jobs)} measurements; these are in {self.folder.path}"
                 ) from None
             except PlatformError as error:  # others may need less memory
-                self.failures[one] = f"{job.setting_text()}: {error}"
-                self.reporter.note(f"not measured: {self.failures[one]}")
+                self.failures[job.setting] = f"{job.setting_text()}: {error}"
+                self.reporter.note(f"not measured: {self.failures[job.setting]}")
                 continue
             log.write(*rows)
             self.rows.extend(rows)

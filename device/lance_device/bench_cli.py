@@ -8,10 +8,8 @@ from typing import Any
 
 import click
 
-from lance_device.cli_types import auto_or_count
+from lance_device.cli_common import AUTO, PATH
 from lance_edge.counts import parse_counts
-
-PATH = click.Path(path_type=Path)
 
 
 def _counts(context: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -62,13 +60,7 @@ def _names(context: click.Context, option: click.Parameter, text: str | None) ->
 @click.option("--steps", type=click.IntRange(min=1), default=3, help="Measured steps of a trial.")
 @click.option("--trials", type=click.IntRange(min=1), default=3, help="Processes for each setting.")
 @click.option("--warmups", type=click.IntRange(min=0), default=1, help="Steps before them, kept and flagged.")
-@click.option(
-    "--threads",
-    default="auto",
-    metavar="auto|N",
-    callback=auto_or_count,
-    help="auto: what the board advises, else its cores.",
-)
+@click.option("--threads", **AUTO, help="auto: what the board advises, else its cores.")
 @click.option(
     "--board", default="auto", metavar="auto|NAME", help="Whose advice: rpi3b-plus, rpi4, rpi5, generic."
 )

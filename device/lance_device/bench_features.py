@@ -27,6 +27,8 @@ def open_bench_features(
     if cache_folder is None:
         return ComputedFeatures(prefix)
     packing = Packing(variant.boundary)
+    if packing.obstacle:
+        _refuse(packing.obstacle)
     layout = Layout({"benchmark": "of one process"}, len(part), 2 * packing.elements)
     try:
         file = RecordFile(cache_folder / CACHE_FILE, layout, layout.nbytes(batch_size))
@@ -36,5 +38,5 @@ def open_bench_features(
 
 
 def _refuse(text: str) -> None:
-    """What a run would note and go on from: here the figures would not be what they claim."""
+    """What a run would note, and go on without a cache: here the figures would not be what they claim."""
     raise StorageError(f"--cache on: {text}; measure with --cache off")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lance_edge.arrays import FloatPart
 from lance_edge.images import Part
-from lance_edge.manifest import ArrayInput, InputSpec
+from lance_edge.input_spec import ArrayInput, InputSpec
 
 DRIFT = 64  # pixels: neighbouring images are crops of one picture, so that thousands of them need no memory
 COARSE = 16  # pixels of one random patch: a picture of pure noise is unlike any photograph

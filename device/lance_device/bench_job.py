@@ -18,14 +18,14 @@ from lance_device.probe import HealthProbe, MemoryProbe
 from lance_device.step import training_step
 from lance_device.step_graphs import StepOutcome
 from lance_device.stream import SampleStream
-from lance_device.units import count
-from lance_edge.bench_rows import BenchRow
+from lance_edge.bench_rows import BenchRow, Setting
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import DataError
 from lance_edge.images import Part
 from lance_edge.manifest import Manifest
 from lance_edge.profiles import PHASES
+from lance_edge.units import count
 
 # The published recipe's, but for the rate: the same batch is trained on again and again.
 OPTIMISER = SGD(momentum=0.9, weight_decay=0.0, clip=2.0)
@@ -55,6 +55,11 @@ class Job:
     steps: int
     cached: bool = False
     learning_rate: float = LEARNING_RATE
+
+    @property
+    def setting(self) -> Setting:
+        """What is measured."""
+        return Setting(self.method, self.layers, self.micro_batch, self.cached)
 
     def setting_text(self) -> str:
         """What is measured, in words."""

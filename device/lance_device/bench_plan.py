@@ -7,6 +7,7 @@ from pathlib import Path
 from lance_device.bench_job import Job
 from lance_device.board import choose_board
 from lance_device.options import advised_threads
+from lance_edge.bench_rows import Setting
 from lance_edge.errors import LanceError
 from lance_edge.manifest import Manifest
 
@@ -37,15 +38,6 @@ class BenchRequest:
     arguments: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One cell of the comparison."""
-
-    method: str
-    layers: int
-    micro_batch: int
-
-
 def plan_jobs(request: BenchRequest, manifest: Manifest, run_id: str) -> tuple[Job, ...]:
     """Trial by trial, every setting once.
 
@@ -71,7 +63,7 @@ def plan_jobs(request: BenchRequest, manifest: Manifest, run_id: str) -> tuple[J
             trial=trial,
             warmups=request.warmups,
             steps=request.steps,
-            cached=request.cached,
+            cached=one.cached,
         )
         for trial in range(1, request.trials + 1)
         for one in _settings(request, manifest, sizes, first=trial - 1)
@@ -87,7 +79,7 @@ def _settings(
         for size in sizes:
             for method in (*methods[begin:], *methods[:begin]):
                 if _is_wanted(request, manifest, method, layers):
-                    yield Setting(method, layers, size)
+                    yield Setting(method, layers, size, request.cached)
 
 
 def _is_wanted(request: BenchRequest, manifest: Manifest, method: str, layers: int) -> bool:

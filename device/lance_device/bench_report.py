@@ -4,12 +4,11 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
-from lance_device.units import count, size
-from lance_edge.bench_rows import BenchRow, BenchSummaryRow
+from lance_edge.bench_rows import LARGE_SPREAD, BenchRow, BenchSummaryRow
 from lance_edge.boards import Board
 from lance_edge.profiles import STEP_PHASES
+from lance_edge.units import count, size
 
-LARGE_SPREAD = 0.10  # pyperf's measure of an unstable benchmark: standard deviation over mean
 BUSY_LOAD = 0.5  # of one core, by others, before anything is measured
 KILLED = "the kernel ended the process, for want of memory most likely"
 NOW_BITS = (

@@ -1,13 +1,11 @@
 """Which board this is, and what it advises where the user said nothing."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from lance_device.machine import describe_self
 from lance_edge.boards import Board, board_called, load_board
 
-MODEL = Path("/proc/device-tree/model")  # Raspberry Pi 4 Model B Rev 1.4, and a zero byte
-CPU_INFO = Path("/proc/cpuinfo")  # ends with a line Model on a Raspberry Pi
 AUTO = "auto"
 ADVISED = ("threads", "micro_batch")
 
@@ -19,23 +17,6 @@ def choose_board(name: str | None) -> Board:
         PlatformError: if there is no profile of this name.
     """
     return board_called(describe_self()) if name in (None, AUTO) else load_board(str(name))
-
-
-def describe_self() -> str | None:
-    """What this machine calls itself, `None` where it does not say."""
-    try:
-        return MODEL.read_text(errors="replace").strip("\0 \n") or None
-    except OSError:
-        return _model_of_cpu_info()
-
-
-def _model_of_cpu_info() -> str | None:
-    try:
-        lines = CPU_INFO.read_text(errors="replace").splitlines()
-    except OSError:
-        return None
-    fields = (line.partition(":") for line in lines if line.startswith("Model"))
-    return next((value.strip() for name, _, value in fields if name.strip() == "Model"), None)
 
 
 def advice_note(board: Board, given: Mapping[str, Any], chosen: Mapping[str, Any]) -> str | None:

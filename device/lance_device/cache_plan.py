@@ -18,12 +18,13 @@ from lance_device.features import CachedFeatures, ComputedFeatures, Features, No
 from lance_device.options import TrainOptions
 from lance_device.run_record import describe_software
 from lance_device.session import Graph
-from lance_device.units import size
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset, FilePart
 from lance_edge.images import Part
-from lance_edge.manifest import ArrayInput, InputSpec, Variant
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import Variant
 from lance_edge.records import to_json
+from lance_edge.units import size
 
 OWN_FILE = "features.cache"  # in the run's folder
 SHARED_FILE = "features-{key}.cache"  # in --cache-dir
@@ -254,17 +255,10 @@ def _part_plans(
 def _obstacle(options: TrainOptions, variant: Variant, preprocessing: InputSpec) -> str:
     if options.augment not in VIEWS:
         return f"with --augment {options.augment} an image never looks the same twice"
-    if Packing(variant.boundary).elements == 0:
-        return "the frozen part of the network gives nothing"
-    if [spec.shape for spec in variant.boundary] == [("N", *preprocessing.sample_shape)] and isinstance(
-        preprocessing, ArrayInput
-    ):
+    is_input = [spec.shape for spec in variant.boundary] == [("N", *preprocessing.sample_shape)]
+    if is_input and isinstance(preprocessing, ArrayInput):
         return "nothing is frozen: the features would be the arrays themselves"
-    for spec in variant.boundary:
-        kinds = [type(dimension) for dimension in spec.shape]
-        if spec.dtype != "float32" or kinds != [str] + [int] * (len(kinds) - 1):
-            return f"{spec.name} is {spec.dtype} {list(spec.shape)}, no float32 of a fixed size for each image"
-    return ""
+    return Packing(variant.boundary).obstacle
 
 
 def _software() -> dict[str, str]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lance_device.codecs import make_codec
 from lance_device.options import TrainOptions, check_options
+from lance_device.schedule import Plateau
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import (
     CODEC,
@@ -64,6 +65,7 @@ class Progress:
         seconds: of training, in all parts of the run together.
         skipped, skipped_in_a_row: steps that were not applied because something was no number.
         rate_factor: what their number has left of the learning rate.
+        plateau: where schedule `plateau` stands.
         rows: what the CSV files held, by their names; all of it was durable before this state was written.
     """
 
@@ -78,6 +80,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     rate_factor: float = 1.0
+    plateau: Plateau = field(default_factory=Plateau)
     rows: dict[str, FileMark] = field(default_factory=dict)
 
 

@@ -18,12 +18,13 @@ SIGNATURE = click.option(
 )
 
 
-def check_signature(file: Path, public_key: Path | None) -> None:
-    """See that a package, or an exported model, is signed, if that is asked for."""
-    if public_key is not None:
-        from lance_device.signature import require_signature
+def check_signature(file: Path, public_key: Path | None) -> str | None:
+    """The SHA-256 that a package, or an exported model, must have by its signature, if one is asked for."""
+    if public_key is None:
+        return None
+    from lance_device.signature import signed_digest
 
-        require_signature(file, public_key)
+    return signed_digest(file, public_key)
 
 
 def require_runtime_within_memory() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lance_device.run_record import read_record
-from lance_device.units import percent, size
 from lance_edge.errors import DataError
 from lance_edge.profiles import STEP_PHASES
+from lance_edge.units import percent, size
 
 PHASES = (*STEP_PHASES, "step")
 

@@ -20,10 +20,10 @@ import psutil
 
 from lance_device.address_space import LEAST_ADDRESS_SPACE
 from lance_device.guard import free_bytes, group_limit_bytes
+from lance_device.machine import cpu_entries, describe_self, governor
 from lance_device.probe import HealthProbe
-from lance_device.run_record import BOARD, CPU_INFO
-from lance_device.throttling import REMEDIES, earlier_troubles, flags_of, troubles
-from lance_device.units import size
+from lance_edge.throttling import REMEDIES, earlier_troubles, flags_of, troubles
+from lance_edge.units import size
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
@@ -32,7 +32,6 @@ LEAST_FREE_BYTES = LEAST_ADDRESS_SPACE // 2  # of memory: Python, numpy and onnx
 LEAST_DISK_BYTES = 64 << 20  # checkpoints and measurements of a small network
 HOT_C = 75.0  # a Pi throttles at 80
 TRIAL_TIMEOUT_S = 120.0
-GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 USEFUL_FEATURES = ("fp", "asimd", "asimddp", "asimdhp", "crc32", "sse4_2", "avx", "avx2", "avx512f", "fma")
 
 # Says versions and whether anything could be sent.  Telemetry is decided when the runtime loads: where it is on
@@ -106,8 +105,7 @@ def report(findings: list[Finding]) -> str:
 
 
 def _board(folder: Path) -> Iterator[Finding]:
-    name = _read(BOARD).rstrip("\0")
-    yield Finding("board", name or "unknown (no device tree)")
+    yield Finding("board", describe_self() or "unknown (no device tree)")
     yield Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}, {_libc()}")
 
 
@@ -134,16 +132,13 @@ def _c_library(folder: Path) -> Iterator[Finding]:
 
 
 def _processor(folder: Path) -> Iterator[Finding]:
-    text = _read(CPU_INFO)
-    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    entries = {key.strip(): value.strip() for key, value in lines.items()}
+    entries, clock = cpu_entries(), governor()
     found = (entries.get("Features") or entries.get("flags") or "").split()
     useful = [name for name in USEFUL_FEATURES if name in found]
-    governor = _read(GOVERNOR)
     value = f"{os.cpu_count()} cores, features {' '.join(useful) or 'unknown'}"
-    yield Finding("processor", value + (f", governor {governor}" if governor else ""))
-    if governor == "powersave":
-        yield Finding("governor", governor, WARNING, "it holds the clock low: choose ondemand or performance")
+    yield Finding("processor", value + (f", governor {clock}" if clock else ""))
+    if clock == "powersave":
+        yield Finding("governor", clock, WARNING, "it holds the clock low: choose ondemand or performance")
 
 
 def _memory(folder: Path) -> Iterator[Finding]:
@@ -237,13 +232,6 @@ def _failure(done: "subprocess.CompletedProcess[str]") -> str:
 
 def _libc() -> str:
     return " ".join(platform.libc_ver()).strip() or "unknown C library"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
 
 
 CHECKS: tuple[Callable[[Path], Iterator[Finding]], ...] = (

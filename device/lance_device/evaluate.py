@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from lance_device.step_graphs import micro_batches
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import InputSpec
+from lance_edge.input_spec import InputSpec
 
 Float = NDArray[np.float32]
 Classify = Callable[[Part, slice], Float]  # some images of a part -> logits [N, classes]

@@ -20,7 +20,9 @@ from lance_device.graphs import run_prefix
 from lance_device.session import Array, Graph
 from lance_edge.errors import ArtifactError
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import DROPOUT_SEEDS, LABELS, InputSpec, TensorSpec
+from lance_edge.input_spec import InputSpec
+from lance_edge.manifest import TensorSpec
+from lance_edge.names import DROPOUT_SEEDS, LABELS
 
 Float = NDArray[np.float32]
 Half = NDArray[np.float16]
@@ -144,6 +146,17 @@ class Packing:
     def elements(self) -> int:
         """Of all tensors of an image."""
         return sum(_elements(spec) for spec in self.tensors)
+
+    @property
+    def obstacle(self) -> str:
+        """Why there can be no records of these tensors, or nothing."""
+        for spec in self.tensors:
+            kinds = [type(dimension) for dimension in spec.shape]
+            if spec.dtype != "float32" or kinds != [str] + [int] * (len(kinds) - 1):
+                return (
+                    f"{spec.name} is {spec.dtype} {list(spec.shape)}, no float32 of a fixed size for each image"
+                )
+        return "" if self.elements else "the frozen part of the network gives nothing"
 
     def pack(self, values: dict[str, Array]) -> tuple[Half, NDArray[np.bool_]]:
         """Records of N images.
@@ -273,7 +286,8 @@ class CachedFeatures:
             self._keep(self._file, shelf, slots[missing[fits]], halves[fits])
 
     def _keep(self, file: RecordFile, shelf: Shelf, slots: Rows, halves: Half) -> None:
-        is_new = ~file.holds(slots)
+        slots, first = np.unique(slots, return_index=True)  # an image stands twice at the seam of two epochs
+        halves, is_new = halves[first], ~file.holds(slots)
         fits = ~is_new | (np.cumsum(is_new) <= shelf.room)
         shelf.room -= int((is_new & fits).sum())
         try:

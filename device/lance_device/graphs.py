@@ -1,6 +1,6 @@
 """What a package gives to run: graphs, starting weights and projections, checked against the manifest."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -10,16 +10,17 @@ from lance_device.session import Array, Graph
 from lance_edge.bundle import ArrayReader, Bundle
 from lance_edge.checkpoints import trained_shapes
 from lance_edge.errors import ArtifactError
-from lance_edge.manifest import (
+from lance_edge.manifest import TensorSpec, Variant
+from lance_edge.names import (
     BATCH_DIM,
+    CLASSES_DIM,
     IMAGES,
     LABELS,
     LOGITS,
     LOSS,
     PROJECTIONS_MEMBER,
     WEIGHTS_MEMBER,
-    TensorSpec,
-    Variant,
+    activation_name,
     gradient_name,
 )
 
@@ -31,10 +32,12 @@ PREFIX_IMAGES = 4  # that pass the prefix at a time, in all lanes together
 def load_prefix(bundle: Bundle, variant: Variant, threads: int, micro_batch: int) -> Graph:
     """The frozen part, for micro-batches of that many images, which pass it side by side.
 
+    There are no more lanes than images in all of them; where there are more threads, each lane has several.
+
     Raises:
         ArtifactError: if the package does not have it or it cannot be loaded.
     """
-    return load_graph(bundle, variant, "prefix", threads, lanes=min(threads, micro_batch))
+    return load_graph(bundle, variant, "prefix", threads, lanes=min(threads, micro_batch, PREFIX_IMAGES))
 
 
 def load_graph(bundle: Bundle, variant: Variant, role: str, threads: int, lanes: int = 1) -> Graph:
@@ -60,6 +63,10 @@ def tensor_specs(bundle: Bundle, variant: Variant) -> dict[str, TensorSpec]:
         TensorSpec(LABELS, (BATCH_DIM,), "int64"),
         TensorSpec(LOSS, (), "float32"),
         TensorSpec(LOGITS, (BATCH_DIM, len(manifest.classes)), "float32"),
+        *(
+            TensorSpec(activation_name(layer.name), (BATCH_DIM, *layer.input_shape), "float32")
+            for layer in manifest.layers
+        ),
         *(TensorSpec(gradient_name(spec.name), spec.shape, "float32") for spec in manifest.parameters),
     )
     declared = (*variant.boundary, *variant.saved, *_statistics(variant), *variant.activations)
@@ -80,11 +87,13 @@ def starting_parameters(bundle: Bundle, variant: Variant) -> dict[str, Float]:
     """The trainable tensors as calibrated, by state-dict name: fresh, writable arrays."""
     weights = bundle.arrays(WEIGHTS_MEMBER)
     shapes = trained_shapes(bundle, variant)
-    return {name: _float_array(weights, name, shape, bundle) for name, shape in shapes.items()}
+    return {name: float_array(weights, name, shape, bundle) for name, shape in shapes.items()}
 
 
 def load_projections(bundle: Bundle, variant: Variant) -> dict[str, Float]:
-    """The projections `[n_mode, r_mode]` of a variant; batch modes have a row for each sample.
+    """The projections of a variant, `[n_mode, r_mode]` or of groups `[g, D, r]`.
+
+    Batch modes have a row for each sample.
 
     Raises:
         ArtifactError: if one is missing or has too few columns, or other rows than the batch.
@@ -105,16 +114,23 @@ def load_projections(bundle: Bundle, variant: Variant) -> dict[str, Float]:
 
 
 def _leading_columns(arrays: ArrayReader, name: str, rank: int, bundle: Bundle) -> Float:
-    stored = _float_array(arrays, name, None, bundle)
-    if stored.ndim != 2 or stored.shape[1] < rank:
+    stored = float_array(arrays, name, None, bundle)
+    if stored.ndim not in (2, 3) or stored.shape[-1] < rank:
         raise ArtifactError(
             f"{bundle.path}: projection {name} is {list(stored.shape)}, expected {rank} or more columns, as the"
             " ranks of its layer say; rebuild the package"
         )
-    return np.ascontiguousarray(stored[:, :rank])
+    return np.ascontiguousarray(stored[..., :rank])
 
 
-def _float_array(arrays: ArrayReader, name: str, shape: tuple[int, ...] | None, bundle: Bundle) -> Float:
+def float_array(
+    arrays: Mapping[str, NDArray[np.generic]], name: str, shape: tuple[int, ...] | None, bundle: Bundle
+) -> Float:
+    """A writable copy of a float32 array of the package.
+
+    Raises:
+        ArtifactError: if it is missing, or of another type or shape.
+    """
     found = arrays[name]
     if found.dtype != np.float32 or (shape is not None and found.shape != shape):
         raise ArtifactError(
@@ -152,14 +168,23 @@ class Network:
 
     def __call__(self, images: Float) -> Float:
         """Logits `[N, classes]` of prepared images `[N, 3, R, R]`."""
-        values: dict[str, Array] = {**self._parameters, **run_prefix(self._prefix, images)}
-        return self._predict.run(values)[LOGITS]
+        return self.by_head(self.boundary(images), {})
+
+    def boundary(self, images: Float) -> dict[str, Array]:
+        """What the prefix makes of images: all heads read the same."""
+        return run_prefix(self._prefix, images)
+
+    def by_head(self, boundary: Mapping[str, Array], head: Mapping[str, Float]) -> Float:
+        """Logits `[N, classes]` of boundary tensors, with these parameters in place of the current head's."""
+        return self._predict.run({**self._parameters, **boundary, **head})[LOGITS]
 
 
 def load_network(bundle: Bundle, variant: Variant, parameters: dict[str, Float], threads: int) -> Network:
     """The network of a package with these weights."""
-    prefix = load_graph(bundle, variant, "prefix", threads)
-    return Network(prefix, load_graph(bundle, variant, "predict", threads), parameters)
+    prefix, predict = (load_graph(bundle, variant, role, threads) for role in ("prefix", "predict"))
+    if bundle.manifest.tasks:  # their heads have as many classes as they have
+        predict.expect(TensorSpec(LOGITS, (BATCH_DIM, CLASSES_DIM), "float32"))
+    return Network(prefix, predict, parameters)
 
 
 def missing_names(wanted: Iterable[str], *provided: Iterable[str]) -> list[str]:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lance_device.guard import status_bytes
-from lance_device.units import size
 from lance_edge.datasets import Dataset, FilePart
 from lance_edge.errors import PlatformError
 from lance_edge.images import decoding_bytes
+from lance_edge.units import size
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Limit:
     Attributes:
         what: who says so, for messages.
         kind: `VmHWM` (resident memory) or `VmPeak` (address space), as in proc(5).
+        is_enforced: by the kernel: whoever goes beyond it gets no memory, or is killed.
     """
 
     nbytes: int
     what: str
     kind: str
+    is_enforced: bool = True
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,17 @@ class Keeper:
         if by_steps or by_time:
             self.save()
 
+    def keep_copy_if_due(self) -> None:
+        """Write a checkpoint that no later one replaces, after the epochs that `--keep-every` counts.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        every, progress, stream = self._every.kept_epochs, self._run.progress, self._run.stream
+        if every and stream.ends_epoch(progress.step) and progress.epoch % every == 0:
+            kept = self._run.folder.kept(progress.epoch)
+            write_checkpoint(kept, make_checkpoint(self._run, self._bundle))
+
     def save(self) -> None:
         """Make the state durable, if it is one; `recover.py` relies on the order.
 
@@ -75,16 +86,21 @@ class Keeper:
         self._log.checkpoint(self._meter.take("checkpoint"))
 
 
-def is_better(row: HistoryRow, best: Best | None) -> bool:
+def is_better(row: HistoryRow, best: Best | None, by_loss: bool = False) -> bool:
     """Whether an evaluation beats the best so far.
 
     By validation accuracy, ties by validation loss; without validation images by training loss.  Never by
     the test images: they would no longer tell how the chosen weights do on images never seen.
+
+    Args:
+        by_loss: by validation loss alone, as the schedule `plateau` judges.
     """
     if best is None:
         return True
     if row.validation_accuracy is None or best.validation_accuracy is None:
         return _is_lower(row.train_loss, best.train_loss)
+    if by_loss and best.validation_loss is not None and row.validation_loss is not None:
+        return _is_lower(row.validation_loss, best.validation_loss)
     if row.validation_accuracy != best.validation_accuracy:
         return row.validation_accuracy > best.validation_accuracy
     return _is_lower(row.validation_loss or 0.0, best.validation_loss or 0.0)

@@ -25,7 +25,8 @@ from lance_device.step_graphs import (
     total_bytes,
 )
 from lance_edge.errors import NumericalError
-from lance_edge.manifest import LABELS, LOGITS, LOSS, Manifest, core_name, projection_name
+from lance_edge.manifest import Manifest
+from lance_edge.names import LABELS, LOGITS, LOSS, core_name, projection_name
 
 Float = NDArray[np.float32]
 

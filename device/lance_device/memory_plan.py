@@ -7,38 +7,29 @@ a whole run holds (momentum, a copy of the best state, what two passes keep of a
 added from the manifest.
 """
 
-import json
-import os
 import resource
-import select
-import signal
-import sys
-import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NoReturn
 
 import numpy as np
 
+from lance_device.address_space import BLAS_THREAD_BYTES
 from lance_device.features import Batch, ComputedFeatures
+from lance_device.fork import FAILED, RESIDENT, in_a_fork, lack
 from lance_device.graphs import Network, load_graph, load_prefix, starting_parameters
-from lance_device.guard import group_limit_bytes, status_bytes
+from lance_device.guard import free_bytes, group_limit_bytes, status_bytes
 from lance_device.image_memory import LargestImage, Limit, bytes_beyond, largest_image
 from lance_device.measure import PhaseMeter
 from lance_device.options import TrainOptions
 from lance_device.probe import MemoryProbe
-from lance_device.session import is_lack_of_memory
 from lance_device.step import training_step
-from lance_device.units import size
-from lance_edge import errors
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
-from lance_edge.errors import LanceError, PlatformError
+from lance_edge.errors import PlatformError
+from lance_edge.units import size
 
-FAILED = "failed"
 MANY = 4  # images of the second measurement
-TRIAL_TIMEOUT_S = 900.0  # a few images take seconds on a slow board; by layer, a whole batch takes a minute
 LARGEST_STACK = 8 << 20  # of a thread, where `ulimit -s` sets no limit
 LEAST_BESIDE_STACKS = 16 << 20  # the graphs themselves, before an allocation may fail
 MARGIN_BYTES = 4 << 20  # Python's own growth, the rows of a long run
@@ -75,7 +66,7 @@ def find_limits(wanted_bytes: int | None) -> tuple[Limit, ...]:
     """
     found = []
     if wanted_bytes is not None:
-        found.append(Limit(wanted_bytes, "--memory-limit", "VmHWM"))
+        found.append(Limit(wanted_bytes, "--memory-limit", "VmHWM", is_enforced=False))
     group = group_limit_bytes()
     if group is not None:
         found.append(Limit(group, "the control group's limit", "VmHWM"))
@@ -111,7 +102,7 @@ def plan_memory(
     for cache in dict.fromkeys((options.cache, "off" if options.cache == "auto" else options.cache)):
         for trial in trials:
             for micro_batch in choices if trial.fits_at_all else ():
-                if all(trial.needed(limit.kind, micro_batch, cache) <= limit.nbytes for limit in limits):
+                if trial.fits(limits, micro_batch, cache):
                     plan = _plan(limits, trial, micro_batch, cache)
                     return replace(options, micro_batch=micro_batch, threads=trial.threads, cache=cache), plan
     raise _too_little(limits, trials[-1], choices[-1], cache)
@@ -126,68 +117,30 @@ def _plan(limits: Collection[Limit], trial: "_Trial", micro_batch: int, cache: s
 def _too_little(limits: Collection[Limit], trial: "_Trial", micro_batch: int, cache: str) -> PlatformError:
     """What to say; `micro_batch` is the smallest that was considered."""
     flags = f"--micro-batch {micro_batch} --threads {trial.threads}"
-    remedy = "allow it more, or calibrate a smaller package (fewer --layers, a smaller --resolution or --model)"
-    if trial.failed_at_bytes is not None:
-        names = " and ".join(f"{limit.what} ({size(limit.nbytes)})" for limit in limits)
-        where = f": an allocation failed at {size(trial.failed_at_bytes)}" if trial.failed_at_bytes else ""
-        return PlatformError(f"this run needs more memory than {names} permits with {flags}{where}; {remedy}")
-    worst = max(limits, key=lambda limit: trial.needed(limit.kind, micro_batch, cache) - limit.nbytes)
-    with_one = trial.needed(worst.kind, 1, cache)
-    hint = f"; with --micro-batch 1 it would need {size(with_one)}" if micro_batch > 1 else ""
-    return PlatformError(
-        f"this run needs {size(trial.needed(worst.kind, micro_batch, cache))} with {flags}, but {worst.what} is"
-        f" {size(worst.nbytes)}{hint}{trial.about_images}; {remedy}"
-    )
-
-
-def in_a_fork(measure: Callable[[], dict[str, int]]) -> dict[str, int]:
-    """What `measure` gives in a copy of this process; `{"failed": address space}` if memory did not suffice.
-
-    Raises:
-        LanceError: what `measure` raised, but for a lack of memory; `PlatformError` if it takes too long.
-        RuntimeError: with the traceback, if it raised anything else.
-    """
-    readable, writable = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _answer(measure, readable, writable)
-    os.close(writable)
-    with os.fdopen(readable, "rb") as pipe:
-        is_ready, _, _ = select.select([pipe], [], [], TRIAL_TIMEOUT_S)
-        if not is_ready:
-            os.kill(child, signal.SIGKILL)
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    if not is_ready:
-        raise PlatformError(
-            f"measuring how much memory a step takes has not ended after {TRIAL_TIMEOUT_S:g} s; try again"
-            " when the board has less to do, or train without a limit"
+    smaller = "calibrate a smaller package (fewer --layers, a smaller --resolution or --model)"
+    remedy = f"allow it more, or {smaller}"
+    enforced = [limit for limit in limits if limit.is_enforced]
+    has_failed = trial.has_failed(micro_batch)
+    if has_failed and not enforced:
+        return PlatformError(
+            f"this run needs at least {size(trial.needed(RESIDENT, micro_batch, cache))} with {flags}, but only"
+            f" {size(free_bytes())} of memory are free; close other programs, or {smaller}"
         )
-    if not answer:  # killed, or ended by a library: it took more memory than there was
-        return {FAILED: status_bytes("VmPeak") or 0}
-    found = json.loads(answer)
-    if isinstance(found, str):
-        kind, text = found.split(":", 1)
-        raise getattr(errors, kind, RuntimeError)(text)
-    return dict(found)
-
-
-def _answer(measure: Callable[[], dict[str, int]], readable: int, writable: int) -> NoReturn:
-    """In the fork: answer as JSON, and end without a trace of this process's own ending."""
-    found: Any = None
-    try:
-        os.close(readable)
-        found = measure()
-    except (MemoryError, PlatformError):
-        found = {FAILED: status_bytes("VmPeak") or 0}
-    except LanceError as error:
-        found = f"{type(error).__name__}:{error}"
-    except Exception as error:
-        is_lack = is_lack_of_memory(error)
-        found = {FAILED: status_bytes("VmPeak") or 0} if is_lack else f"RuntimeError:{traceback.format_exc()}"
-    finally:
-        os.write(writable, json.dumps(found).encode() if found is not None else b"")
-        os._exit(0)
+    worst = max(
+        enforced if has_failed else limits,
+        key=lambda limit: trial.needed(limit.kind, micro_batch, cache) - limit.nbytes,
+    )
+    needed = trial.needed(worst.kind, micro_batch, cache)
+    needs = size(needed)
+    if has_failed:  # by what was reached: there it ended, short of all that it would take
+        needs = f"at least {needs}" if needed > worst.nbytes else f"more than {size(worst.nbytes)}"
+    is_one_known = micro_batch > 1 and not trial.has_failed(1)
+    with_one = size(trial.needed(worst.kind, 1, cache)) if is_one_known else ""
+    hint = f"; with --micro-batch 1 it would need {with_one}" if with_one else ""
+    return PlatformError(
+        f"this run needs {needs} with {flags}, but {worst.what} is {size(worst.nbytes)}{hint}"
+        f"{trial.about_images}; {remedy}"
+    )
 
 
 class _Trial:
@@ -206,10 +159,14 @@ class _Trial:
         """With which it was measured."""
         return self._options.threads
 
-    @property
-    def failed_at_bytes(self) -> int | None:
-        """Address space when memory did not even suffice for one image."""
-        return self._one.get(FAILED)
+    def has_failed(self, micro_batch: int) -> bool:
+        """Memory did not suffice to measure it: what is `needed` is the least then, not all."""
+        return FAILED in self._one or (micro_batch > 1 and FAILED in self._many)
+
+    def fits(self, limits: Collection[Limit], micro_batch: int, cache: str) -> bool:
+        """Whether a run with this micro-batch keeps within all limits."""
+        within = all(self.needed(limit.kind, micro_batch, cache) <= limit.nbytes for limit in limits)
+        return within and not self.has_failed(micro_batch)
 
     @property
     def about_images(self) -> str:
@@ -224,18 +181,21 @@ class _Trial:
         Raises:
             LanceError: of the kind that fits, for anything but a lack of memory.
         """
-        self._one = in_a_fork(lambda: self._peak(1)) if self._has_room_for_threads() else {FAILED: 0}
+        self._one = in_a_fork(lambda: self._peak(1)) if self._has_room_for_threads() else lack(self._stacks())
         if FAILED not in self._one:
             self._many = in_a_fork(lambda: self._peak(MANY))
         return FAILED not in self._one
 
     def _has_room_for_threads(self) -> bool:
-        """Whether every graph can have its threads: onnxruntime 1.31 waits for ever if one cannot start."""
+        """Whether all threads can start: onnxruntime 1.31, and OpenBLAS, wait for ever for one that cannot."""
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if limit == resource.RLIM_INFINITY:
-            return True
-        threads = len(self._variant.graphs) * (self._options.threads - 1)
-        return (status_bytes("VmSize") or 0) + threads * _stack_bytes() + LEAST_BESIDE_STACKS < limit
+        return limit == resource.RLIM_INFINITY or (status_bytes("VmSize") or 0) + self._stacks() < limit
+
+    def _stacks(self) -> int:
+        """Address space of the threads of every graph, and of numpy's BLAS where codecs compute with it."""
+        more = self._options.threads - 1
+        blas = BLAS_THREAD_BYTES + _stack_bytes() if self._variant.schedule == "by layer" else 0
+        return more * (len(self._variant.graphs) * _stack_bytes() + blas) + LEAST_BESIDE_STACKS
 
     @cached_property
     def _beyond_bytes(self) -> int:
@@ -243,11 +203,12 @@ class _Trial:
         return bytes_beyond(self._largest, self._dataset, 2)
 
     def needed(self, kind: str, micro_batch: int, cache: str) -> int:
-        """Bytes that a whole run takes with this micro-batch."""
-        if FAILED in self._many and micro_batch > 1:
-            return sys.maxsize
-        an_image = max(0, self._many.get(kind, 0) - self._one[kind]) / (MANY - 1)
-        measured = self._one[kind] + an_image * (micro_batch - 1)
+        """Bytes that a whole run takes with this micro-batch; at least, if it `has_failed`."""
+        more = max(0, self._many.get(kind, 0) - self._one[kind])  # for the images beyond the first
+        if self.has_failed(micro_batch):
+            measured: float = self._one[kind] + more
+        else:
+            measured = self._one[kind] + more / (MANY - 1) * (micro_batch - 1)
         whole_run = self._state_bytes() + self._kept_bytes(micro_batch) + self._beyond_bytes
         whole_run += self._cache_bytes(micro_batch) if cache != "off" else 0
         if kind == "VmPeak":

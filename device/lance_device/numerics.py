@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_edge.errors import NumericalError
-from lance_edge.manifest import LOSS
+from lance_edge.names import LOSS
 
 Array = NDArray[Any]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lance_device.numerics import largest_value
 from lance_edge.errors import NumericalError
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -33,7 +34,7 @@ class SGD:
         in float32, or memory does not suffice.
 
         Raises:
-            NumericalError: naming the parameter whose gradient or update is not finite.
+            NumericalError: naming the parameter whose update is not finite.
         """
         self.prepare(parameters, velocity, gradients, learning_rate)
         self.apply(parameters, velocity, gradients, learning_rate)
@@ -41,7 +42,8 @@ class SGD:
     @np.errstate(over="ignore", invalid="ignore")  # what overflows is found below and ends in one clear line
     def prepare(self, parameters: Tensors, velocity: Tensors, gradients: Tensors, learning_rate: float) -> None:
         """The first half of `update`, which may fail: makes the new momentum of each array of `gradients`."""
-        _clip(gradients, self.clip)
+        if self.clip:
+            _clip(gradients, self.clip)
         for name, gradient in gradients.items():
             if self.weight_decay:
                 gradient += np.float32(self.weight_decay) * parameters[name]
@@ -60,15 +62,10 @@ class SGD:
 
 
 def _clip(gradients: Tensors, limit: float) -> None:
-    norms = {name: _norm(gradient) for name, gradient in gradients.items()}
-    for name, norm in norms.items():
-        if not math.isfinite(norm):
-            raise NumericalError(f"the gradient of {name} is not finite")
-    if limit:
-        factor = limit / (math.hypot(*norms.values()) + CLIP_EPSILON)
-        if factor < 1:
-            for gradient in gradients.values():
-                gradient *= np.float32(factor)
+    factor = limit / (math.hypot(*map(_norm, gradients.values())) + CLIP_EPSILON)
+    if factor < 1:
+        for gradient in gradients.values():
+            gradient *= np.float32(factor)
 
 
 def _norm(array: NDArray[np.float32]) -> float:
@@ -79,10 +76,6 @@ def _norm(array: NDArray[np.float32]) -> float:
 def _check_range(
     name: str, parameter: NDArray[np.float32], velocity: NDArray[np.float32], learning_rate: float
 ) -> None:
-    reach = _largest(parameter) + learning_rate * _largest(velocity)
+    reach = largest_value(parameter) + learning_rate * largest_value(velocity)
     if not reach < FLOAT32_MAX:  # also true of nan
         raise NumericalError(f"the update of {name} is not finite in float32")
-
-
-def _largest(array: NDArray[np.float32]) -> float:
-    return float(max(abs(float(array.max())), abs(float(array.min()))))

@@ -12,10 +12,11 @@ import psutil
 from lance_device.board import choose_board
 from lance_device.class_weights_text import is_understood
 from lance_device.numerics import ON_NAN
-from lance_device.schedule import SCHEDULES
+from lance_device.schedule import PLATEAU, SCHEDULES
 from lance_edge.boards import Advice
 from lance_edge.errors import CheckpointError
-from lance_edge.manifest import ArrayInput, InputSpec, Manifest
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import Manifest
 
 AUGMENTS = ("flip", "none")
 CACHES = ("on", "off")
@@ -41,6 +42,9 @@ class TrainOptions:
         cache_size: bytes of features on disk at most.
         cache_dir: folder of features that runs share; `None` keeps them in the run's own.
         on_nan: what to do about a step whose loss or gradients are no numbers (`numerics.py`).
+        protect: digest of the memory whose subspaces gradients are projected off; empty without one.
+        patience, min_lr: of schedule `plateau`: evaluations without a lower loss before the learning rate is
+            halved, and the learning rate below which the run ends.
     """
 
     method: str
@@ -64,6 +68,9 @@ class TrainOptions:
     cache_size: int
     cache_dir: str | None
     on_nan: str = "stop"
+    patience: int = 6
+    min_lr: float = 1e-5
+    protect: str = ""
 
 
 def check_options(options: TrainOptions) -> None:
@@ -73,7 +80,7 @@ def check_options(options: TrainOptions) -> None:
         ValueError: naming the first option that is out of its range.
     """
     counts = {"epochs": options.epochs, "steps": options.steps, "threads": options.threads}
-    counts |= {"micro_batch": options.micro_batch}
+    counts |= {"micro_batch": options.micro_batch, "patience": options.patience}
     wrong = [name for name, value in counts.items() if value is not None and value < 1]
     least_zero = ("layers", "seed", "eval_every", "clip", "weight_decay", "cache_size")
     wrong += [name for name in least_zero if not getattr(options, name) >= 0]
@@ -83,6 +90,8 @@ def check_options(options: TrainOptions) -> None:
     )
     wrong += ["label_smoothing"] * (not 0 <= options.label_smoothing < 1)
     wrong += ["class_weights"] * (not is_understood(options.class_weights))
+    wrong += ["min_lr"] * (not 0 < options.min_lr < math.inf)
+    wrong += ["eval_every"] * (options.schedule == PLATEAU and options.eval_every != 1)
     wrong += ["cache"] * (options.cache not in CACHES) + ["on_nan"] * (options.on_nan not in ON_NAN)
     if wrong:
         raise ValueError(f"option {wrong[0]} is {getattr(options, wrong[0])!r}")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lance_device.probe import Health, HealthProbe
-from lance_device.throttling import REMEDIES, flags_of, troubles
 from lance_edge.errors import PlatformError
+from lance_edge.throttling import REMEDIES, flags_of, troubles
 
 HYSTERESIS_C = 5.0  # a pause ends so far below --max-temp, or it would come again at once
 SLICE_S = 0.2  # of a pause: how long a request to stop may wait

@@ -5,11 +5,10 @@ import math
 
 from lance_device.evaluate import Evaluation
 from lance_device.keeper import is_better
-from lance_device.live import StepView
-from lance_device.measure import PhaseCost
+from lance_device.live_table import StepView, view_of_rows
 from lance_device.run_log import RunLog
 from lance_device.run_setup import Run
-from lance_device.step_graphs import StepOutcome
+from lance_device.schedule import PLATEAU
 from lance_edge.profiles import HistoryRow
 
 
@@ -31,24 +30,18 @@ def history_row(
         best=False,
         time_s=log.seconds(),
     )
-    return dataclasses.replace(row, best=is_better(row, progress.best))
+    return dataclasses.replace(row, best=is_better(row, progress.best, run.options.schedule == PLATEAU))
 
 
-def step_view(run: Run, log: RunLog, outcome: StepOutcome, cost: PhaseCost) -> StepView:
-    """The step that was just made.
-
-    Args:
-        cost: of all its phases.
-    """
-    progress = run.progress
-    return StepView(
-        epoch=log.epoch_of(progress.step),
+def step_view(run: Run, log: RunLog) -> StepView:
+    """The step that was just made, and written down."""
+    progress, best = run.progress, run.progress.best
+    return view_of_rows(
+        log.latest,
         epochs=log.epoch_of(run.total_steps),
-        step=progress.step,
         total_steps=run.total_steps,
-        loss=outcome.loss,
         accuracy=progress.correct / max(progress.samples, 1),
-        images_per_s=run.stream.batch_size / (cost.latency_ns * 1e-9),
-        rss_kib=cost.rss_kib,
         seconds_left=log.seconds_left(),
+        evaluation=log.last_evaluation,
+        best_accuracy=best.validation_accuracy if best else None,
     )

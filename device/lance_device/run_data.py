@@ -165,8 +165,9 @@ class Absentees:
             on_first: called as soon as an image is missing, before another is used in its place.
         """
         self._run, self._on_first = run, on_first
-        path = run.folder.skipped
-        later = [row for row in _intact(path) if row.step > 0] if run.is_resumed else []
+        path, known = run.folder.skipped, {row.name for row in self._skipped}
+        before = _intact(path) if run.is_resumed else ()
+        later = [row for row in before if row.step > 0 and row.name not in known]
         lines = b"".join(csv_lines(SkippedRow, [*self._skipped, *later]))
         if not path.exists() or path.read_bytes() != lines:  # new, damaged, or torn at its end
             write_rows(path, SkippedRow, [*self._skipped, *later])

@@ -46,6 +46,10 @@ class RunFolder:
         """Checkpoint of the best evaluation."""
         return self.path / "best.npz"
 
+    def kept(self, epoch: int) -> Path:
+        """A copy of the state after an epoch (`--keep-every`)."""
+        return self.path / f"epoch-{epoch:04}.npz"
+
     @property
     def steps(self) -> Path:
         """A row per step and phase."""
@@ -75,6 +79,14 @@ class RunFolder:
     def record(self) -> Path:
         """Machine, versions, arguments, result."""
         return self.path / "run.json"
+
+    @property
+    def protected(self) -> Path:
+        """The memory that gradients are projected off, where there is one: a resumed run needs it again.
+
+        It is written before the first checkpoint, so alone it is no run.
+        """
+        return self.path / "protect.npz"
 
     @property
     def row_files(self) -> tuple[Path, Path]:
@@ -149,7 +161,7 @@ class RunFolder:
         Raises:
             StorageError: if the folder holds a run already.
         """
-        existing = [file.name for file in self._files if file.exists()]
+        existing = [file.name for file in self._files if file.exists() and file != self.protected]
         if existing:
             raise StorageError(
                 f"{self.path}: holds a run already ({', '.join(existing)}); continue it with --resume,"
@@ -173,7 +185,8 @@ class RunFolder:
     @property
     def _files(self) -> tuple[Path, ...]:
         checkpoints = (self.last, self.previous, self.best)
-        return (*checkpoints, *self.row_files, self.summary, self.split, self.skipped, self.record)
+        reports = (self.summary, self.split, self.skipped, self.record)
+        return (*checkpoints, *self.row_files, *reports, self.protected)
 
     def _clear_leftovers(self) -> None:
         for file in self._files:

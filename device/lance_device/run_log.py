@@ -12,8 +12,8 @@ from lance_device.run_record import (
     write_record,
 )
 from lance_device.run_setup import Run, TrainRequest
+from lance_device.schedule import PLATEAU
 from lance_device.step_graphs import StepOutcome
-from lance_device.throttling import flags_of, troubles
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
 from lance_edge.profiles import (
@@ -24,6 +24,7 @@ from lance_edge.profiles import (
     SummaryRow,
     read_rows,
 )
+from lance_edge.throttling import flags_of, troubles
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ class TrainResult:
 
 
 class RunLog:
-    """Writes rows as they come, and everything else at the end."""
+    """Writes rows as they come, and everything else at the end.
+
+    Attributes:
+        latest: the newest row of each phase.
+        last_evaluation: the newest, of an earlier part of the run too.
+    """
 
     def __init__(
         self,
@@ -73,10 +79,11 @@ class RunLog:
         self._health = health
         self._paused_s, self._throttled = 0.0, 0
         self._max_temperature_c: float | None = None
+        self.latest: dict[str, StepRow] = {}
         self._collector = LatencyCollector()
         self._peak_rss_kib: int | None = None
         self._saved_bytes, self._activation_bytes = 0, run.variant.activation_bytes
-        self._last_evaluation: HistoryRow | None = None
+        self.last_evaluation: HistoryRow | None = None
         self._is_at_checkpoint = True
         self._steps = RowLog(run.folder.steps, StepRow)
         self._history = RowLog(run.folder.history, HistoryRow)
@@ -128,7 +135,7 @@ class RunLog:
     def evaluation(self, row: HistoryRow, samples: int, cost: PhaseCost, cached: bool) -> None:
         """An evaluation of so many images."""
         self._is_at_checkpoint = False
-        self._last_evaluation = row
+        self.last_evaluation = row
         self._history.write(row)
         self._write([("eval", cost)], None, samples, cached=cached)
 
@@ -204,6 +211,7 @@ class RunLog:
             self._take_in(row)
 
     def _take_in(self, row: StepRow) -> None:
+        self.latest[row.phase] = row
         self._collector.add(row)
         self._peak_rss_kib = highest(self._peak_rss_kib, row.peak_rss_kib)
         self._saved_bytes = max(self._saved_bytes, row.saved_bytes)
@@ -217,10 +225,10 @@ class RunLog:
         for row in read_rows(self._run.folder.steps, StepRow):
             self._take_in(row)
         for evaluation in read_rows(self._run.folder.history, HistoryRow):
-            self._last_evaluation = evaluation
+            self.last_evaluation = evaluation
 
     def _result(self, status: str, median_ms: dict[str, float]) -> TrainResult:
-        progress, last, best = self._run.progress, self._last_evaluation, self._run.progress.best
+        progress, last, best = self._run.progress, self.last_evaluation, self._run.progress.best
         has_validation = len(self._dataset.validation) > 0
         return TrainResult(
             status=status,
@@ -231,7 +239,7 @@ class RunLog:
             test_accuracy=last.test_accuracy if last else None,
             validation_accuracy=last.validation_accuracy if last else None,
             best_epoch=best.epoch if best else None,
-            best_chosen_by="validation accuracy" if has_validation else "training loss",
+            best_chosen_by=_chosen_by(self._run, has_validation),
             best_validation_accuracy=best.validation_accuracy if best else None,
             best_test_accuracy=best.test_accuracy if best else None,
             activation_bytes=self._activation_bytes,
@@ -243,6 +251,13 @@ class RunLog:
             throttled=troubles(self._throttled),
             paused_s=self._paused_s,
         )
+
+
+def _chosen_by(run: Run, has_validation: bool) -> str:
+    """What makes one evaluation better than another; see `keeper.is_better`."""
+    if not has_validation:
+        return "training loss"
+    return "validation loss" if run.options.schedule == PLATEAU else "validation accuracy"
 
 
 def _common_cells(run: Run, bundle: Bundle) -> dict[str, Any]:

@@ -11,14 +11,12 @@ from typing import Any
 
 import psutil
 
+from lance_device.machine import cpu_entries, describe_self, governor
 from lance_device.session import SESSION_CONFIG, SESSION_OPTIONS, runtime_version
 from lance_edge.errors import DataError
 from lance_edge.files import atomic_writer, file_digest
 
 SCHEMA_VERSION = 1
-BOARD = Path("/proc/device-tree/model")
-CPU_INFO = Path("/proc/cpuinfo")
-GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 PACKAGES = ("lance-edge", "numpy", "pillow", "psutil", "click", "threadpoolctl")
 SEAL = "sha256"
 
@@ -26,13 +24,13 @@ SEAL = "sha256"
 def describe_machine() -> dict[str, Any]:
     """Board, processor, system; `None` where the machine does not say."""
     return {
-        "board": _read(BOARD),
+        "board": describe_self(),
         "cpu": _cpu_model(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "cores_physical": psutil.cpu_count(logical=False),
         "ram_bytes": psutil.virtual_memory().total,
-        "governor": _read(GOVERNOR),
+        "governor": governor(),
         "system": platform.system(),
         "kernel": platform.release(),
         "libc": "-".join(platform.libc_ver()) or None,
@@ -93,17 +91,8 @@ def _text(record: Any) -> str:
 
 
 def _cpu_model() -> str | None:
-    text = _read(CPU_INFO) or ""
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
+    named = cpu_entries()
     if "model name" in named:
         return named["model name"]
     implementer, part = named.get("CPU implementer"), named.get("CPU part")  # ARM: 0x41, 0xd08
     return f"ARM implementer {implementer} part {part}" if part else platform.processor() or None
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").rstrip("\0\n") or None
-    except OSError:
-        return None

@@ -18,6 +18,7 @@ from lance_device.graphs import starting_parameters
 from lance_device.memory_plan import MemoryPlan, find_limits, plan_memory
 from lance_device.options import TrainOptions, keep_stored, resolve
 from lance_device.pace import PaceOptions
+from lance_device.protect import Protection, expect_no_decay, protect, protect_again
 from lance_device.recover import recover
 from lance_device.run_folder import RunFolder, data_identity
 from lance_device.stream import SampleStream
@@ -25,7 +26,8 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import SCHEMA_VERSION
 from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, DataError
-from lance_edge.manifest import ArrayInput, InputSpec, Variant
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import Variant
 from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]
@@ -33,10 +35,14 @@ Float = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class CheckpointEvery:
-    """How often `last.npz` is written: after so many steps, or so many seconds."""
+    """How often `last.npz` is written: after so many steps, or so many seconds.
+
+    `kept_epochs`: and after so many epochs a copy that stays; 0: none.
+    """
 
     steps: int | None = None
     seconds: float | None = None
+    kept_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class TrainRequest:
         memory_limit: bytes that the process may use.
         strict: refuse images that cannot be read, instead of leaving them out.
         pace: pauses against heat, and for other programs.
+        signed_sha256: that the package must have by its signature; `None` asks for no signature.
+        protect: the file of a memory whose subspaces gradients are projected off, or "package".
     """
 
     artifact: Path
@@ -65,6 +73,8 @@ class TrainRequest:
     memory_limit: int | None = None
     strict: bool = False
     pace: PaceOptions = field(default_factory=PaceOptions)
+    signed_sha256: str | None = None
+    protect: str | None = None
 
     @property
     def takes_up(self) -> bool:
@@ -83,6 +93,7 @@ class Run:
 
     Attributes:
         memory: how the run fits into what it may use, where there is a limit.
+        protection: the subspaces that gradients are projected off, where there are any.
         notes: what was damaged on disk when the run was taken up, and what became of it.
     """
 
@@ -101,8 +112,14 @@ class Run:
     cache: CachePlan
     cache_reason: str
     memory: MemoryPlan | None = None
+    protection: Protection | None = None
     is_resumed: bool = False
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no step is left: all are made, or the schedule has ended the run."""
+        return self.progress.step >= self.total_steps or self.progress.plateau.is_over
 
 
 def open_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
@@ -127,7 +144,8 @@ def check_request(request: TrainRequest, bundle: Bundle) -> None:
         CheckpointError: if there is nothing to resume.
         StorageError: if the folder holds a run already.
     """
-    resolve(request.values, bundle.manifest)
+    options = resolve(request.values, bundle.manifest)
+    expect_no_decay(options.weight_decay, bundle.manifest.protected)
     folder = RunFolder(request.out)
     if request.takes_up:
         folder.expect_run()
@@ -165,6 +183,7 @@ def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
     variant = bundle.manifest.variant(options.method, options.layers)
     _expect_possible_augment(options.augment, bundle.manifest.preprocessing)
     parameters = starting_parameters(bundle, variant)
+    protected = protect(request.protect, options.weight_decay, bundle, variant, folder)
     plan = _plan(options, bundle, dataset, folder)
     cache, reason = choose(plan["cache"], options.cache)
     if options.cache != wanted:
@@ -172,7 +191,7 @@ def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
     return Run(
         folder=folder,
         run_id=f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}",
-        options=replace(options, cache=cache),
+        options=replace(options, cache=cache, protect=protected.digest if protected else ""),
         variant=variant,
         **plan,
         parameters=parameters,
@@ -181,6 +200,7 @@ def _new_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
         progress=Progress(),
         cache_reason=reason,
         memory=memory,
+        protection=protected,
     )
 
 
@@ -207,6 +227,7 @@ def _resume_run(request: TrainRequest, bundle: Bundle, dataset: Dataset) -> Run:
         notes=list(recovered.notes),
         cache_reason="as the run began",
         memory=memory,
+        protection=protect_again(request.protect, options, bundle, folder),
     )
     if run.data_sha256 != meta.data_sha256:
         raise CheckpointError(

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from lance_device.lanes import side_by_side
 from lance_edge.errors import ArtifactError, Interrupted, PlatformError
 from lance_edge.graph_check import check_graph
-from lance_edge.manifest import BATCH_DIM, TensorSpec, batch_multiple
+from lance_edge.manifest import TensorSpec, batch_multiple
+from lance_edge.names import BATCH_DIM
 
 Array = NDArray[Any]
 
@@ -142,8 +143,11 @@ class Graph:
         """The file's own key-value pairs."""
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
-    def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, values: Mapping[str, Array], only: Sequence[str] = ()) -> dict[str, Array]:
         """All outputs by name; takes from `values` exactly the declared inputs.
+
+        Args:
+            only: these outputs, if not all are wanted.
 
         Raises:
             ArtifactError: if an input is missing or does not fit.
@@ -158,7 +162,8 @@ class Graph:
             )
         feeds = {name: values[name] for name in self.inputs}
         try:
-            outputs = dict(zip(self.outputs, self._fetch(feeds), strict=True))
+            names = only or self.outputs
+            outputs = dict(zip(names, self._fetch(feeds, names), strict=True))
         except Exception as error:
             if _run_options().terminate:
                 raise Interrupted("stopped on request") from None
@@ -187,8 +192,8 @@ class Graph:
                         " rebuild the package with lance-host"
                     )
 
-    def _fetch(self, feeds: Mapping[str, Array]) -> Sequence[Array]:
-        return self._session.run(list(self.outputs), dict(feeds), _run_options())  # type: ignore[no-any-return]
+    def _fetch(self, feeds: Mapping[str, Array], names: Sequence[str]) -> Sequence[Array]:
+        return self._session.run(list(names), dict(feeds), _run_options())  # type: ignore[no-any-return]
 
 
 def fits(value: Array, spec: TensorSpec, dims: dict[str, int]) -> bool:

@@ -4,15 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from lance_edge.errors import ArtifactError
-from lance_edge.files import file_digest
 from lance_edge.signature import fingerprint, message, no_cryptography, read_signature, signature_path
 
 
-def require_signature(package: Path, public_key: Path) -> None:
-    """Check `package.sig` against the package's bytes and a public key in PEM.
+def signed_digest(package: Path, public_key: Path) -> str:
+    """Check `package.sig` against a public key in PEM.
+
+    Returns:
+        the SHA-256 that the package must have: whoever opens it compares (`Bundle`, `classifier.from_onnx`), so
+        that no other file can take its place in between.
 
     Raises:
-        ArtifactError: if package, signature and key do not belong together, or one is missing.
+        ArtifactError: if signature and key do not belong together, or one is missing.
         PlatformError: if the extra is not installed.
     """
     key = _read_key(public_key)
@@ -22,11 +25,7 @@ def require_signature(package: Path, public_key: Path) -> None:
     if not _is_signed(key, signature.signature, message(signature.package_sha256)):
         by = "" if signature.key == own else f": it says {signature.key}, this key is {own}"
         raise ArtifactError(f"{path}: not signed with {public_key}{by}; do not use this package")
-    if _digest(package) != signature.package_sha256:
-        raise ArtifactError(
-            f"{package}: not the package that was signed (expected sha256 {signature.package_sha256[:12]}...);"
-            " it was changed or damaged: copy it again, with its signature"
-        )
+    return signature.package_sha256
 
 
 def _is_signed(key: Any, signature: bytes, data: bytes) -> bool:
@@ -37,15 +36,6 @@ def _is_signed(key: Any, signature: bytes, data: bytes) -> bool:
     except InvalidSignature:
         return False
     return True
-
-
-def _digest(package: Path) -> str:
-    try:
-        return file_digest(package).hexdigest()
-    except OSError as error:
-        raise ArtifactError(
-            f"{package}: cannot open the package ({error.strerror}); make one with lance-host calibrate"
-        ) from None
 
 
 def _read_key(path: Path) -> Any:

@@ -26,7 +26,8 @@ from lance_device.step_graphs import (
     total_bytes,
 )
 from lance_edge.bundle import Bundle
-from lance_edge.manifest import LABELS, LOGITS, Variant
+from lance_edge.manifest import Variant
+from lance_edge.names import LABELS, LOGITS
 from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]
@@ -152,7 +153,7 @@ class StreamedStep:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A micro-batch between forward and backward."""
+    """A micro-batch between forward and backward; `fed` are its labels and seeds of dropout."""
 
     rows: slice
     fed: dict[str, NDArray[np.int64]]

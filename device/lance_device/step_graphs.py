@@ -13,7 +13,8 @@ from lance_device.numerics import check_gradients, finite_loss
 from lance_device.session import Array, Graph
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ArtifactError
-from lance_edge.manifest import LOGITS, LOSS, SCALE, TARGET_ON, Variant, gradient_name
+from lance_edge.manifest import Variant
+from lance_edge.names import LOGITS, LOSS, SCALE, TARGET_ON, gradient_name
 from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]

@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 
 from lance_device.evaluate import Evaluation
+from lance_device.next_task import NextTask
 from lance_device.predict import Prediction
 from lance_device.run_log import TrainResult
-from lance_device.units import duration, percent, size
+from lance_edge.accuracy_matrix import AccuracyMatrix
+from lance_edge.units import duration, percent, size
 
 
 def result_table(result: TrainResult) -> str:
@@ -74,16 +76,41 @@ def evaluation_json(evaluation: Evaluation, classes: tuple[str, ...], part: str)
     }
 
 
+def next_task_table(made: NextTask) -> str:
+    """By layer: how much of its inputs is protected now, and the ranks that the next task trains with."""
+    learned = made.memory.tasks[-1]
+    width = max(len(plan.layer) for plan in made.plans)
+    lines = [f"{learned.name} is protected to {percent(learned.threshold)} of its energy"]
+    for plan in made.plans:
+        layer = made.memory.layers[plan.layer]
+        of = f"{sum(layer.ranks)} of {layer.groups * layer.dimension} dimensions"
+        ranks = "none left" if plan.layer in made.used_up else f"ranks {' x '.join(map(str, plan.ranks))}"
+        lines.append(f"  {plan.layer:<{width}}  {of} ({percent(layer.used)}), {ranks}")
+    return "\n".join(lines)
+
+
+def matrix_table(matrix: AccuracyMatrix) -> str:
+    """What is still known of each task, and the figures of `accuracy_matrix.csv`."""
+    if not matrix.rows:
+        return "accuracy matrix: nothing measured yet"
+    known = zip(matrix.tasks, matrix.rows[-1].accuracies, strict=True)
+    figures = [f"{name.upper().replace('_', ' ')} {percent(value)}" for name, value in matrix.figures.items()]
+    tasks = ", ".join(f"{task} {percent(accuracy)}" for task, accuracy in known)
+    return f"after {matrix.tasks[-1]}: {tasks}\n{', '.join(figures)}"
+
+
 def prediction_line(prediction: Prediction) -> str:
     """`photos/a.jpg  cat 97.3 %  dog 2.1 %`."""
     ranking = "  ".join(f"{name} {percent(probability)}" for name, probability in prediction.ranking)
-    return f"{_printable(prediction.file)}  {ranking}"
+    task = "" if prediction.task is None else f"{prediction.task}: "
+    return f"{_printable(prediction.file)}  {task}{ranking}"
 
 
 def prediction_json(prediction: Prediction) -> dict[str, object]:
     """The same as data."""
     ranking = [{"class": name, "probability": probability} for name, probability in prediction.ranking]
-    return {"file": _printable(prediction.file), "predictions": ranking}
+    task = {} if prediction.task is None else {"task": prediction.task}
+    return {"file": _printable(prediction.file), **task, "predictions": ranking}
 
 
 def _printable(file: Path) -> str:

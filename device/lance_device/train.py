@@ -16,17 +16,18 @@ from lance_device.features import Batch, Features, Unmetered
 from lance_device.graphs import load_graph, load_prefix
 from lance_device.keeper import Keeper
 from lance_device.live import Reporter
-from lance_device.measure import PhaseCost, PhaseMeter
+from lance_device.measure import PhaseMeter
 from lance_device.numerics import MOST_IN_A_ROW, RATE_FACTORS
 from lance_device.optimizer import SGD
 from lance_device.pace import Pacer
 from lance_device.probe import HealthProbe, MemoryProbe
 from lance_device.progress import history_row, step_view
+from lance_device.protect import warning_of
 from lance_device.run_data import Absentees, open_images
 from lance_device.run_folder import RunFolder
 from lance_device.run_log import RunLog, TrainResult
 from lance_device.run_setup import Run, TrainRequest, check_request, make_checkpoint, open_run
-from lance_device.schedule import SCHEDULES
+from lance_device.schedule import PLATEAU, SCHEDULES
 from lance_device.session import interrupt_graphs
 from lance_device.step import TrainingStep, training_step
 from lance_device.step_graphs import StepOutcome
@@ -42,7 +43,8 @@ from lance_edge.errors import (
     StorageError,
 )
 from lance_edge.images import Part
-from lance_edge.manifest import LOGITS
+from lance_edge.names import LOGITS
+from lance_edge.profiles import HistoryRow
 from lance_edge.screening import steady
 
 Float = NDArray[np.float32]
@@ -57,7 +59,10 @@ def train(request: TrainRequest, reporter: Reporter) -> TrainResult:
         LanceError: of the kind that fits; all but `StorageError` leave the last complete step in `last.npz`, or
             say that memory ran out while a step was applied, so that it holds an earlier one.
     """
-    with Bundle(request.artifact) as bundle, RunFolder(request.out).held(create=not request.resume):
+    with (
+        Bundle(request.artifact, request.signed_sha256) as bundle,
+        RunFolder(request.out).held(create=not request.resume),
+    ):
         check_request(request, bundle)
         dataset, skipped = open_images(request, bundle, reporter.note)
         absentees = Absentees(reporter.note)
@@ -122,9 +127,10 @@ class Training:
         self._announce()
         try:
             self._evaluate_if_due(stop)  # a run that was stopped while it evaluated
-            while self._run.progress.step < self._run.total_steps:
+            while not self._run.is_complete:
                 self._train_step(stop)
                 self._evaluate_if_due(stop)
+                self._keeper.keep_copy_if_due()
                 self._keeper.save_if_due()
                 self._pause_if_owed(stop)
             self._keeper.save()
@@ -150,8 +156,10 @@ class Training:
             f" {len(dataset.validation)} validation, {len(dataset.test)} test images;"
             f" {self._run.total_steps} steps of {self._run.stream.batch_size}"
         )
-        if self._run.memory is not None:
-            self._reporter.note(str(self._run.memory))
+        forgetting = warning_of(self._bundle.manifest, self._run.variant, self._run.protection)
+        for text in (self._run.memory, forgetting):
+            if text is not None:
+                self._reporter.note(str(text))
         asked, batch = self._request.values.get("micro_batch"), self._run.stream.batch_size
         if asked is not None and asked > batch:
             self._reporter.note(f"micro-batch {batch}: a batch has no more images than that")
@@ -171,6 +179,8 @@ class Training:
         try:
             outcome = self._step.run(batch, run.options.micro_batch, self._meter, stop.check)
             with self._meter.phase("update"):
+                if run.protection is not None:
+                    run.protection.project(outcome.gradients)
                 update = (run.parameters, run.velocity, outcome.gradients, self._learning_rate(number))
                 self._sgd.prepare(*update)
             codec_state = self._step.state()
@@ -179,14 +189,14 @@ class Training:
                 raise self._explain(error) from None
             with self._keeper.changing():
                 outcome = self._skip(error)
-                costs = self._count(outcome, computed)
+                self._count(outcome, computed)
         else:
             with self._keeper.changing():
                 with self._meter.phase("update"):
                     self._sgd.apply(*update)
                 run.codec_state, run.progress.skipped_in_a_row = codec_state, 0
-                costs = self._count(outcome, computed)
-        self._reporter.step(step_view(run, self._log, outcome, costs["step"]))
+                self._count(outcome, computed)
+        self._reporter.step(step_view(run, self._log))
 
     def _skip(self, error: NumericalError) -> StepOutcome:
         """Leave weights and momentum as they are and go on, as the options say."""
@@ -202,7 +212,7 @@ class Training:
         return StepOutcome(math.nan, 0, {}, 0)
 
     def _pause_if_owed(self, stop: StopRequest) -> None:
-        if self._pacer.owes_pause() and self._run.progress.step < self._run.total_steps:
+        if self._pacer.owes_pause() and not self._run.is_complete:
             with self._meter.phase("pause"):
                 self._pacer.pause(stop.check)
             self._log.pause(self._meter.take("pause"))
@@ -210,9 +220,9 @@ class Training:
     def _learning_rate(self, step: int) -> float:
         options = self._run.options
         rate = SCHEDULES[options.schedule](options.lr, step, self._run.total_steps)
-        return rate * self._run.progress.rate_factor
+        return rate * self._run.progress.rate_factor * self._run.progress.plateau.factor
 
-    def _count(self, outcome: StepOutcome, computed: int) -> dict[str, PhaseCost]:
+    def _count(self, outcome: StepOutcome, computed: int) -> None:
         """Take the step into progress and rows, so that all belongs together again; what it cost."""
         progress, stream = self._run.progress, self._run.stream
         progress.step += 1
@@ -222,9 +232,7 @@ class Training:
             progress.correct += outcome.correct
             progress.samples += stream.batch_size
         progress.seconds = self._log.seconds()
-        costs = self._meter.take_step()
-        self._log.step(outcome, costs, cached=self._features.computed == computed)
-        return costs
+        self._log.step(outcome, self._meter.take_step(), cached=self._features.computed == computed)
 
     def _evaluate_if_due(self, stop: StopRequest) -> None:
         progress, stream, every = self._run.progress, self._run.stream, self._run.options.eval_every
@@ -247,10 +255,22 @@ class Training:
             progress.evaluated_step = progress.step
             progress.loss_sum, progress.correct, progress.samples = 0.0, 0, 0
             progress.seconds = self._log.seconds()
+            self._look_for_plateau(row)
             self._log.evaluation(row, samples, self._meter.take("eval"), cached)
         if row.best:
             self._keeper.remember_best(row)
         self._reporter.epoch(row)
+
+    def _look_for_plateau(self, row: HistoryRow) -> None:
+        options, plateau = self._run.options, self._run.progress.plateau
+        if options.schedule != PLATEAU:
+            return
+        factor = plateau.factor
+        loss = row.train_loss if row.validation_loss is None else row.validation_loss
+        plateau.observe(loss, options.lr, options.patience, options.min_lr)
+        if plateau.is_over or plateau.factor < factor:
+            what = "the run ends here" if plateau.is_over else f"learning rate {options.lr * plateau.factor:g}"
+            self._reporter.note(f"no lower loss in {options.patience} epochs: {what}")
 
     def _evaluate_part(self, part: Part, before_each: Callable[[], None]) -> Evaluation | None:
         return evaluate(self._logits, part, self._run.options.micro_batch, before_each)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lance_edge.accounting import bp_activation_bytes, factored_activation_bytes
 from lance_edge.counts import parse_bytes
 from lance_edge.errors import LanceError
 from lance_edge.manifest import Layer
-from lance_host.accounting import bp_activation_bytes, factored_activation_bytes
 from lance_host.error_table import Candidate
 from lance_host.perplexity import SEARCHES, SearchResult
 from lance_host.ranks import Ranks

@@ -10,31 +10,25 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from lance_edge import __version__
-from lance_edge.bundle import describe, npz_bytes, write_bundle
 from lance_edge.datasets import Dataset, open_dataset
-from lance_edge.errors import ModelError
+from lance_edge.errors import LanceError, ModelError
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import (
-    PROJECTIONS_MEMBER,
-    SCHEMA_VERSION,
-    SPECTRA_MEMBER,
-    WEIGHTS_MEMBER,
-    InputSpec,
-    Manifest,
-    TensorSpec,
-    projection_name,
-)
+from lance_edge.input_spec import InputSpec
+from lance_edge.manifest import Manifest
+from lance_edge.memory import LayerMemory
+from lance_edge.moments import Moments
+from lance_edge.protected_spectra import layer_spectra_of
 from lance_edge.screening import steady
 from lance_host.autodiff.emit import Emit
 from lance_host.budget import check_budget
-from lance_host.calibrate import calibration_batches, choose_batch_size, layer_spectra
+from lance_host.calibrate import calibration_batches, choose_batch_size, layer_moments, layer_spectra
 from lance_host.capture import Captured, capture_layers, clone_of_evaluation, export
 from lance_host.compile import Compiled, compile_variant, serialise
-from lance_host.hosvd import Spectrum
 from lance_host.layer_nodes import geometry, input_of
 from lance_host.methods import METHODS
 from lance_host.network import Network, load_network
+from lance_host.package import Plan, Spectra, Tasks, cut_projections, network_weights, write_package
+from lance_host.past import settle_task_name
 from lance_host.rank_choice import GradientBatches, RankChoice, choose_ranks, energy_of
 from lance_host.request import Feedback, Request, check
 from lance_host.shapes import infer_specs
@@ -46,7 +40,6 @@ from lance_host.verify import Samples, check_samples_apart, verify_on_any
 VERIFY_IMAGES = 8  # a set; U0 has no rows for more than a batch
 VERIFY_SETS = 3
 JUDGING_BATCHES = 4  # that a budget's gradients are measured on; each takes a pass through PyTorch
-Spectra = Mapping[str, Sequence[Spectrum]]
 
 
 def calibrate(request: Request, feedback: Feedback) -> Manifest:
@@ -56,7 +49,7 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
         LanceError: with nothing written, for anything that the request, images or network do not allow.
     """
     check(request)
-    dataset = steady(open_dataset(request.data, request.split), feedback.say_bad_image)
+    dataset = open_images(request, feedback)
     network = load_network(
         request.network, len(dataset.classes), feedback.say, feedback.download, dataset.array_shape
     )
@@ -73,9 +66,22 @@ def calibrate(request: Request, feedback: Feedback) -> Manifest:
     spectra, batches = measure_spectra(request, network, captured[-1], dataset, order, feedback)
     ranks = select_ranks(request, network, captured, spectra, dataset, judging, feedback)
     variants = share(compile_variants(request, captured, ranks, spectra, batch_size, feedback))
-    verify_variants(network, captured, variants, spectra, dataset, batch_size, feedback)
+    samples = verification_samples(dataset, network.preprocessing, min(VERIFY_IMAGES, batch_size))
+    verify_variants(network, captured, variants, spectra, samples, feedback)
 
-    return write_package(request, network, captured[-1], dataset, spectra, variants, batch_size, batches)
+    plan = Plan(network, captured[-1], dataset.classes, spectra, variants, batch_size, batches)
+    return write_package(request, plan, Tasks(settle_task_name(request.task, request.data, ())))
+
+
+def open_images(request: Request, feedback: Feedback) -> Dataset:
+    """The user's data, with a stand-in for each image that cannot be read.
+
+    Raises:
+        DataError: if there are none.
+    """
+    if request.data is None:
+        raise LanceError("--data: expected class folders or an .npz, found nothing; say where the images are")
+    return steady(open_dataset(request.data, request.split), feedback.say_bad_image)
 
 
 def choose_batch(request: Request, dataset: Dataset, feedback: Feedback) -> int:
@@ -132,6 +138,14 @@ def measure_spectra(
     if not captured.layers or request.methods == ("bp",):
         return {}, 0
     batch_size = order.shape[1]
+    if request.mode == "patch":
+        moments = measure_moments(request, network, captured, dataset, order, {}, feedback)
+        return {
+            layer.name: layer_spectra_of(
+                layer, request.mode, batch_size, moments[layer.name], None, request.energy
+            )
+            for layer in captured.layers
+        }, len(order)
     feedback.say(f"calibration: {len(order)} batches of {batch_size} training images")
     model, taps = tap_inputs(captured, network_weights(network))
     spectra = layer_spectra(
@@ -144,6 +158,36 @@ def measure_spectra(
         lambda done: feedback.progress("calibrate", done, len(order)),
     )
     return spectra, len(order)
+
+
+def measure_moments(
+    request: Request,
+    network: Network,
+    captured: Captured,
+    dataset: Dataset,
+    order: NDArray[np.int64],
+    memory: Mapping[str, LayerMemory],
+    feedback: Feedback,
+) -> dict[str, Moments]:
+    """The second moments of every trainable layer's input, for patch mode and continual learning.
+
+    Args:
+        order: of the images, `[batches, B]`.
+        memory: what earlier tasks need, by layer.
+    """
+    feedback.say(f"calibration: {len(order)} batches of {order.shape[1]} training images")
+    model, taps = tap_inputs(captured, network_weights(network))
+    return layer_moments(
+        serialise(model, "calibration"),
+        taps,
+        captured.layers,
+        request.mode,
+        memory,
+        _load(order, dataset.train, network.preprocessing),
+        order.shape[1],
+        request.threads or os.cpu_count() or 1,
+        lambda done: feedback.progress("calibrate", done, len(order)),
+    )
 
 
 def _load(order: NDArray[np.int64], part: Part, preprocessing: InputSpec) -> Iterator[NDArray[np.float32]]:
@@ -164,11 +208,6 @@ def tap_inputs(
     }
     model = extract(copy.model, [copy.images], list(dict.fromkeys(inputs.values())), infer_specs(copy.model))
     return model, {name: str(value.name) for name, value in inputs.items()}
-
-
-def network_weights(network: Network) -> dict[str, NDArray[np.generic]]:
-    """The state dict as arrays."""
-    return {name: tensor.detach().numpy() for name, tensor in network.module.state_dict().items()}
 
 
 def select_ranks(
@@ -213,7 +252,11 @@ def compile_variants(
     for number, (method, one) in enumerate(wanted, start=1):
         ranks, budget = choice.get((method, len(one.layers)), {}), request.budgets.get(method)
         energy = energy_of(request, method)
-        compiled.append(compile_variant(one, method, ranks, spectra, batch_size, energy, budget))
+        compiled.append(
+            compile_variant(
+                one, method, ranks, spectra, batch_size, energy, budget, request.mode, request.any_rank
+            )
+        )
         if len(wanted) > len(METHODS):  # it takes a moment then
             feedback.progress("compile", number, len(wanted))
     return tuple(compiled)
@@ -224,18 +267,16 @@ def verify_variants(
     captured: Sequence[Captured],
     variants: Sequence[Compiled],
     spectra: Spectra,
-    dataset: Dataset,
-    batch_size: int,
+    samples: Sequence[Samples],
     feedback: Feedback,
 ) -> None:
     """Refuse to ship graphs that do not train as PyTorch does."""
-    samples = verification_samples(dataset, network.preprocessing, min(VERIFY_IMAGES, batch_size))
     weights, largest = network_weights(network), cut_projections(variants, spectra)
     selections = {len(one.layers): one for one in captured}
     worst: dict[str, float] = {}
     for done, compiled in enumerate(variants, start=1):
         variant = compiled.variant
-        own = {name: largest[name][:, :rank] for name, rank in variant.projection_ranks.items()}
+        own = {name: largest[name][..., :rank] for name, rank in variant.projection_ranks.items()}
         chosen = selections[len(variant.layers)]
         error = verify_on_any(samples, network.module, chosen.layers, compiled, weights, own, chosen.norms)
         worst[variant.method] = max(error, worst.get(variant.method, 0.0))
@@ -250,64 +291,3 @@ def verification_samples(dataset: Dataset, preprocessing: InputSpec, number: int
     spread = np.linspace(0, len(dataset.train) - 1, number).astype(np.int64)
     sets = [(spread + shift) % len(dataset.train) for shift in range(VERIFY_SETS)]
     return [(load_batch(dataset.train, rows, preprocessing), dataset.train.labels[rows]) for rows in sets]
-
-
-def cut_projections(variants: Sequence[Compiled], spectra: Spectra) -> dict[str, NDArray[np.float32]]:
-    """`<layer>/U<mode>` at the largest rank that any variant chose; a smaller one is its leading columns."""
-    ranks: dict[str, int] = {}
-    for compiled in variants:
-        for name, rank in compiled.variant.projection_ranks.items():
-            ranks[name] = max(rank, ranks.get(name, 0))
-    return {
-        projection_name(layer, mode): spectrum.projection(ranks[projection_name(layer, mode)])
-        for layer, modes in spectra.items()
-        for mode, spectrum in enumerate(modes)
-        if projection_name(layer, mode) in ranks
-    }
-
-
-# --- package ------------------------------------------------------------------------------------------
-
-
-def write_package(
-    request: Request,
-    network: Network,
-    captured: Captured,
-    dataset: Dataset,
-    spectra: Spectra,
-    variants: Sequence[Compiled],
-    batch_size: int,
-    batches: int,
-) -> Manifest:
-    """Assemble manifest and members, and write the tar."""
-    contents = {name: data for compiled in variants for name, data in compiled.members.items()}
-    weights = network_weights(network)
-    eigenvalues = {
-        f"{name}/eigenvalues{i}": s.eigenvalues for name, modes in spectra.items() for i, s in enumerate(modes)
-    }
-    contents |= {
-        WEIGHTS_MEMBER: npz_bytes(weights),
-        PROJECTIONS_MEMBER: npz_bytes(cut_projections(variants, spectra)),
-        SPECTRA_MEMBER: npz_bytes(eigenvalues),
-    }
-    trained = [str(value.name) for value in captured.parameters]
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        created_by=f"lance-edge {__version__}",
-        model=network.name,
-        weights_source=network.weights_source,
-        classes=dataset.classes,
-        preprocessing=network.preprocessing,
-        split=request.split,
-        seed=request.seed,
-        mode="channel",
-        energy=request.energy,
-        batch_size=batch_size,
-        calibration_batches=batches,
-        parameters=tuple(TensorSpec(name, weights[name].shape, "float32") for name in trained),
-        layers=captured.layers,
-        variants=tuple(compiled.variant for compiled in variants),
-        members=tuple(describe(name, data) for name, data in contents.items()),
-    )
-    write_bundle(request.output, manifest, contents)
-    return manifest

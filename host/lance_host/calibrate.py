@@ -1,13 +1,17 @@
 """Phase I, the runs: which images to calibrate on, and the spectra of the trainable layers' inputs."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lance_edge.errors import DataError, LanceError, ModelError, NumericalError
-from lance_edge.manifest import IMAGES
+from lance_edge.calibration_order import calibration_batches as calibration_batches
+from lance_edge.errors import DataError, ModelError, NumericalError
+from lance_edge.manifest import Layer, Mode
+from lance_edge.memory import LayerMemory
+from lance_edge.moments import LayerMoments, Moments
+from lance_edge.names import IMAGES
 from lance_host.hosvd import ModeCovariances, Spectrum
 from lance_host.runtime import open_session
 
@@ -37,30 +41,6 @@ def choose_batch_size(train_images: int, requested: int | None) -> int:
     return requested
 
 
-def calibration_batches(train_images: int, batch_size: int, requested: int, seed: int) -> NDArray[np.int64]:
-    """Indices of the images of each calibration batch, `[N, B]`; `len()` says how many there are.
-
-    N is `requested`, or as many full batches as one pass over a seeded permutation gives: no image is
-    used twice, and the remainder of the permutation is left out (of calibration only).
-
-    Raises:
-        LanceError: if fewer than one batch is requested.
-        DataError: if there are fewer images than one batch.
-    """
-    if requested < 1:
-        raise LanceError(
-            f"calibration batches: expected at least 1, found {requested}; the usual number is 100"
-        )
-    if not 1 <= batch_size <= train_images:
-        raise DataError(
-            f"calibration: expected a batch size from 1 to the {train_images} training images,"
-            f" found {batch_size}; ask for a smaller one"
-        )
-    number = min(requested, train_images // batch_size)
-    order = np.random.default_rng(seed).permutation(train_images).astype(np.int64)
-    return order[: number * batch_size].reshape(number, batch_size)
-
-
 def layer_spectra(
     model: bytes,
     taps: Mapping[str, str],
@@ -88,15 +68,67 @@ def layer_spectra(
         DataError: if there is no batch, or one has another size than B.
         NumericalError: if a layer's input is not finite.
     """
-    runner = _Runner(model, taps, shapes, batch_size, threads)
+    # Keyed by tensor: what several layers share is computed once.
+    covariances = {tensor: ModeCovariances((batch_size, *shapes[layer])) for layer, tensor in taps.items()}
+    sinks = {tensor: [one] for tensor, one in covariances.items()}
+    run_taps(TapRunner(model, taps, shapes, batch_size, threads, sinks), batches, progress)
+    done = {tensor: covariance.spectra() for tensor, covariance in covariances.items()}
+    return {layer: done[tensor] for layer, tensor in taps.items()}
+
+
+def layer_moments(
+    model: bytes,
+    taps: Mapping[str, str],
+    layers: Sequence[Layer],
+    mode: Mode,
+    memory: Mapping[str, LayerMemory],
+    batches: Iterable[NDArray[np.float32]],
+    batch_size: int,
+    threads: int,
+    progress: Callable[[int], None],
+) -> dict[str, Moments]:
+    """The second moments of every layer's input by mode, for patch mode and for continual learning.
+
+    Args:
+        memory: by layer, what the modes beside the protected one are without; may be empty.
+
+    Raises:
+        ModelError, DataError, NumericalError: as `layer_spectra`.
+    """
+    found = {one.name: LayerMoments(one, mode, batch_size, memory.get(one.name)) for one in layers}
+    sinks: dict[str, list[Sink]] = {tensor: [] for tensor in taps.values()}
+    for name, moments in found.items():
+        sinks[taps[name]].append(moments)
+    shapes = {layer.name: layer.input_shape for layer in layers}
+    run_taps(TapRunner(model, taps, shapes, batch_size, threads, sinks), batches, progress)
+    return {name: moments.moments() for name, moments in found.items()}
+
+
+def run_taps(
+    runner: "TapRunner", batches: Iterable[NDArray[np.float32]], progress: Callable[[int], None]
+) -> None:
+    """All batches through the network.
+
+    Raises:
+        DataError: if there is none.
+    """
+    number = 0
     for number, images in enumerate(batches, start=1):
         runner.add(images, number)
         progress(number)
-    return runner.spectra()
+    if not number:
+        raise DataError("calibration: expected at least one full batch of images, found none; add images")
 
 
-class _Runner:
-    """One pass over the batches: a session, a buffer and the covariances per tapped tensor."""
+class Sink(Protocol):
+    """What takes whole batches of a layer's input."""
+
+    def add(self, activation: NDArray[np.float32], /) -> None:
+        """Take one, `[B, ...]`; the array is written to again afterwards."""
+
+
+class TapRunner:
+    """One pass over the batches: a session, and a buffer for each tapped tensor."""
 
     def __init__(
         self,
@@ -105,18 +137,21 @@ class _Runner:
         shapes: Mapping[str, tuple[int, ...]],
         batch_size: int,
         threads: int,
+        sinks: Mapping[str, Sequence[Sink]],
     ) -> None:
-        self.taps = taps
-        self.batch_size = batch_size
+        self.batch_size, self.sinks = batch_size, sinks
         self.session = open_session(model, threads)
         _require_outputs(self.session, taps)
-        # Keyed by tensor, not by layer: what several layers share is computed once, under one's name.
         self.layers = {tensor: layer for layer, tensor in taps.items()}
         sizes = {tensor: (batch_size, *shapes[layer]) for tensor, layer in self.layers.items()}
         self.buffers = {tensor: np.empty(size, np.float32) for tensor, size in sizes.items()}
-        self.covariances = {tensor: ModeCovariances(size) for tensor, size in sizes.items()}
 
     def add(self, images: NDArray[np.float32], number: int) -> None:
+        """Run a batch `[B, 3, R, R]`, its number from 1, and hand the tapped tensors on.
+
+        Raises:
+            ModelError, DataError, NumericalError: see `layer_spectra`.
+        """
         if len(images) != self.batch_size:
             raise DataError(
                 f"calibration batch {number}: expected {self.batch_size} images, found {len(images)};"
@@ -130,7 +165,8 @@ class _Runner:
                     f"calibration batch {number}, input of {self.layers[tensor]}: expected finite values, found"
                     " NaN or infinity; check the weights and the preprocessing"
                 )
-            self.covariances[tensor].add(buffer)
+            for sink in self.sinks[tensor]:
+                sink.add(buffer)
 
     def _run_chunk(self, images: NDArray[np.float32], start: int) -> None:
         """Run one chunk and put the tapped tensors into their rows of the batch."""
@@ -144,12 +180,6 @@ class _Runner:
                     f" {part.shape[1:]}; the network was exported at another resolution than its layers say"
                 )
             rows[...] = part
-
-    def spectra(self) -> dict[str, tuple[Spectrum, ...]]:
-        if any(covariance.count == 0 for covariance in self.covariances.values()):
-            raise DataError("calibration: expected at least one full batch of images, found none; add images")
-        done = {tensor: covariance.spectra() for tensor, covariance in self.covariances.items()}
-        return {layer: done[tensor] for layer, tensor in self.taps.items()}
 
 
 def _require_outputs(session: Any, taps: Mapping[str, str]) -> None:

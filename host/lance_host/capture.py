@@ -17,7 +17,8 @@ from onnx_ir.passes import common as passes
 from onnxscript import optimizer
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, TARGET_OFF, TARGET_ON, Layer
+from lance_edge.manifest import Layer
+from lance_edge.names import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, SCALE, TARGET_OFF, TARGET_ON
 from lance_host.autodiff.dropout import drop_nothing, seed_dropouts
 from lance_host.autodiff.emit import Emit, static_dims
 from lance_host.extras import NOTHING_MORE, Extras, extra_parameters
@@ -38,8 +39,9 @@ class Captured:
     over the micro-batch) and `logits`; `seed` is the gradient of the batch's mean loss with respect to the
     logits.  `nodes` are those of the trainable layers, `parameters` the trainable inputs in the order weights
     (module order), head weight, head bias, and the `extras`: biases, affine of norms.  `norms` has
-    for each layer whose trained norm is folded into it the norm's name.  `targets` are the inputs that say what
-    the target of each class is; `seeds` those that say what is dropped, where anything is.
+    for each layer whose trained norm is folded into it the norm's name.  `head` names the parameters of the
+    classifier that are among the trainable ones.  `targets` are the inputs that say what the target of each
+    class is; `seeds` those that say what is dropped, where anything is.
     """
 
     model: ir.Model
@@ -48,6 +50,7 @@ class Captured:
     nodes: tuple[ir.Node, ...]
     norms: dict[str, str]
     extras: frozenset[str]
+    head: tuple[str, ...]
     parameters: tuple[ir.Value, ...]
     labels: ir.Value
     targets: tuple[ir.Value, ...]
@@ -130,8 +133,9 @@ def capture_layers(
     graph = model.graph
     nodes = [find_node(graph, name) for name in layers]
     names = [f"{name}.weight" for name in layers]
-    if head is not None:
-        names += [name for name in (f"{head}.weight", f"{head}.bias") if name in graph.initializers]
+    possible = () if head is None else (f"{head}.weight", f"{head}.bias")
+    of_head = tuple(name for name in possible if name in graph.initializers)
+    names += of_head
     more = extra_parameters(graph, layers, names, extras)
     names += more
     norms = fold_batch_norm(model, frozenset(names))
@@ -148,6 +152,7 @@ def capture_layers(
         nodes=tuple(nodes),
         norms=norms,
         extras=frozenset(more),
+        head=of_head,
         parameters=parameters,
         labels=labels,
         targets=targets,
@@ -266,7 +271,7 @@ def _append_loss(
     graph.inputs.extend([labels, on, off, scale])
     emit = Emit(graph, "loss/")
     log_probabilities = emit("LogSoftmax", logits, axis=-1)
-    depth, off_on = emit.constant([classes]), emit.constant(np.array([0, 1], np.float32))
+    depth, off_on = emit("Shape", on), emit.constant(np.array([0, 1], np.float32))  # any number of classes
     target = emit("Add", emit("Mul", emit("OneHot", labels, depth, off_on), on), off)  # [N, classes]
     loss = emit("Neg", emit("ReduceSum", emit("Mul", log_probabilities, target), keepdims=0))
     loss.name = LOSS

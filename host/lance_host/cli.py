@@ -6,10 +6,14 @@ import click
 
 from lance_edge import __version__
 from lance_edge.errors import LanceError
+from lance_host.cli_benchmark import continual
 from lance_host.cli_calibrate import calibrate, layers
+from lance_host.cli_continual import memory
 from lance_host.cli_export import export_ort
 from lance_host.cli_keys import keygen, sign
 from lance_host.cli_package import inspect, merge, sample_data
+from lance_host.cli_report import report
+from lance_host.cli_reproduce import reproduce
 
 
 class Commands(click.Group):
@@ -39,6 +43,8 @@ def cli() -> None:
     lance-host calibrate --model mcunet --data photos/ --layers 4 -o pkg.tar
     scp pkg.tar pi:            # and on the board:  lance-device train --artifact pkg.tar ...
     lance-host merge --artifact pkg.tar --checkpoint run/last.npz -o finetuned.pth
+    lance-host report run/ -o report.html
+    lance-host reproduce theory
 
     \b
     Exit codes: 0 done; 2 wrong command line; 3 package, 4 checkpoint, 5 data, 6 network or 8 disk cannot be
@@ -46,5 +52,9 @@ def cli() -> None:
     """
 
 
-for command in (calibrate, layers, inspect, merge, keygen, sign, sample_data, export_ort):
+COMMANDS = (
+    *(calibrate, layers, inspect, merge, report, reproduce, keygen, sign, sample_data, export_ort),
+    *(memory, continual),
+)
+for command in COMMANDS:
     cli.add_command(command)

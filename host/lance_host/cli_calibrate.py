@@ -1,25 +1,19 @@
 """`lance-host calibrate` and `layers`: from a network to a package."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lance_edge.errors import LanceError
-from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers
+from lance_edge.manifest import MODES
+from lance_host.cli_continual import DEFAULT_METHODS, next_task_options, past_of
+from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progress_bars
 
 
 @click.command()
 @MODEL
-@click.option(
-    "--data",
-    type=FILE,
-    required=True,
-    help="Class folders (photos/<class>/*.jpg, or train/ and test/) or .npz.",
-)
+@click.option("--data", type=FILE, help="Class folders (photos/<class>/*.jpg, or train/ and test/) or .npz.")
 @click.option(
     "-o", "--output", type=FILE, default=Path("pkg.tar"), show_default=True, help="The package to write."
 )
@@ -29,11 +23,9 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers
 )
 @click.option(
     "--layers",
-    default="4",
-    show_default=True,
     help="Train the last K layers (convolutions and linear ones) and the head; 0: head only; conv:K, linear:K,"
     " pointwise:K: of this kind (pointwise: not depthwise); names and globs such as 'layer4.*,layer3.1.conv2';"
-    " all. With several counts (1-10, or 2,4) the device chooses one.",
+    " all. With several counts (1-10, or 2,4) the device chooses one. Default: 4, or those of the task before.",
 )
 @HEAD
 @click.option("--train-bias", is_flag=True, help="Train the biases of these layers as well.")
@@ -49,12 +41,23 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers
 )
 @click.option(
     "--methods",
-    default="lance,bp",
-    show_default=True,
-    help="Comma-separated, or all; the first is the device's default.",
+    help="Comma-separated, or all; the first is the device's default. Default: lance,bp; lance with --memory.",
 )
 @click.option(
-    "--energy", default=0.7, show_default=True, help="Share of the activations' variance that each mode keeps."
+    "--energy",
+    type=float,
+    help="Share of the activations' variance that each mode keeps.  Default: 0.7; 0.98 after an earlier task.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    help="Compress a convolution's channels, height and width, or its patches.  Default: patch after an earlier"
+    " task, else channel.",
+)
+@click.option(
+    "--any-rank",
+    is_flag=True,
+    help="With --mode patch: graphs of which lance-device next-task makes the next package on the board.",
 )
 @click.option(
     "--memory-budget",
@@ -83,8 +86,17 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers
 )
 @click.option("--seed", default=0, show_default=True, help="Calibration order, new head, random weights.")
 @click.option("--threads", type=int, help="For calibration. Default: all cores.")
+@click.option("--task-name", "task", help="Of what the package trains. Default: after --data.")
+@next_task_options
+@click.pass_context
 def calibrate(
-    methods: str, memory_budget: str | None, validation: float, split_seed: int, **options: Any
+    context: click.Context,
+    /,
+    methods: str | None,
+    memory_budget: str | None,
+    validation: float,
+    split_seed: int,
+    **options: Any,
 ) -> None:
     """Find the activations' subspaces, compile the training graphs, write one package.
 
@@ -95,10 +107,12 @@ def calibrate(
     lance-host calibrate --model mcunet --weights own.pth --data photos/ --layers 0 -o head.tar
     lance-host calibrate --model net.py:make --input-size 96 --data photos/ --layers 'stage4.*' -o own.tar
     lance-host calibrate --model mcunet --data photos/ --layers 1-10 --methods all -o bench.tar
+    lance-host calibrate --memory memory.npz --checkpoint run/last.npz --data next/ -o next.tar
     """
-    from lance_edge.manifest import Split
+    from lance_edge.input_spec import Split
     from lance_host.budget import parse_budget
     from lance_host.build import calibrate as build
+    from lance_host.continual import calibrate_next
     from lance_host.request import Feedback, Request
     from lance_host.selection import method_names
     from lance_host.tables import layer_table, saved_line
@@ -106,41 +120,21 @@ def calibrate(
     if not 0 <= validation < 1:
         raise LanceError(f"--validation: expected a share from 0 to below 1, found {validation}")
     split = Split(seed=split_seed, test_fraction=0.25, validation_fraction=validation)
-    names = method_names(methods)
+    past = past_of(options, is_model_given=_is_given(context, "model"))
+    names = method_names(methods or DEFAULT_METHODS[past is not None and past.memory is not None])
     budgets = {} if memory_budget is None else parse_budget(memory_budget, names)
-    with _progress() as progress:
-        manifest = build(
-            Request(methods=names, split=split, budgets=budgets, **options),
-            Feedback(say=click.echo, progress=progress),
-        )
+    request = Request(methods=names, split=split, budgets=budgets, after=past, **options)
+    with progress_bars() as progress:
+        feedback = Feedback(say=click.echo, progress=progress)
+        manifest = build(request, feedback) if past is None else calibrate_next(request, past, feedback)
     click.echo()
     click.echo(layer_table(manifest))
     click.echo(f"\n{saved_line(manifest)}")
     click.echo(f"wrote {options['output']} ({options['output'].stat().st_size / 2**20:.1f} MiB)")
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A bar per named piece of work: call it with (name, done, total)."""
-    bars: dict[str, Any] = {}
-
-    def show(name: str, done: int, total: int) -> None:
-        if total <= 0:
-            return  # a download that does not say how long it is
-        if name not in bars:
-            bars[name] = click.progressbar(length=total, label=name, file=sys.stderr)
-            bars[name].__enter__()
-        bar = bars[name]
-        bar.update(done - bar.pos)
-        if done >= total:
-            bar.__exit__(None, None, None)
-
-    try:
-        yield show
-    finally:
-        for bar in bars.values():
-            if not bar.finished:
-                bar.__exit__(None, None, None)
+def _is_given(context: click.Context, option: str) -> bool:
+    return context.get_parameter_source(option) is not click.core.ParameterSource.DEFAULT
 
 
 @click.command()

@@ -1,7 +1,11 @@
 """Options that several commands have, and how they are read."""
 
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,3 +46,27 @@ def numbers(context: click.Context, option: click.Parameter, text: str | None) -
     if not values or not all(map(math.isfinite, values)):
         raise click.BadParameter(f"expected numbers such as 0.5 or 0.485,0.456,0.406, found {text!r}")
     return values
+
+
+@contextmanager
+def progress_bars() -> Iterator[Any]:
+    """A bar per named piece of work: call it with (name, done, total)."""
+    bars: dict[str, Any] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        if total <= 0:
+            return  # a download that does not say how long it is
+        if name not in bars:
+            bars[name] = click.progressbar(length=total, label=name, file=sys.stderr)
+            bars[name].__enter__()
+        bar = bars[name]
+        bar.update(done - bar.pos)
+        if done >= total:
+            bar.__exit__(None, None, None)
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            if not bar.finished:
+                bar.__exit__(None, None, None)

@@ -13,12 +13,21 @@ from lance_host.cli_options import FILE
 def inspect(artifact: Path, layers: int | None) -> None:
     """Show what a package holds: network, ranks, bytes and multiply-adds of every method.
 
+    Of a memory.npz: how much of each layer earlier tasks need, and how many more tasks fit.
+
     \b
     lance-host inspect pkg.tar
     lance-host inspect bench.tar --layers 4
+    lance-host inspect memory.npz
     """
     from lance_edge.bundle import Bundle
+    from lance_edge.memory import read_memory
+    from lance_host.memory_table import memory_table
     from lance_host.tables import layer_table, package_table
+
+    if artifact.suffix == ".npz":
+        click.echo(memory_table(read_memory(artifact)))
+        return
 
     with Bundle(artifact) as bundle:
         manifest = bundle.manifest if layers is None else bundle.manifest.with_layers(layers)

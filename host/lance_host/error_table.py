@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lance_edge.accounting import FLOAT32_BYTES, factored_activation_bytes
 from lance_edge.manifest import Layer
-from lance_host.accounting import FLOAT32_BYTES, factored_activation_bytes
 from lance_host.gradient_error import Grids, gradient_errors
 from lance_host.hosvd import Spectrum
 

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 import onnx_ir as ir
 
-from lance_edge.manifest import Schedule
+from lance_edge.manifest import Mode, Schedule
 from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.linear import LinearGeometry
@@ -20,8 +20,10 @@ class LayerContext:
     """One trainable layer while its weight gradient is being written.
 
     `projections` are graph inputs by mode: U0 (rows of this micro-batch, `[N, r0]`; absent without a batch
-    mode), and for the modes i of the layer's input `[N, n1, ...]` Ui `[n_i, r_i]`; `core` is one where a codec
-    gives it, `[r1, r0, ...]`.  `ranks` are empty where they differ from step to step.  `statistics` collects
+    mode), and for the modes i of the layer's input `[N, n1, ...]` Ui `[n_i, r_i]`; in patch mode also absent
+    without a mode of positions, and U1 `[g, D, r1]` with more than one group.  `core` is one where a codec
+    gives it, `[r1, r0, ...]`.  `ranks` are empty where they differ from step to step; with `takes_any_rank`
+    they only decide between ways to compute, and the graphs serve any others.  `statistics` collects
     the values that are summed over micro-batches, `activation` is what a codec compresses.
     """
 
@@ -29,7 +31,9 @@ class LayerContext:
     ranks: tuple[int, ...]
     projections: dict[int, ir.Value]
     schedule: Schedule = "one pass"
+    mode: Mode = "channel"
     core: ir.Value | None = None
+    takes_any_rank: bool = False
     statistics: list[ir.Value] = field(default_factory=list)
     activation: ir.Value | None = None
 

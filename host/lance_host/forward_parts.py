@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from lance_edge.manifest import forward_role
+from lance_edge.names import forward_role
 from lance_host.autodiff.cut import EXPENSIVE
 from lance_host.autodiff.emit import Emit
 from lance_host.layout import is_swap

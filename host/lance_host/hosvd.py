@@ -8,36 +8,15 @@ Source: LANCE, arXiv 2509.21617, one-shot calibration.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lance_edge.spectrum import Spectrum as Spectrum
+from lance_edge.spectrum import decompose
+
 # Float64 values of an unfolding that exist at a time (8 MiB); a batch is unfolded piece by piece.
 SLAB_VALUES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The eigendecomposition of one mode's mean covariance.
-
-    `eigenvalues` `[n]` are float64, descending and not negative; column j of `eigenvectors` `[n, n]`
-    belongs to eigenvalue j.
-    """
-
-    eigenvalues: NDArray[np.float64]
-    eigenvectors: NDArray[np.float64]
-
-    def projection(self, rank: int) -> NDArray[np.float32]:
-        """`U [n, rank]`: the leading eigenvectors, columns orthonormal to 1e-5.
-
-        Raises:
-            ValueError: if `rank` is not between 0 and n.
-        """
-        size = len(self.eigenvalues)
-        if not 0 <= rank <= size:
-            raise ValueError(f"projection: expected a rank from 0 to {size}, found {rank}; cut it to the mode")
-        return np.ascontiguousarray(self.eigenvectors[:, :rank], dtype=np.float32)
 
 
 class ModeCovariances:
@@ -90,7 +69,7 @@ class ModeCovariances:
         Raises:
             ValueError: before the first batch.
         """
-        return tuple(_decompose(self.mean(mode)) for mode in range(len(self.shape)))
+        return tuple(decompose(self.mean(mode)) for mode in range(len(self.shape)))
 
 
 def _unfoldings(activation: NDArray[np.float32], mode: int) -> Iterator[NDArray[np.float64]]:
@@ -107,15 +86,3 @@ def _unfoldings(activation: NDArray[np.float32], mode: int) -> Iterator[NDArray[
     for start in range(0, length, step):
         slab = np.array(moved[:, start : start + step], dtype=np.float64, order="C")
         yield slab.reshape(len(slab), -1)
-
-
-def _decompose(covariance: NDArray[np.float64]) -> Spectrum:
-    """Eigenvalues descending, rounding below zero clipped, signs made unique.
-
-    An eigenvector is only defined up to its sign: the entry of largest magnitude is made positive.
-    """
-    values, vectors = np.linalg.eigh(covariance)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    largest = np.argmax(np.abs(vectors), axis=0)
-    signs = np.where(vectors[largest, np.arange(len(values))] < 0, -1.0, 1.0)
-    return Spectrum(np.maximum(values, 0.0), vectors * signs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from torch import nn
 
 from lance_edge.errors import LanceError, ModelError
-from lance_edge.manifest import INTERPOLATIONS, ArrayInput, InputSpec, Preprocessing
+from lance_edge.input_spec import INTERPOLATIONS, ArrayInput, InputSpec, Preprocessing
 from lance_host.model_source import ModelSource
 
 LEAST_INPUT_SIZE = 32  # pixels; usual networks halve them five times

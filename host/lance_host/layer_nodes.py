@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import BATCH_DIM, Layer, batch_multiple
+from lance_edge.manifest import Layer, batch_multiple
+from lance_edge.names import BATCH_DIM
 from lance_host.autodiff import conv, linear
 from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit, dims, static_dim, static_dims

@@ -19,7 +19,8 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import Trained, read_weights
 from lance_edge.errors import LanceError
 from lance_edge.files import atomic_writer
-from lance_edge.manifest import CLASSES_KEY, PREPROCESSING_KEY, WEIGHTS_MEMBER
+from lance_edge.input_spec import CLASSES_KEY, PREPROCESSING_KEY
+from lance_edge.names import WEIGHTS_MEMBER, head_name
 from lance_edge.records import to_json
 from lance_host.compile import serialise
 from lance_host.graph_file import read_graph
@@ -47,9 +48,10 @@ def merge(artifact: Path, checkpoint: Path, output: Path) -> None:
 
 
 def merged_state(bundle: Bundle, weights: Arrays) -> Arrays:
-    """The whole state dict: the package's weights, trained ones replaced."""
+    """The whole state dict: the package's weights, trained ones replaced; without heads of earlier tasks."""
     original = bundle.arrays(WEIGHTS_MEMBER)
-    return {name: weights.get(name, original[name]) for name in original}
+    heads = {head_name(task.name, spec.name) for task in bundle.manifest.tasks for spec in task.head}
+    return {name: weights.get(name, original[name]) for name in original if name not in heads}
 
 
 def _pth(bundle: Bundle, trained: Trained) -> bytes:
@@ -65,18 +67,26 @@ def _safetensors(bundle: Bundle, trained: Trained) -> bytes:
 def _onnx(bundle: Bundle, trained: Trained) -> bytes:
     """Prefix and tail joined, weights constant, batch-norm folded; classes and preprocessing as metadata."""
     manifest, variant = bundle.manifest, trained.variant
-    prefix, tail = (read_graph(bundle, variant.graphs[role]) for role in ("prefix", "tail"))
-    tail = _with_own_names(tail)
-    joined = onnx.compose.merge_models(
-        prefix, tail, io_map=[(spec.name, spec.name) for spec in variant.boundary]
-    )
-    model = ir.serde.deserialize_model(joined)
+    model = ir.serde.deserialize_model(joined_graph(bundle, variant.graphs, "tail"))
     bind(model, trained.weights)
     optimizer.fold_constants(model, input_size_limit=1 << 30, output_size_limit=1 << 30)
     passes.RemoveUnusedNodesPass()(model)
     model.metadata_props[CLASSES_KEY] = json.dumps(list(manifest.classes))
     model.metadata_props[PREPROCESSING_KEY] = json.dumps(to_json(manifest.preprocessing))
     return serialise(model, "inference")
+
+
+def joined_graph(bundle: Bundle, graphs: Mapping[str, tuple[str, ...]], role: str) -> onnx.ModelProto:
+    """Prefix and another graph of a variant as one, from images to that graph's outputs."""
+    prefix, tail = (read_graph(bundle, graphs[name]) for name in ("prefix", role))
+    read = {value.name for value in tail.graph.input}
+    boundary = [value.name for value in prefix.graph.output]
+    return onnx.compose.merge_models(
+        prefix,
+        _with_own_names(tail),
+        io_map=[(name, name) for name in boundary if name in read],
+        outputs=[value.name for value in tail.graph.output],
+    )
 
 
 def _with_own_names(tail: onnx.ModelProto) -> onnx.ModelProto:

@@ -13,7 +13,8 @@ gradient of the rebuilt activation; the *schedule* of a variant picks one:
 `asi` and `hosvd` compress the input of the whole batch anew at every step, in the device's codecs; backward
 is fed their core and factors and goes on as with the complete core of two passes (schedule "by layer").
 
-How coefficients, contributions and the gradient look is the layer's form: `conv_forms.py`, `linear_forms.py`.
+How coefficients, contributions and the gradient look is the layer's form: `conv_forms.py`, `patch_forms.py`,
+`linear_forms.py`.
 In all of them the samples (or components) are the axis in the middle, `[., N, .]`.
 """
 
@@ -23,14 +24,17 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lance_edge.manifest import Layer, Schedule, activation_name, core_name, projection_name
-from lance_host.accounting import asi_forward_macs, hosvd_forward_macs, lance_forward_macs
+from lance_edge.accounting import asi_forward_macs, hosvd_forward_macs, lance_forward_macs
+from lance_edge.manifest import Layer, Schedule
+from lance_edge.moments import mode_sizes
+from lance_edge.names import activation_name, core_name, projection_name
 from lance_host.autodiff import conv, linear
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.linear import LinearGeometry
 from lance_host.conv_forms import conv_form
 from lance_host.forms import Form, Geometry, LayerContext
 from lance_host.linear_forms import linear_form
+from lance_host.patch_forms import patch_form
 
 # `(emit, layer, geometry, input, dy) -> weight gradient`; statistics are noted in the layer's context.
 WeightGradient = Callable[[Emit, LayerContext, Geometry, ir.Value, ir.Value], ir.Value]
@@ -49,6 +53,22 @@ def projection_inputs(
         for mode, (size, rank) in enumerate(zip(sizes, ranks, strict=True))
         if mode > 0 or rank != batch_size
     }
+
+
+def patch_projection_inputs(layer: Layer, ranks: Sequence[int], batch_size: int) -> dict[int, ir.Value]:
+    """The same in patch mode: U1 `[D, r1]` or `[g, D, r1]`, and no U2 where all positions are kept."""
+    if layer.is_linear:
+        return projection_inputs(layer.name, layer.input_shape, ranks, batch_size)
+    _, dimension, positions = mode_sizes(layer, "patch", batch_size)
+    groups = () if layer.groups == 1 else (layer.groups,)
+    r0, r1, r2 = ranks
+    inputs = {
+        0: _float_input(projection_name(layer.name, 0), "N", r0),
+        1: _float_input(projection_name(layer.name, 1), *groups, dimension, r1),
+        2: _float_input(projection_name(layer.name, 2), positions, r2),
+    }
+    is_whole = {0: r0 == batch_size, 2: r2 == positions}
+    return {mode: value for mode, value in inputs.items() if not is_whole.get(mode)}
 
 
 def rank_names(layer: str, modes: int) -> list[str]:
@@ -81,7 +101,9 @@ def backpropagation(emit: Emit, layer: LayerContext, geo: Geometry, x: ir.Value,
 
 
 def _form(layer: LayerContext, geo: Geometry) -> Form[Any]:
-    return linear_form(layer, geo) if isinstance(geo, LinearGeometry) else conv_form(layer, geo)
+    if isinstance(geo, LinearGeometry):
+        return linear_form(layer, geo)
+    return patch_form(layer, geo) if layer.mode == "patch" else conv_form(layer, geo)
 
 
 def lance(emit: Emit, layer: LayerContext, geo: Geometry, x: ir.Value, dy: ir.Value) -> ir.Value:

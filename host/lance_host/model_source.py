@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from lance_edge.manifest import Preprocessing
+from lance_edge.input_spec import Preprocessing
 
 State = Mapping[str, torch.Tensor]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import InputSpec
+from lance_edge.input_spec import InputSpec
 from lance_host.extras import NOTHING_MORE, Extras, norm_modules
 from lance_host.heads import FIND, check_classes, choose_head, find_classifier, replace_head
 from lance_host.inputs import InputRequest, settle_input
 from lance_host.layers import running_layers, select_layers
-from lance_host.model_source import ModelSource
+from lance_host.model_source import ModelSource, ProvidedWeights
 from lance_host.published import Progress
 from lance_host.selection import single_selections
 from lance_host.sources import open_source
@@ -28,7 +28,7 @@ class NetworkRequest:
     """Which network, with which weights, and what of it trains."""
 
     model: str
-    weights: str | None = None
+    weights: str | ProvidedWeights | None = None
     layers: str = "4"
     head: str = FIND
     train_bias: bool = False

@@ -1,6 +1,6 @@
 """The ranks of every variant of a package: by one energy, or the best within a memory budget."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 from lance_edge.images import Part, load_batch
-from lance_edge.manifest import InputSpec, Layer
+from lance_edge.input_spec import InputSpec
+from lance_edge.manifest import Layer
+from lance_edge.protected_spectra import ranks_by_mode
+from lance_edge.spectrum import ModeSpectrum
 from lance_host.budget import plan_budget
+from lance_host.hosvd import Spectrum
 from lance_host.methods import METHODS
 from lance_host.perplexity import SEARCHES, BatchTensors, Spectra, Task
 from lance_host.ranks import Ranks, ranks_by_energy
@@ -58,7 +62,7 @@ def energy_of(request: Request, method: str) -> float | None:
 def choose_ranks(
     request: Request,
     selections: Sequence[Sequence[Layer]],
-    spectra: Spectra,
+    spectra: Mapping[str, Sequence[ModeSpectrum]],
     batches: GradientBatches,
     feedback: Feedback,
 ) -> RankChoice:
@@ -76,7 +80,9 @@ def choose_ranks(
         energy = energy_of(request, method)
         if method in request.budgets:
             task = Task(tuple(map(tuple, selections)), batches.order.shape[1], request.budgets[method])
-            results = SEARCHES[method](task, spectra, batches.counted(f"gradients of {method}", feedback))
+            results = SEARCHES[method](
+                task, _of_channel_mode(spectra), batches.counted(f"gradients of {method}", feedback)
+            )
             plans = [plan_budget(method, task.budget, result) for result in results]
             feedback.say(budget_table(plans))
             choice |= {(method, len(plan.ranks)): plan.ranks for plan in plans}
@@ -84,5 +90,14 @@ def choose_ranks(
             values = {name: [mode.eigenvalues for mode in modes] for name, modes in spectra.items()}
             for layers in selections:
                 own = {layer.name: values[layer.name] for layer in layers}
-                choice[method, len(layers)] = ranks_by_energy(own, energy)
+                choice[method, len(layers)] = (
+                    ranks_by_mode(layers, request.mode, batches.order.shape[1], spectra, energy)
+                    if request.mode == "patch"
+                    else ranks_by_energy(own, energy)
+                )
     return choice
+
+
+def _of_channel_mode(spectra: Mapping[str, Sequence[ModeSpectrum]]) -> Spectra:
+    """The same: only there are budgets."""
+    return {name: [mode for mode in modes if isinstance(mode, Spectrum)] for name, modes in spectra.items()}

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lance_edge.accounting import factored_activation_bytes
 from lance_edge.energy import rank_for_energy
 from lance_edge.manifest import Layer
-from lance_host.accounting import factored_activation_bytes
 
 Ranks = dict[str, tuple[int, ...]]
 # Layer name -> eigenvalues of each mode, float64, descending.

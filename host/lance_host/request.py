@@ -6,27 +6,51 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lance_edge.errors import LanceError, StorageError
-from lance_edge.manifest import Split
+from lance_edge.input_spec import Split
+from lance_edge.manifest import Mode
 from lance_host.heads import FIND
 from lance_host.inputs import InputRequest, check_input
 from lance_host.methods import METHODS
+from lance_host.model_source import ProvidedWeights
 from lance_host.network import NetworkRequest
 
 DEFAULT_SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.1)
+PATCH_METHODS = ("lance", "bp")
 MAX_SEED = 2**63 - 1  # PyTorch's
+
+
+@dataclass(frozen=True)
+class After:
+    """What the next task follows.
+
+    Attributes:
+        checkpoint: of the finished run.
+        artifact: its package; by default the one that the run's `run.json` names.
+        memory: what earlier tasks need; `None` leaves them without protection.
+        statistics: second moments of the next task, in place of its images.
+        null_space_below: modes of at most so many dimensions take all of their null space.
+    """
+
+    checkpoint: Path
+    artifact: Path | None = None
+    memory: Path | None = None
+    statistics: Path | None = None
+    null_space_below: int = 0
 
 
 @dataclass(frozen=True)
 class Request:
     """What the user asked for; `None` means: choose, and say what was chosen.
 
-    `budgets` are bytes by method; the ranks of other methods follow from `energy`.
+    `budgets` are bytes by method; the ranks of other methods follow from `energy`.  `data` is missing where
+    `after.statistics` stand for it; `task` is the name of what the package trains.  With `dropout`
+    training drops activations where the network has an `nn.Dropout` behind the first trained layer.
     """
 
     model: str
-    data: Path
+    data: Path | None
     output: Path
-    weights: str | None = None
+    weights: str | ProvidedWeights | None = None
     layers: str = "4"
     head: str = FIND
     train_bias: bool = False
@@ -44,6 +68,10 @@ class Request:
     seed: int = 0
     split: Split = DEFAULT_SPLIT
     threads: int | None = None
+    mode: Mode = "channel"
+    any_rank: bool = False
+    task: str | None = None
+    after: After | None = None
 
     @property
     def network(self) -> NetworkRequest:
@@ -102,8 +130,23 @@ def check(request: Request) -> None:
             raise LanceError(f"{option}: expected {least} or more, found {value}")
     if request.seed > MAX_SEED:
         raise LanceError(f"--seed: expected at most {MAX_SEED}, found {request.seed}")
+    if request.mode == "patch":
+        _check_patch_mode(request)
+    elif request.any_rank:
+        raise LanceError("--any-rank: of patch mode; add --mode patch")
     check_input(request.network.input)
     _check_output(request.output)
+
+
+def _check_patch_mode(request: Request) -> None:
+    without = [method for method in request.methods if method not in PATCH_METHODS]
+    if without:
+        raise LanceError(
+            f"--methods {','.join(without)}: not in patch mode, where codecs do not compress; expected some of"
+            f" {', '.join(PATCH_METHODS)}, or use --mode channel"
+        )
+    if request.budgets:
+        raise LanceError("--memory-budget: not in patch mode; choose --energy, or use --mode channel")
 
 
 def _check_output(output: Path) -> None:

@@ -11,7 +11,8 @@ from types import MappingProxyType
 import onnx
 import onnx_ir as ir
 
-from lance_edge.manifest import BATCH_DIM, TensorSpec, batch_multiple
+from lance_edge.manifest import TensorSpec, batch_multiple
+from lance_edge.names import BATCH_DIM
 
 PROBES = (5, 7)
 DTYPES = {

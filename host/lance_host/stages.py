@@ -138,7 +138,7 @@ def prepared_values(
 
 def _behind_views(value: ir.Value) -> ir.Value:
     producer = value.producer()
-    while producer is not None and producer.op_type in ("Reshape", "Transpose"):
+    while producer is not None and producer.op_type in ("Reshape", "Transpose", "Shape"):
         assert producer.inputs[0] is not None
         value = producer.inputs[0]
         producer = value.producer()

@@ -9,12 +9,13 @@ All of it is one ONNX graph first, which runs as it stands and can be checked ag
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from lance_edge.manifest import BATCH_DIM, Layer, Schedule, gradient_name
+from lance_edge.manifest import Layer, Mode, Schedule
+from lance_edge.names import BATCH_DIM, gradient_name
 from lance_host.autodiff import conv
 from lance_host.autodiff.conv import ConvGeometry
 from lance_host.autodiff.emit import Emit
@@ -23,7 +24,13 @@ from lance_host.capture import Captured
 from lance_host.forms import LayerContext
 from lance_host.layer_nodes import geometry, input_of
 from lance_host.layout import sink_swaps
-from lance_host.methods import METHODS, WeightGradient, codec_inputs, projection_inputs
+from lance_host.methods import (
+    METHODS,
+    WeightGradient,
+    codec_inputs,
+    patch_projection_inputs,
+    projection_inputs,
+)
 from lance_host.traverse import ancestors, depends_on, descendants
 
 
@@ -62,6 +69,8 @@ def differentiate(
     ranks: Mapping[str, Sequence[int]],
     batch_size: int,
     schedule: Schedule = "one pass",
+    mode: Mode = "channel",
+    takes_any_rank: bool = False,
 ) -> Step:
     """Append the gradients of a method to the captured graph, which this call consumes.
 
@@ -70,12 +79,17 @@ def differentiate(
         ranks: for a method with fixed ranks, layer name -> rank of each mode.
         batch_size: a batch mode of this rank is not compressed.
         schedule: how micro-batches go through a method with compressed batch modes.
+        mode: which modes a convolution's input has.
+        takes_any_rank: in patch mode, write graphs that serve any ranks of the modes that these compress.
     """
     graph = captured.model.graph
     fed = captured.parameters if captured.seeds is None else (*captured.parameters, captured.seeds)
     boundary = split_prefix(graph, captured.images, fed)
     contexts = {
-        layer.name: _context(layer, method, ranks.get(layer.name, ()), batch_size, schedule)
+        layer.name: replace(
+            _context(layer, method, ranks.get(layer.name, ()), batch_size, schedule, mode),
+            takes_any_rank=takes_any_rank,
+        )
         for layer in captured.layers
     }
     cores = [context.core for context in contexts.values() if context.core is not None]
@@ -174,15 +188,19 @@ def _batch_first(value: ir.Value, images: ir.Value) -> Iterator[ir.Value]:
 
 
 def _context(
-    layer: Layer, method: str, ranks: Sequence[int], batch_size: int, schedule: Schedule
+    layer: Layer, method: str, ranks: Sequence[int], batch_size: int, schedule: Schedule, mode: Mode
 ) -> LayerContext:
     if not METHODS[method].compresses:
         return LayerContext(layer.name, (), {})
     if schedule == "by layer":
         core, factors = codec_inputs(layer.name, layer.input_shape, ranks)
-        return LayerContext(layer.name, tuple(ranks), factors, schedule, core)
-    inputs = projection_inputs(layer.name, layer.input_shape, ranks, batch_size)
-    return LayerContext(layer.name, tuple(ranks), inputs, schedule)
+        return LayerContext(layer.name, tuple(ranks), factors, schedule, mode, core)
+    inputs = (
+        patch_projection_inputs(layer, ranks, batch_size)
+        if mode == "patch"
+        else projection_inputs(layer.name, layer.input_shape, ranks, batch_size)
+    )
+    return LayerContext(layer.name, tuple(ranks), inputs, schedule, mode)
 
 
 def _override(method: WeightGradient, context: LayerContext) -> InputGradient:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
-from lance_edge.manifest import ArrayInput, InputSpec, LayerPlan, Manifest, Member, Variant
-from lance_host.accounting import bp_activation_bytes, bp_forward_macs
+from lance_edge.accounting import bp_activation_bytes, bp_forward_macs
+from lance_edge.input_spec import ArrayInput, InputSpec
+from lance_edge.manifest import LayerPlan, Manifest, Member, Variant
 from lance_host.text import (
     GAP,
     WIDTH,
@@ -76,6 +77,7 @@ def package_table(manifest: Manifest) -> str:
         ("split", f"seed {manifest.split.seed}, {manifest.split.test_fraction:.0%} for testing, then"
          f" {manifest.split.validation_fraction:.0%} of the rest for validation"),
         ("trainable", _trainable(manifest)),
+        *_task_facts(manifest),
         ("created by", f"{manifest.created_by}, schema {manifest.schema_version}"),
     ]  # fmt: skip
     costs = grid(_cost_columns(manifest)) if len(manifest.layer_counts) == 1 else _count_tables(manifest)
@@ -96,8 +98,9 @@ def _compressed(manifest: Manifest) -> tuple[str, list[LayerPlan]]:
 
 def _layer_heading(manifest: Manifest, method: str) -> str:
     heading = f"{count(len(manifest.layers), 'trainable layer')}, batch size {manifest.batch_size}"
-    modes = dict.fromkeys(layer.modes for layer in manifest.layers)
-    inputs = " or ".join(" x ".join(names[1:]) for names in modes)
+    shapes = dict.fromkeys(layer.modes for layer in manifest.layers)
+    modes = dict.fromkeys(layer.modes_in(manifest.mode) for layer in manifest.layers)
+    inputs = " or ".join(" x ".join(names[1:]) for names in shapes)
     if not method:
         return f"{heading}. Input is {inputs}."
     batches = count(manifest.calibration_batches, "calibration batch")
@@ -142,7 +145,7 @@ def _cost_columns(manifest: Manifest) -> list[list[str]]:
         ("of which statistics", lambda v: human_bytes(sum(s.nbytes(micro_batch) for s in v.statistics))),
         *((f"multiply-adds, {role} graph", _graph_macs(role)) for role in roles),
         ("multiply-adds, codec", lambda v: human_macs(_codec_macs(manifest, v)) if _is_by_layer(v) else "-"),
-        ("multiply-adds, all of a step", lambda v: human_macs(_step_macs(manifest, v))),
+        ("multiply-adds, all of a step", lambda v: human_macs(step_macs(manifest, v))),
         ("paper's multiply-adds, forward", lambda v: human_macs(sum(p.forward_macs for p in v.layers))),
         (
             "paper's multiply-adds, weight gradient",
@@ -162,7 +165,7 @@ def _count_tables(manifest: Manifest) -> list[str]:
             f"saved bytes, micro-batch {micro_batch}",
             lambda v: human_bytes(v.saved_bytes(micro_batch, manifest.batch_size)),
         ),
-        ("multiply-adds of a step", lambda v: human_macs(_step_macs(manifest, v))),
+        ("multiply-adds of a step", lambda v: human_macs(step_macs(manifest, v))),
     ]
     counts, lines = manifest.layer_counts, list[str]()
     variants = {(variant.method, len(variant.layers)): variant for variant in manifest.variants}
@@ -194,7 +197,7 @@ def _graph_macs(role: str) -> Callable[[Variant], str]:
     return lambda variant: human_macs(variant.graph_macs[role]) if role in variant.graph_macs else "-"
 
 
-def _step_macs(manifest: Manifest, variant: Variant) -> int:
+def step_macs(manifest: Manifest, variant: Variant) -> int:
     """Multiply-adds of a training step: every graph but the one that only predicts, and the codec."""
     graphs = sum(macs for role, macs in variant.graph_macs.items() if role != "predict")
     return graphs + _codec_macs(manifest, variant)
@@ -229,6 +232,21 @@ def _trainable(manifest: Manifest) -> str:
     others = [tensor.name for tensor in manifest.parameters if tensor.name not in weights]
     also = f" and {', '.join(others)}" if others else ""
     return f"{layers}{also}: {count(len(manifest.parameters), 'tensor')}, {values:,} values"
+
+
+def _task_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What was learned before, what is protected and what is frozen; nothing of a single task."""
+    if not manifest.tasks:
+        return [("task", manifest.task)] if manifest.task else []
+    earlier = ", ".join(f"{task.name} ({len(task.classes)} classes)" for task in manifest.tasks)
+    facts = [("task", manifest.task), ("learned before", earlier)]
+    protection = "none: earlier tasks will be forgotten"
+    if manifest.protected:
+        protection = f"{count(len(manifest.protected), 'layer')}: no weight decay, no biases"
+    facts.append(("protected", protection))
+    if manifest.frozen:
+        facts.append(("frozen", "; ".join(f"{one.layer}: {one.reason}" for one in manifest.frozen)))
+    return facts
 
 
 def _counts_text(counts: Sequence[int]) -> str:

@@ -119,12 +119,51 @@ def module_taps(
             handle.remove()
 
 
+def rebuilt_patches(
+    layer: Layer, x: torch.Tensor, bases: Mapping[int, NDArray[np.floating[Any]]]
+) -> torch.Tensor:
+    """Patch mode, literally: the patches of a convolution, `[B, g, D, L]`, projected on each basis and back.
+
+    Args:
+        x: `[B, C, H, W]`.
+        bases: U0 (its first B rows), U1 `[D, r1]` or `[g, D, r1]`, and U2; a mode without one stays whole.
+    """
+    kernel, groups = layer.weight_shape[2:], layer.groups
+    columns = torch.nn.functional.unfold(_padded(layer, x), kernel, layer.dilation, 0, layer.stride)
+    patches = columns.reshape(len(x), groups, -1, columns.shape[-1])
+    tensors = {mode: torch.from_numpy(array) for mode, array in bases.items()}
+    inputs = tensors[1].expand(groups, *tensors[1].shape[-2:])
+    patches = inputs @ (inputs.transpose(1, 2) @ patches)
+    if 2 in tensors:
+        patches = patches @ tensors[2] @ tensors[2].T
+    if 0 in tensors:
+        rows = tensors[0][: len(x)]
+        patches = torch.tensordot(rows @ rows.T, patches, 1)
+    return patches
+
+
+def patch_weight_gradient(layer: Layer, patches: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """`dY P^T` of each group, `[O, C / groups, k, k]`."""
+    outputs = dy.reshape(len(dy), layer.groups, -1, patches.shape[-1])  # [B, g, O/g, L]
+    return torch.einsum("bgol,bgdl->god", outputs, patches).reshape(layer.weight_shape)
+
+
+def patch_output(layer: Layer, weight: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """The convolution of these patches without its bias, `[B, O, H', W']`."""
+    filters = weight.reshape(layer.groups, -1, patches.shape[2])  # [g, O/g, D]
+    return (filters @ patches).reshape(-1, *layer.output_shape)
+
+
+def _padded(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    top, left, bottom, right = layer.padding
+    return torch.nn.functional.pad(x, (left, right, top, bottom))
+
+
 def weight_gradient(layer: Layer, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
     """The gradient of the layer's weight, `[O, C / groups, k, k]` or `[O, F]`."""
     if layer.is_linear:
         return dy.flatten(0, -2).T @ x.flatten(0, -2)
-    top, left, bottom, right = layer.padding
-    padded = torch.nn.functional.pad(x, (left, right, top, bottom))
+    padded = _padded(layer, x)
     gradient: torch.Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
         padded, list(layer.weight_shape), dy, layer.stride, 0, layer.dilation, layer.groups
     )

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import (
+from lance_edge.manifest import Layer, LayerPlan, Variant
+from lance_edge.names import (
     DROPOUT_SEEDS,
     IMAGES,
     LABELS,
@@ -23,8 +24,6 @@ from lance_edge.manifest import (
     SCALE,
     TARGET_OFF,
     TARGET_ON,
-    Layer,
-    Variant,
     core_name,
     gradient_name,
     projection_name,
@@ -32,7 +31,15 @@ from lance_edge.manifest import (
 from lance_edge.targets import Targets
 from lance_host.compile import Compiled
 from lance_host.runtime import open_session
-from lance_host.taps import as_described, loss_gradients, module_taps, weight_gradient
+from lance_host.taps import (
+    as_described,
+    loss_gradients,
+    module_taps,
+    patch_output,
+    patch_weight_gradient,
+    rebuilt_patches,
+    weight_gradient,
+)
 
 Arrays = dict[str, NDArray[np.generic]]
 Samples = tuple[NDArray[np.float32], NDArray[np.int64]]  # images [n, 3, R, R] and labels [n]
@@ -67,13 +74,13 @@ def verify(
         if plan.ranks:
             bases = _bases(projections, layer)
             x, dy = tensors[layer.name]
-            rebuilt = rebuild(x, bases)
-            expected[gradient_name(layer.weight)] = weight_gradient(layer, rebuilt, dy).numpy()
+            output, gradient = literal(network, layer, x, dy, bases, is_patch_plan(layer, plan))
+            expected[gradient_name(layer.weight)] = gradient.numpy()
             if layer.name in norms:
                 norm = norms[layer.name]
-                scale = scale_gradient(network, layer, norm, rebuilt, tensors[norm][1])
+                scale = scale_gradient(network, norm, output, tensors[norm][1])
                 expected[gradient_name(f"{norm}.weight")] = scale.numpy()
-    found = run_graphs(compiled, {**weights, **projections}, images, labels)
+    found = run_graphs(compiled, {**weights, **projections}, images, labels, _classes(network, images))
     errors = {name: _relative_error(found[name], value) for name, value in expected.items()}
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= TOLERANCE:  # also when it is not a number
@@ -82,6 +89,32 @@ def verify(
             f" expected at most {TOLERANCE:.0e}; the package was not written: please report this network"
         )
     return errors[worst]
+
+
+def is_patch_plan(layer: Layer, plan: LayerPlan) -> bool:
+    """Whether the ranks are those of patch mode."""
+    return not layer.is_linear and len(plan.ranks) == len(layer.modes_in("patch"))
+
+
+def literal(
+    network: torch.nn.Module,
+    layer: Layer,
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    bases: Mapping[int, NDArray[np.float32]],
+    is_patch: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and weight gradient of a layer whose input is projected on the bases and rebuilt."""
+    module: Any = network.get_submodule(layer.name)
+    with torch.no_grad():
+        if not is_patch:
+            rebuilt = rebuild(x, bases)
+            return module(rebuilt), weight_gradient(layer, rebuilt, dy)
+        patches = rebuilt_patches(layer, x, bases)
+        output = patch_output(layer, module.weight, patches)
+        if module.bias is not None:
+            output = output + module.bias[:, None, None]
+        return output, patch_weight_gradient(layer, patches, dy)
 
 
 def check_samples_apart(network: torch.nn.Module, images: NDArray[np.float32]) -> None:
@@ -164,17 +197,15 @@ def rebuild(activation: torch.Tensor, bases: Mapping[int, NDArray[np.floating[An
     return activation
 
 
-def scale_gradient(
-    network: torch.nn.Module, layer: Layer, norm: str, rebuilt: torch.Tensor, dy: torch.Tensor
-) -> torch.Tensor:
-    """The gradient of a frozen norm's scale `[O]` behind a convolution of the rebuilt input.
+def scale_gradient(network: torch.nn.Module, norm: str, y: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """The gradient of a frozen norm's scale `[O]` behind a convolution.
 
     Args:
+        y: the output of the convolution, of the rebuilt input.
         dy: the gradient of the norm's output.
     """
     module: Any = network.get_submodule(norm)
     with torch.no_grad():
-        y = network.get_submodule(layer.name)(rebuilt)
         centred = (y - module.running_mean[:, None, None]) * dy
         gradient: torch.Tensor = centred.sum((0, 2, 3)) / (module.running_var + module.eps).sqrt()
     return gradient
@@ -210,8 +241,13 @@ def run_graphs(
     values: Mapping[str, NDArray[np.generic]],
     images: NDArray[np.float32],
     labels: NDArray[np.int64],
+    classes: int = 0,
 ) -> Arrays:
-    """One step of a variant on one micro-batch, as `docs/artifact.md` says it: all tensors by name."""
+    """One step of a variant on one micro-batch, as `docs/artifact.md` says it: all tensors by name.
+
+    Args:
+        classes: their number, where the graphs take any.
+    """
     known: Arrays = dict(values)
     for name in compiled.variant.batch_projections:
         known[name] = known[name][: len(images)]
@@ -223,17 +259,23 @@ def run_graphs(
             known |= _cores(variant, known)
         if role in variant.graphs:
             session = open_session(compiled.graph(role))
-            known |= _plain_targets(session)
+            known |= _plain_targets(session, classes)
             outputs = [output.name for output in session.get_outputs()]
             feeds = {declared.name: known[declared.name] for declared in session.get_inputs()}
             known.update(zip(outputs, session.run(outputs, feeds), strict=True))
     return known
 
 
-def _plain_targets(session: Any) -> Arrays:
-    """Those of ordinary cross-entropy, for the classes that a graph declares."""
+def _plain_targets(session: Any, classes: int) -> Arrays:
+    """Those of ordinary cross-entropy, for as many classes as a graph declares, or takes any number of."""
     sizes = [declared.shape[0] for declared in session.get_inputs() if declared.name in (TARGET_ON, TARGET_OFF)]
-    return {**Targets.plain(sizes[0]).arrays()} if sizes else {}
+    size = sizes[0] if sizes and isinstance(sizes[0], int) else classes
+    return {**Targets.plain(size).arrays()} if sizes else {}
+
+
+def _classes(network: torch.nn.Module, images: NDArray[np.float32]) -> int:
+    with torch.no_grad():
+        return int(network(torch.from_numpy(images[:1])).shape[1])
 
 
 def _cores(variant: Variant, known: Mapping[str, NDArray[Any]]) -> Arrays:

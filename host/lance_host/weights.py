@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lance_edge.errors import ModelError
-from lance_host.model_source import ModelSource, Published, State
+from lance_host.model_source import ModelSource, ProvidedWeights, Published, State
 from lance_host.published import Progress, UnreachableError, fetch
 
 RANDOM = "random"
@@ -41,21 +41,23 @@ class LoadedWeights:
 def load_weights(
     model: ModelSource,
     network: nn.Module,
-    source: str | None = None,
+    source: str | ProvidedWeights | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LoadedWeights:
     """Fill `network`, which `model.build` made, in place; its head is always new, and follows from `seed`.
 
     `source` is a file (.pth, .pt or .safetensors), `"random"`, `"bundled"` (the checkpoint that comes with
-    lance-host), or `None`: what the model itself names.  Published weights come from the user's cache or
-    from their address, else the bundled ones are taken; `LANCE_EDGE_OFFLINE=1` never connects.  Without
-    `model.head` nothing is new.
+    lance-host), weights at hand, or `None`: what the model itself names.  Published weights come from the
+    user's cache or from their address, else the bundled ones are taken; `LANCE_EDGE_OFFLINE=1` never
+    connects.  Without `model.head` nothing is new.
 
     Raises:
         ModelError: if there are no such weights, or they do not fit the network.
     """
-    if source == RANDOM:
+    if isinstance(source, ProvidedWeights):
+        loaded = _load_provided(model, network, source)
+    elif source == RANDOM:
         _initialise(network, seed)
         loaded = LoadedWeights(f"random, seed {seed}")
     elif source == BUNDLED:
@@ -94,12 +96,15 @@ def _load_file(model: ModelSource, network: nn.Module, path: Path) -> LoadedWeig
 def _load_own(model: ModelSource, network: nn.Module, progress: Progress | None) -> LoadedWeights:
     """What the model names: an installed package, its authors' address, or what it was built with."""
     if model.provided is not None:
-        provided = model.provided()
-        _assign(model, network, provided.state, provided.source)
-        return LoadedWeights(provided.source)
+        return _load_provided(model, network, model.provided())
     if model.published is not None:
         return _load_published(model, model.published, network, progress)
     return LoadedWeights(f"as built by {model.name}")
+
+
+def _load_provided(model: ModelSource, network: nn.Module, provided: ProvidedWeights) -> LoadedWeights:
+    _assign(model, network, provided.state, provided.source)
+    return LoadedWeights(provided.source)
 
 
 def _load_published(

@@ -42,11 +42,13 @@ def refused(result: Result, exit_code: int) -> str:
     return lines[0]
 
 
-def spawn(*arguments: Any, prelude: str = "") -> subprocess.Popen[str]:
+def spawn(*arguments: Any, prelude: str = "", close_fds: bool = True) -> subprocess.Popen[str]:
     """Run a command in a process of its own, after some Python statements."""
     code = f"{prelude}\nfrom lance_device.cli import main\nmain()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, close_fds=close_fds
+    )
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:

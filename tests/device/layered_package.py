@@ -37,7 +37,8 @@ from tiny_package import (
 )
 
 from lance_edge.bundle import npz_bytes, write_bundle
-from lance_edge.manifest import WEIGHTS_MEMBER, LayerPlan, TensorSpec, Variant
+from lance_edge.manifest import LayerPlan, TensorSpec, Variant
+from lance_edge.names import WEIGHTS_MEMBER
 
 BATCH = 16
 CHANNELS = {"one": (FEATURES, 8), "two": (8, 5)}  # of input and output

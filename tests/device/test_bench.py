@@ -152,11 +152,6 @@ def test_with_a_cache_only_warm_ups_compute_features(words, tmp_path):
     result = read_recording(tmp_path / "out")
     assert {(row.warmup, row.cached) for row in result.steps} == {(True, False), (False, True)}
     assert {row.cached for row in result.summary} == {True}
-    seconds = {
-        cached: [r.latency_ms for r in result.steps if r.phase == "prefix" and r.cached is cached]
-        for cached in (True, False)
-    }
-    assert max(seconds[True]) < min(seconds[False]), "a phase in which nothing happens"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "run.json",
         "steps.csv",

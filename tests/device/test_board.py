@@ -5,8 +5,9 @@ import json
 import pytest
 from device_harness import lance_device, refused, started, train, train_words
 
-from lance_device import board
-from lance_device.board import advice_note, choose_board, describe_self
+from lance_device import machine
+from lance_device.board import advice_note, choose_board
+from lance_device.machine import describe_self
 from lance_edge.boards import load_board
 
 
@@ -14,7 +15,7 @@ from lance_edge.boards import load_board
 def pi4(tmp_path, monkeypatch):
     """This machine says that it is a Raspberry Pi 4, with eight cores to spare."""
     (tmp_path / "model").write_bytes(b"Raspberry Pi 4 Model B Rev 1.4\0")
-    monkeypatch.setattr(board, "MODEL", tmp_path / "model")
+    monkeypatch.setattr(machine, "MODEL", tmp_path / "model")
     monkeypatch.setattr("lance_device.options.available_cores", lambda: 8)
 
 
@@ -25,8 +26,8 @@ def test_a_board_describes_itself_in_the_device_tree(pi4):
 
 
 def test_or_at_the_end_of_cpuinfo(tmp_path, monkeypatch):
-    monkeypatch.setattr(board, "MODEL", tmp_path / "none")
-    monkeypatch.setattr(board, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "MODEL", tmp_path / "none")
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
     assert describe_self() is None
     (tmp_path / "cpuinfo").write_text(
         "processor\t: 0\nmodel name\t: ARMv8\n\nRevision\t: c03111\nModel\t\t: Raspberry Pi 4 Model B Rev 1.1\n"

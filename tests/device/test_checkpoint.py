@@ -79,8 +79,8 @@ def test_wrong_content_is_named(last, bundle, tmp_path, changes, words):
 
 
 def test_a_newer_schema_says_so(last, bundle, tmp_path):
-    with pytest.raises(CheckpointError, match="checkpoint schema 3, this runtime reads 2; install a newer"):
-        read_checkpoint(_changed_meta(last, tmp_path / "new.npz", schema_version=3), bundle)
+    with pytest.raises(CheckpointError, match="checkpoint schema 4, this runtime reads 3; install a newer"):
+        read_checkpoint(_changed_meta(last, tmp_path / "new.npz", schema_version=4), bundle)
 
 
 def test_damaged_meta_is_named(last, bundle, tmp_path):

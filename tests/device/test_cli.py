@@ -209,7 +209,7 @@ def test_predict_of_what_is_no_image(tested, tmp_path):
         ),
         (["train", "--checkpoint-every", "0"], "expected minutes such as 5m, or steps such as 200, found '0'"),
         (["train", "--epochs", "0"], "0 is not in the range"),
-        (["train"], "Missing option '--artifact'"),
+        (["train"], "Missing option '--data'"),
         (["eval", "--part", "some"], "'some' is not one of 'test', 'validation', 'train'"),
     ],
 )

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from device_harness import lance_device, started
 
-from lance_device import doctor
+from lance_device import doctor, machine
 from lance_device.doctor import PROBLEM, WARNING, examine
 from lance_device.probe import Health
 from lance_device.session import runtime_version
@@ -43,9 +43,9 @@ def test_a_pi_as_it_describes_itself(tmp_path, monkeypatch):
         "processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\nCPU part\t: 0xd03\n"
     )
     (tmp_path / "governor").write_text("powersave\n")
-    monkeypatch.setattr(doctor, "BOARD", tmp_path / "model")
-    monkeypatch.setattr(doctor, "CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(doctor, "GOVERNOR", tmp_path / "governor")
+    monkeypatch.setattr(machine, "MODEL", tmp_path / "model")
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "GOVERNOR", tmp_path / "governor")
     health = Health(temperature_c=81.2, arm_mhz=600.0, throttled="0x50005")
     monkeypatch.setattr(doctor.HealthProbe, "read", lambda self: health)
     findings = examine(tmp_path)

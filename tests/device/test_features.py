@@ -1,9 +1,11 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from tiny_package import PREPROCESSING, SPLIT, write_images, write_tiny_package
 from tiny_training import features_of
 
 from lance_device import cache_plan
+from lance_device.bench_features import open_bench_features
 from lance_device.cache import Layout, RecordFile
 from lance_device.cache_plan import choose, open_features, plan_cache, source_identity
 from lance_device.features import Batch, CachedFeatures, ComputedFeatures, Packing, Shelf, Unmetered, widen
@@ -23,7 +26,7 @@ from lance_device.options import TrainOptions
 from lance_device.session import Graph
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import open_dataset
-from lance_edge.errors import ArtifactError
+from lance_edge.errors import ArtifactError, StorageError
 from lance_edge.images import load_batch
 from lance_edge.manifest import TensorSpec
 
@@ -133,6 +136,15 @@ def test_only_what_is_missing_is_computed(package, opened):
     assert features.computed == 3 + 3
     ask(features, mixed)
     assert features.computed == 6
+
+
+def test_an_image_that_stands_twice_takes_the_room_of_one(package, opened):
+    features, dataset, _ = opened()
+    features._shelves[dataset.train].room = 2
+    ask(features, batch_of(dataset.train, [7, 7, 5]))
+    assert features.computed == 3
+    ask(features, batch_of(dataset.train, [5, 7]))
+    assert features.computed == 3
 
 
 def test_parts_do_not_mix(package, opened):
@@ -367,6 +379,9 @@ def test_boundaries_that_are_no_records(package, images, tmp_path, spec, reason)
         plan = plan_cache(OPTIONS, 14, bundle, variant, dataset, tmp_path)
     assert choose(plan, "on")[0] == "off"
     assert choose(plan, "on")[1].startswith(reason)
+    prefix = SimpleNamespace(outputs=("a",))
+    with pytest.raises(StorageError, match=f"^--cache on: {re.escape(reason)}.*; measure with --cache off$"):
+        open_bench_features(prefix, variant, dataset.train, 16, tmp_path)
 
 
 def rooms(plan, capacity):
@@ -541,7 +556,7 @@ def test_a_cache_that_was_spoilt_changes_no_bit(package, images, whole, tmp_path
 
 def test_a_disk_that_fills_up_does_not_end_the_run(package, images, tmp_path):
     """A limit on file size stands for a full disk; the checkpoint and four steps of rows stay below it."""
-    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8700, 8700))"
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))"
     out, flags = tmp_path / "run", ("--steps", 4, "--eval-every", 0)
     process = spawn(*words(package, images, out), *flags, prelude=prelude)
     _, errors = process.communicate(timeout=60)

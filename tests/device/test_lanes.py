@@ -57,7 +57,9 @@ def test_a_fork_has_lanes_of_its_own():
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize(("threads", "micro_batch", "lanes"), [(1, 8, 1), (2, 8, 2), (4, 3, 3), (4, 1, 1)])
+@pytest.mark.parametrize(
+    ("threads", "micro_batch", "lanes"), [(1, 8, 1), (2, 8, 2), (4, 3, 3), (4, 1, 1), (9, 8, 4)]
+)
 def test_the_prefix_gives_the_same_in_lanes(bundle, threads, micro_batch, lanes):
     variant = bundle.manifest.variant("lance")
     prefix = load_prefix(bundle, variant, threads, micro_batch)

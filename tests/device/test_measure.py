@@ -10,13 +10,12 @@ from device_harness import spawn, table, train_words
 from tiny_package import write_images, write_tiny_package
 
 from lance_device import probe
-from lance_device.live import Live, StepView, epoch_text, step_text
 from lance_device.measure import PhaseMeter, RowLog
 from lance_device.options import available_cores
 from lance_device.probe import Health, HealthProbe, MemoryProbe
-from lance_device.units import duration, percent, size
 from lance_edge.errors import StorageError
 from lance_edge.profiles import HistoryRow
+from lance_edge.units import duration, percent, size
 
 MIB = 1 << 20
 ROW = HistoryRow(1, 3, 0.05, 1.5, 0.25, 0.5, 1.25, None, None, True, 250.0)
@@ -126,44 +125,6 @@ def test_a_full_disk_is_named(tmp_path):
         StorageError, match=r"steps.csv: cannot write \(No space left on device\); free some space"
     ):
         RowLog(tmp_path / "steps.csv", HistoryRow)
-
-
-VIEW = StepView(3, 50, 120, 2000, 0.5321, 0.812, 23.44, 98304, 720.0)
-
-
-def test_live_texts():
-    assert step_text(VIEW) == (
-        "epoch 3/50  step 120/2000  loss 0.532  accuracy 81.2 %  23.4 images/s  RSS 96 MiB  12 min left"
-    )
-    assert epoch_text(ROW) == "epoch 1  train loss 1.500, accuracy 25.0 %  validation 50.0 % (best)  4 min"
-
-
-class _Screen:
-    def __init__(self, is_terminal):
-        self.text, self._is_terminal = "", is_terminal
-
-    def isatty(self):
-        return self._is_terminal
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-
-def test_a_terminal_gets_one_line_and_a_file_few(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    screen, file = _Screen(True), _Screen(False)
-    for stream in (screen, file):
-        live = Live(stream)
-        live.step(VIEW)
-        live.step(VIEW)
-        live.epoch(ROW)
-    assert screen.text.startswith("\r\x1b[K")
-    assert max(len(part) for part in screen.text.split("\r\x1b[K")[:2]) <= 59  # never wraps
-    assert screen.text.count("\n") == 1
-    assert file.text.splitlines() == [step_text(VIEW), epoch_text(ROW)]
 
 
 def test_units():

@@ -10,7 +10,7 @@ from tiny_package import CLASSES, RANKS, SHAPES, write_images, write_tiny_packag
 from tiny_training import train_in_torch
 
 from lance_edge.bundle import Bundle, write_bundle
-from lance_edge.manifest import Split
+from lance_edge.input_spec import Split
 from lance_edge.profiles import StepRow, columns
 
 COLUMNS = [

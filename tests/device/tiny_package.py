@@ -17,19 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from lance_edge.bundle import describe, npz_bytes, write_bundle
-from lance_edge.manifest import (
-    PROJECTIONS_MEMBER,
-    SCHEMA_VERSION,
-    WEIGHTS_MEMBER,
-    Layer,
-    LayerPlan,
-    Manifest,
-    Preprocessing,
-    Schedule,
-    Split,
-    TensorSpec,
-    Variant,
-)
+from lance_edge.input_spec import Preprocessing, Split
+from lance_edge.manifest import SCHEMA_VERSION, Layer, LayerPlan, Manifest, Schedule, TensorSpec, Variant
+from lance_edge.names import PROJECTIONS_MEMBER, WEIGHTS_MEMBER
 
 CLASSES = ("blue", "green", "red")
 CHANNELS, FEATURES, SIDE = 8, 6, 6
@@ -44,6 +34,7 @@ SHAPES = {
     "images": ("N", 3, "R", "R"),
     "features": ("N", FEATURES, SIDE, SIDE),
     "hidden": ("N", CHANNELS, SIDE, SIDE),
+    "conv/A": ("N", FEATURES, SIDE, SIDE),
     "pooled": ("N", CHANNELS),
     "logits": ("N", 3),
     "loss": (),
@@ -108,6 +99,7 @@ def write_tiny_package(
     contents = {
         "graphs/prefix.onnx": prefix_graph(weights["stem.weight"], pool),
         "graphs/predict.onnx": _predict(),
+        "graphs/inputs.onnx": _inputs(),
         "graphs/bp-forward.onnx": _forward(core=False),
         "graphs/bp-backward.onnx": _backward(core=False),
         "graphs/lance-forward.onnx": _forward(core=True, prepared=two),
@@ -184,6 +176,10 @@ AXES = {"axes23": np.array([2, 3])}
 
 def _predict() -> bytes:
     return graph_bytes(_tail_nodes(), ["features", *PARAMETERS], ["logits"], AXES)
+
+
+def _inputs() -> bytes:
+    return graph_bytes([node("Identity", "features", "conv/A")], ["features"], ["conv/A"])
 
 
 def _prepare() -> bytes:
@@ -339,7 +335,7 @@ def _variant(method: str, batch_size: int, schedule: Schedule) -> Variant:
         method=method,
         energy=0.7 if method == "lance" else None,
         schedule="two passes" if two else "one pass",
-        graphs={"prefix": ("graphs/prefix.onnx",), "predict": ("graphs/predict.onnx",), **graphs},
+        graphs={role: (f"graphs/{role}.onnx",) for role in ("prefix", "predict", "inputs")} | graphs,
         parameters=PARAMETERS,
         layers=(plan,),
         boundary=_specs("features"),
@@ -391,6 +387,7 @@ def tiny_manifest(contents: dict[str, bytes], **fields) -> Manifest:
         mode="channel",
         energy=0.7,
         calibration_batches=1,
+        head=("head.weight", "head.bias"),
         members=tuple(describe(name, data) for name, data in contents.items()),
         **fields,
     )

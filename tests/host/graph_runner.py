@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from lance_edge.manifest import DROPOUT_SEEDS
+from lance_edge.names import DROPOUT_SEEDS
 from lance_edge.targets import Targets
 from lance_host.autodiff.emit import Emit
 from lance_host.autodiff.reverse import InputGradient, gradients

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lance_edge import accounting
 from lance_edge.manifest import Layer
-from lance_host import accounting
 from lance_host.zoo import ZOO
 
 MIB = 1 << 20

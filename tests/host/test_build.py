@@ -17,6 +17,7 @@ from lance_edge.errors import DataError, LanceError, ModelError, StorageError
 from lance_host.build import VERIFY_IMAGES, VERIFY_SETS, calibrate
 from lance_host.capture import Captured, capture_layers
 from lance_host.methods import METHODS
+from lance_host.network import NetworkRequest
 from lance_host.request import Feedback, Request
 from lance_host.selection import method_names
 from lance_host.tables import layer_table, package_table
@@ -38,6 +39,10 @@ def silent():
 def request(photos, output, weights, **options):
     words = {"model": "mcunet-10fps-vww", "resolution": 96, "threads": 1, **options}
     return Request(data=photos, output=output, weights=str(weights), **words)
+
+
+def test_what_a_request_leaves_open_is_what_a_network_request_leaves_open(tmp_path):
+    assert Request("resnet18", tmp_path, tmp_path / "pkg.tar").network == NetworkRequest("resnet18")
 
 
 @pytest.fixture(scope="module")

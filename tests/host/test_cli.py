@@ -50,7 +50,9 @@ def nothing_in(tmp_path):
 # --- help ---
 
 
-@pytest.mark.parametrize("command", [[], ["calibrate"], ["layers"], ["inspect"], ["merge"], ["sample-data"]])
+@pytest.mark.parametrize(
+    "command", [[], ["calibrate"], ["layers"], ["inspect"], ["merge"], ["sample-data"], ["continual"]]
+)
 def test_help_teaches_with_an_example(command, lance_host):
     result = lance_host(*command, "--help")
     assert result.exit_code == 0
@@ -100,7 +102,7 @@ REFUSED = {
     "layers of another network": (
         6,
         ["--layers", "layer4.*"],
-        "no layer is called 'layer4.*': lance-host la",
+        "no layer is called 'layer4.*', or it takes no part: lance-host layers lists them",
     ),
     "resolution": (1, ["--resolution", "16"], "--input-size: expected 32 or more, found 16"),
     "input size": (1, ["--input-size", "16"], "--input-size: expected 32 or more, found 16"),

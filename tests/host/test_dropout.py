@@ -22,10 +22,12 @@ from onnx import helper
 from torch import nn
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import DROPOUT_SEEDS, Schedule
+from lance_edge.manifest import Schedule
+from lance_edge.names import DROPOUT_SEEDS, INPUTS_ROLE, activation_name
 from lance_host.autodiff.dropout import PRIME, drop_nothing, seed_dropouts
+from lance_host.build import tap_inputs
 from lance_host.capture import Captured, capture, clone
-from lance_host.compile import inference_tails
+from lance_host.compile import inference_tails, layer_inputs
 from lance_host.stages import cut_stages
 from lance_host.step import differentiate
 
@@ -246,6 +248,26 @@ def test_the_frozen_part_and_inference_drop_nothing() -> None:
         assert DROPOUT_SEEDS not in {value.name for value in model.graph.inputs}
         logits = run_graph(model, {**weights, **boundary})["logits"]
         assert relative_error(logits, network(images)) < 1e-5
+
+
+def test_calibration_sees_inputs_of_which_nothing_is_dropped() -> None:
+    """On the workstation from images, and on the board from what crosses the boundary."""
+    images, network = torch.randn(2, *SAMPLES), network_with(None).float()
+    weights = {name: value.detach().numpy() for name, value in network.state_dict().items()}
+    seen: dict[str, torch.Tensor] = {}
+    for name in LAYERS:
+        network.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.update({name: inputs[0].detach()})
+        )
+    network(images)
+    model, taps = tap_inputs(_captured(), weights)
+    found = run_graph(model, {"images": images.numpy()})
+    prefix = cut_stages(differentiate(clone(_captured()), "bp", {}, BATCH)).graphs["prefix"]
+    boundary = run_graph(prefix, {"images": images.numpy(), **weights})
+    on_board = run_graph(layer_inputs(_captured())[INPUTS_ROLE], {**weights, **boundary})
+    for name in LAYERS:
+        assert relative_error(found[taps[name]], seen[name]) < 1e-5  # float32 through three layers
+        assert relative_error(on_board[activation_name(name)], seen[name]) < 1e-5
 
 
 def test_before_the_head_alone_is_behind_the_first_trained_layer() -> None:

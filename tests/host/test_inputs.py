@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from lance_edge.errors import LanceError, ModelError
-from lance_edge.manifest import Preprocessing
+from lance_edge.input_spec import Preprocessing
 from lance_host.inputs import InputRequest, check_input, settle_input
 from lance_host.model_source import ModelSource
 

@@ -11,9 +11,9 @@ from literal_method import ranks_of
 from torch import nn
 from vision_transformer import VisionTransformer, deit_tiny, small
 
+from lance_edge import accounting
 from lance_edge.errors import ModelError
 from lance_edge.manifest import Schedule
-from lance_host import accounting
 from lance_host.capture import Captured, capture, clone
 from lance_host.extras import Extras, norm_modules
 from lance_host.layers import list_layers, select_layers

@@ -10,8 +10,8 @@ from small_layers import conv_layer
 from small_networks import captured, random_batch, small_net
 from test_gradient_error import literal_distance
 
+from lance_edge.accounting import bp_activation_bytes, factored_activation_bytes
 from lance_host import perplexity
-from lance_host.accounting import bp_activation_bytes, factored_activation_bytes
 from lance_host.budget import plan_budget, total_bytes, total_error
 from lance_host.error_table import Candidate, ErrorTable, frontier
 from lance_host.hosvd import ModeCovariances

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lance_edge.errors import ModelError, PlatformError
-from lance_edge.manifest import Preprocessing
+from lance_edge.input_spec import Preprocessing
 from lance_host.network import NetworkRequest, load_network, open_network
 from lance_host.sources import open_source
 from lance_host.zoo import ZOO

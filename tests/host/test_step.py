@@ -21,9 +21,9 @@ from literal_method import compress_layers, ranks_of
 from small_networks import CLASSES, CONVS, HEAD, captured, random_batch, randomise_norms, small_net
 from torch import nn
 
+from lance_edge.accounting import bp_activation_bytes
 from lance_edge.manifest import Schedule
 from lance_edge.targets import Targets
-from lance_host.accounting import bp_activation_bytes
 from lance_host.capture import Captured, capture, clone
 from lance_host.layers import select_layers
 from lance_host.methods import METHODS

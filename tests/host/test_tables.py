@@ -5,18 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from lance_edge.manifest import (
-    SCHEMA_VERSION,
-    Layer,
-    LayerPlan,
-    Manifest,
-    Member,
-    Preprocessing,
-    Split,
-    TensorSpec,
-    Variant,
-)
-from lance_host.accounting import bp_activation_bytes, core_bytes
+from lance_edge.accounting import bp_activation_bytes, core_bytes
+from lance_edge.input_spec import Preprocessing, Split
+from lance_edge.manifest import SCHEMA_VERSION, Layer, LayerPlan, Manifest, Member, TensorSpec, Variant
 from lance_host.budget import BudgetPlan
 from lance_host.error_table import Candidate
 from lance_host.perplexity import LayerChoices, SearchResult

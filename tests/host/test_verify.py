@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import projection_name
+from lance_edge.names import projection_name
 from lance_host.capture import capture
 from lance_host.compile import compile_variant
 from lance_host.hosvd import Spectrum

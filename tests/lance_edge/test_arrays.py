@@ -9,7 +9,7 @@ from lance_edge.arrays import FloatPart, read_arrays
 from lance_edge.datasets import ArrayPart, open_dataset
 from lance_edge.errors import DataError
 from lance_edge.images import load_batch
-from lance_edge.manifest import ArrayInput, Preprocessing, Split
+from lance_edge.input_spec import ArrayInput, Preprocessing, Split
 from lance_edge.records import RecordError, from_json, to_json
 
 SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.2)

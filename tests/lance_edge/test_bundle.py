@@ -15,18 +15,18 @@ import pytest
 
 from lance_edge.bundle import DIGEST_MEMBER, MANIFEST_MEMBER, Bundle, describe, npz_bytes, write_bundle
 from lance_edge.errors import ArtifactError, StorageError
+from lance_edge.input_spec import Preprocessing, Split
 from lance_edge.manifest import (
     SCHEMA_VERSION,
+    FrozenLayer,
     Layer,
     LayerPlan,
     Manifest,
-    Preprocessing,
-    Split,
+    Task,
     TensorSpec,
     Variant,
-    decode,
-    encode,
 )
+from lance_edge.manifest_json import decode, encode
 from lance_edge.records import to_json
 
 ARRAYS = {
@@ -234,7 +234,9 @@ def test_a_package_narrowed_to_one_number_of_layers():
 def test_variants_that_mean_nothing_are_refused(tmp_path, changes, expected):
     broken = manifest(variants=(variant("lance"), dataclasses.replace(variant("bp"), **changes)))
     write_bundle(tmp_path / "pkg.tar", broken, CONTENTS)
-    assert f"does not fit schema 1: expected {expected}; rebuild" in refusal(tmp_path / "pkg.tar")
+    assert f"does not fit schema {SCHEMA_VERSION}: expected {expected}; rebuild" in refusal(
+        tmp_path / "pkg.tar"
+    )
 
 
 def test_members_are_read_one_after_the_other(package):
@@ -326,6 +328,23 @@ def test_a_changed_member(package):
         f" sha256 {expected}; found 16 bytes, sha256 {found}); the package was changed or damaged:"
         " copy it again"
     )
+
+
+def test_a_member_that_changes_while_the_package_is_open(tmp_path):
+    """Written over in its place: the file is still the one that was checked."""
+    name, content = "graphs/large.onnx", bytes(range(256)) * 1024  # larger than any buffer of a file
+    contents = {**CONTENTS, name: content}
+    package = tmp_path / "pkg.tar"
+    write_bundle(package, manifest(contents), contents)
+    with Bundle(package) as bundle:
+        assert bundle.read(name) == content
+        with package.open("r+b") as file:
+            file.seek(package.read_bytes().index(content) + 100_000)
+            file.write(b"other")
+        with pytest.raises(
+            ArtifactError, match=f"{name} was changed while the package is in use; copy it again"
+        ):
+            bundle.read(name)
 
 
 def test_a_changed_manifest(package):
@@ -564,3 +583,51 @@ def test_a_member_that_is_missing_leaves_nothing(tmp_path):
     with pytest.raises(KeyError):
         write_bundle(tmp_path / "pkg.tar", manifest(), {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_packages_of_schema_1_have_no_tasks():
+    value = json.loads(encode(manifest()))
+    for name in ("task", "head", "tasks", "protected", "frozen"):
+        del value[name]
+    for plan in (plan for one in value["variants"] for plan in one["layers"]):
+        del plan["factor_bytes"]
+    found = decode(json.dumps(value | {"schema_version": 1}).encode(), "pkg.tar")
+    assert found == dataclasses.replace(manifest(), task="", head=())
+    assert (found.tasks, found.protected, found.frozen) == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"variants": 3}, {"variants": [3]}, {"variants": [{"layers": 3}]}, {"variants": [{"layers": [3]}]}],
+)
+def test_damaged_packages_of_schema_1_are_refused(damage):
+    value = json.loads(encode(manifest())) | {"schema_version": 1} | damage
+    with pytest.raises(ArtifactError, match=f"does not fit schema {SCHEMA_VERSION}"):
+        decode(json.dumps(value).encode(), "pkg.tar")
+
+
+EARLIER = Task("cats", ("tabby", "tiger"), (TensorSpec("head.weight", (2, 8), "float32"),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"task": "cats"}, "tasks with different names of letters, digits, dots and dashes"),
+        ({"task": "a/b"}, "tasks with different names of letters, digits, dots and dashes"),
+        ({"task": ""}, "tasks with different names of letters, digits, dots and dashes"),
+        ({"task": ".."}, "tasks with different names of letters, digits, dots and dashes"),
+        ({"tasks": (dataclasses.replace(EARLIER, classes=("tabby",)),)}, "two or more classes of every task"),
+        ({"head": ("other.weight",)}, "a head of fixed shape of every task"),
+        ({"tasks": (), "protected": ("conv",)}, "protected layers, or frozen ones, after an earlier task"),
+        ({"frozen": (FrozenLayer("conv", "used up"),)}, "no layer both trained and frozen"),
+    ],
+)
+def test_tasks_that_mean_nothing_are_refused(tmp_path, changes, expected):
+    sound = {"task": "dogs", "tasks": (EARLIER,), "head": ("head.weight",), "protected": ("conv",)}
+    write_bundle(tmp_path / "pkg.tar", manifest(**sound), CONTENTS)
+    with Bundle(tmp_path / "pkg.tar") as bundle:
+        assert bundle.manifest.tasks == (EARLIER,)
+    write_bundle(tmp_path / "pkg.tar", manifest(**{**sound, **changes}), CONTENTS)
+    assert f"does not fit schema {SCHEMA_VERSION}: expected {expected}; rebuild" in refusal(
+        tmp_path / "pkg.tar"
+    )

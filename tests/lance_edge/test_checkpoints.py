@@ -9,7 +9,8 @@ from lance_edge import manifest as manifests
 from lance_edge.bundle import Bundle, write_bundle
 from lance_edge.checkpoints import SCHEMA_VERSION, read_weights
 from lance_edge.errors import CheckpointError
-from lance_edge.manifest import Manifest, Preprocessing, Split, TensorSpec, Variant
+from lance_edge.input_spec import Preprocessing, Split
+from lance_edge.manifest import Manifest, TensorSpec, Variant
 from lance_edge.sealed import write_sealed
 
 SHAPES = {"conv.weight": (4, 3, 3, 3), "head.weight": (2, 4), "head.bias": (2,)}
@@ -193,8 +194,8 @@ def test_another_package_is_named(bundle, refused):
 
 
 def test_a_newer_schema_says_what_it_needs(bundle, refused):
-    message = refused(checkpoint_bytes(good_tensors(), good_meta(bundle, schema_version=3)))
-    assert "checkpoint schema 3, this runtime reads 2; install a newer lance-edge" in message
+    message = refused(checkpoint_bytes(good_tensors(), good_meta(bundle, schema_version=4)))
+    assert "checkpoint schema 4, this runtime reads 3; install a newer lance-edge" in message
 
 
 @pytest.mark.parametrize("meta", [[], 3, "text", {}, {"artifact_sha256": 3}, None])

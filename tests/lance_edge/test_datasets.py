@@ -13,7 +13,7 @@ from PIL import Image
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import DataError
 from lance_edge.images import load_batch
-from lance_edge.manifest import Preprocessing, Split
+from lance_edge.input_spec import Preprocessing, Split
 
 SPLIT = Split(seed=7, test_fraction=0.25, validation_fraction=0.1)
 

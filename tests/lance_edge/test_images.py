@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from lance_edge.datasets import ArrayPart
 from lance_edge.errors import DataError
 from lance_edge.images import MAX_ASPECT_RATIO, MAX_PIXELS, list_images, load_batch, load_image, prepare
-from lance_edge.manifest import INTERPOLATIONS, Preprocessing
+from lance_edge.input_spec import INTERPOLATIONS, Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

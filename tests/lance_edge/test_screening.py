@@ -13,7 +13,7 @@ from PIL import Image
 from lance_edge import screening
 from lance_edge.datasets import ArrayPart, FilePart, open_dataset
 from lance_edge.errors import DataError
-from lance_edge.manifest import Split
+from lance_edge.input_spec import Split
 from lance_edge.screening import SteadyPart, find_bad, refuse, steady, without
 
 SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.2)
@@ -209,7 +209,7 @@ def grey(image):
 
 def test_the_next_of_the_same_class_stands_in_and_is_said_once(part):
     said = []
-    kept = SteadyPart.of(part, lambda name, reason: said.append((name, reason)))
+    kept = SteadyPart.of(part, lambda name, reason: said.append((name, reason)), lambda: None)
     assert [grey(kept.image(index)) for index in range(6)] == [0, 1, 2, 3, 4, 5]
     part.paths[1].unlink()
     part.paths[5].write_bytes(b"")
@@ -221,7 +221,7 @@ def test_the_next_of_the_same_class_stands_in_and_is_said_once(part):
 
 
 def test_it_comes_back_when_the_file_does(part):
-    kept = SteadyPart.of(part, lambda name, reason: None)
+    kept = SteadyPart.of(part, lambda name, reason: None, lambda: None)
     data = part.paths[0].read_bytes()
     part.paths[0].unlink()
     assert grey(kept.image(0)) == 1
@@ -230,7 +230,7 @@ def test_it_comes_back_when_the_file_does(part):
 
 
 def test_when_the_whole_class_is_gone_that_is_an_error(part):
-    kept = SteadyPart.of(part, lambda name, reason: None)
+    kept = SteadyPart.of(part, lambda name, reason: None, lambda: None)
     for path in part.paths[:3]:
         path.unlink()
     with pytest.raises(DataError, match="no other image of its class can be read either"):
@@ -239,5 +239,5 @@ def test_when_the_whole_class_is_gone_that_is_an_error(part):
 
 
 def test_a_part_of_a_steady_part_is_steady_no_more(part):
-    kept = SteadyPart.of(part, lambda name, reason: None)
+    kept = SteadyPart.of(part, lambda name, reason: None, lambda: None)
     assert type(kept.select(np.array([0]))) is FilePart

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lance_edge.manifest import TARGET_OFF, TARGET_ON
+from lance_edge.names import TARGET_OFF, TARGET_ON
 from lance_edge.targets import Targets, balanced_weights
 
 

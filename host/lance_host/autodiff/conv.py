@@ -142,7 +142,7 @@ def _rows(emit: Emit, value: ir.Value, channels: int) -> ir.Value:
     return emit.reshape(emit.swap(value), channels, -1)
 
 
-def _sampled(emit: Emit, geo: ConvGeometry, x: ir.Value) -> ir.Value:
+def sampled(emit: Emit, geo: ConvGeometry, x: ir.Value) -> ir.Value:
     """The input positions that a one-tap convolution reads: `[N, C, H', W']`."""
     if geo.stride == (1, 1):
         return x
@@ -162,7 +162,7 @@ def forward(emit: Emit, geo: ConvGeometry, x: ir.Value, weight: ir.Value, bias: 
     column = None if bias is None else emit.reshape(bias, -1, 1)  # [O, 1]
     if geo.is_sampling:
         matrix = emit.reshape(weight, geo.out_channels, geo.in_channels)
-        rows = _rows(emit, _sampled(emit, geo, x), geo.in_channels)  # [C, N P']
+        rows = _rows(emit, sampled(emit, geo, x), geo.in_channels)  # [C, N P']
         return by_sample(emit, emit("Gemm", matrix, rows, column), geo.out_channels, geo.out_size)
     matrices = position_matrices(emit, geo, weight)
     channels = by_channel(emit, x, geo.in_channels, geo.in_positions)  # [C, N, P]
@@ -210,7 +210,7 @@ def weight_gradient(emit: Emit, geo: ConvGeometry, x: ir.Value, dy: ir.Value) ->
     """Gradient with respect to the weight, summed over the batch: `[O, C / groups, k_h, k_w]`."""
     if geo.is_sampling:
         dy_rows = _rows(emit, dy, geo.out_channels)  # [O, N P']
-        x_rows = _rows(emit, _sampled(emit, geo, x), geo.in_channels)  # [C, N P']
+        x_rows = _rows(emit, sampled(emit, geo, x), geo.in_channels)  # [C, N P']
         return emit.reshape(emit("Gemm", dy_rows, x_rows, transB=1), *geo.weight_shape)
     if geo.by_positions:
         return _weight_gradient_by_positions(emit, geo, x, dy)
@@ -257,12 +257,12 @@ def tap_selection(geo: ConvGeometry) -> NDArray[np.float32]:
 
 
 def position_matrices(emit: Emit, geo: ConvGeometry, weight: ir.Value) -> ir.Value:
-    """The depthwise filters `[C, 1, k_h, k_w]` as matrices over positions, `[C, P, P']`."""
-    filters = emit.reshape(weight, geo.in_channels, geo.taps)
+    """Filters of one channel each, `[O, 1, k_h, k_w]`, as matrices over positions, `[O, P, P']`."""
+    filters = emit.reshape(weight, geo.out_channels, geo.taps)
     # One-hot columns [taps, P P'].  A Gather would do, ten times slower: it copies value by value.
     selection = emit.constant(tap_selection(geo).transpose(0, 2, 1).reshape(geo.taps, -1).copy())
     product = emit("MatMul", filters, selection)
-    return emit.reshape(product, geo.in_channels, geo.in_positions, geo.out_positions)
+    return emit.reshape(product, geo.out_channels, geo.in_positions, geo.out_positions)
 
 
 def _weight_gradient_by_positions(emit: Emit, geo: ConvGeometry, x: ir.Value, dy: ir.Value) -> ir.Value:
@@ -272,6 +272,11 @@ def _weight_gradient_by_positions(emit: Emit, geo: ConvGeometry, x: ir.Value, dy
     selection = emit.constant(tap_selection(geo).reshape(geo.taps, -1).T.copy())  # [P' P, taps]
     flat = emit.reshape(pairs, geo.in_channels, -1)
     return emit.reshape(emit("MatMul", flat, selection), *geo.weight_shape)
+
+
+def with_filters(geo: ConvGeometry, out_channels: int) -> ConvGeometry:
+    """The same convolution with another number of filters, a multiple of the groups."""
+    return replace(geo, out_channels=out_channels)
 
 
 def with_channels(geo: ConvGeometry, in_channels: int) -> ConvGeometry:

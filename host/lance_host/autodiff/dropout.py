@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
-from lance_edge.manifest import BATCH_DIM, DROPOUT_SEEDS
+from lance_edge.names import BATCH_DIM, DROPOUT_SEEDS
 from lance_host.autodiff.emit import Emit, dims, static_dims
 from lance_host.autodiff.rules.common import constant_of, operand, optional, unsupported
 from lance_host.edit import take_over

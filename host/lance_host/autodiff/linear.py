@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lance_edge.errors import ModelError
-from lance_edge.manifest import BATCH_DIM
+from lance_edge.names import BATCH_DIM
 from lance_host.autodiff.emit import Emit, dims, static_dim, static_dims
 
 

@@ -12,7 +12,8 @@ from onnx import numpy_helper
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import trained_shapes
 from lance_edge.errors import DataError, LanceError, ModelError, PlatformError, StorageError
-from lance_edge.manifest import DROPOUT_SEEDS, WEIGHTS_MEMBER, Variant
+from lance_edge.manifest import Variant
+from lance_edge.names import DROPOUT_SEEDS, WEIGHTS_MEMBER
 from lance_host.graph_file import read_graph
 from lance_host.ort_training import write_checkpoint
 from lance_host.ort_training.models import OPTIMIZERS, evaluation_model, optimizer_model, training_model

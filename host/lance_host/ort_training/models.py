@@ -16,21 +16,9 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 
 from lance_edge.bundle import Bundle
 from lance_edge.errors import LanceError, ModelError
-from lance_edge.manifest import (
-    BATCH_DIM,
-    CLASSES_KEY,
-    IMAGES,
-    LABELS,
-    LOGITS,
-    LOSS,
-    PREPROCESSING_KEY,
-    PROJECTIONS_MEMBER,
-    SCALE,
-    Manifest,
-    TensorSpec,
-    Variant,
-    gradient_name,
-)
+from lance_edge.input_spec import CLASSES_KEY, PREPROCESSING_KEY
+from lance_edge.manifest import Manifest, TensorSpec, Variant
+from lance_edge.names import BATCH_DIM, IMAGES, LABELS, LOGITS, LOSS, PROJECTIONS_MEMBER, SCALE, gradient_name
 from lance_edge.records import to_json
 from lance_edge.targets import Targets
 from lance_host.graph_file import read_graph

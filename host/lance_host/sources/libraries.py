@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lance_edge.errors import ModelError, PlatformError
-from lance_edge.manifest import INTERPOLATIONS, Preprocessing
+from lance_edge.input_spec import INTERPOLATIONS, Preprocessing
 from lance_host.model_source import OTHER_WEIGHTS, ModelSource, ProvidedWeights
 from lance_host.text import one_line
 

@@ -6,9 +6,10 @@ from types import MappingProxyType
 
 from torch import nn
 
-from lance_edge.manifest import Preprocessing
+from lance_edge.input_spec import Preprocessing
 from lance_host.inputs import resize_for, usual_preprocessing
 from lance_host.model_source import ModelSource, Published
+from lance_host.zoo.continual import ALEXNET_SIDE, ContinualAlexNet, ReducedResNet18
 from lance_host.zoo.efficientnet_lite import EfficientNetLite0, installed_weights
 from lance_host.zoo.mcunet import build_mcunet
 from lance_host.zoo.mobilenet import MobileNetV2
@@ -17,6 +18,8 @@ from lance_host.zoo.resnet import build_resnet
 MCUNET_BASE = "https://hanlab18.mit.edu/projects/tinyml/mcunet/release"
 TORCHVISION_BASE = "https://download.pytorch.org/models"
 HALF = (0.5, 0.5, 0.5)
+CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)  # of continual-learning benchmarks
+CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
 def _mcunet(
@@ -57,6 +60,12 @@ def _efficientnet_lite0() -> ModelSource:
     )
 
 
+def _small(name: str, build: Callable[[int], nn.Module]) -> ModelSource:
+    """A network that is trained from nothing, on images that are not resized."""
+    steps = Preprocessing(ALEXNET_SIDE, ALEXNET_SIDE, CIFAR_MEAN, CIFAR_STD)
+    return ModelSource(name=name, build=build, preprocessing=steps, head="head")
+
+
 # fmt: off
 _MODELS = (
     _mcunet("mcunet", 160, "mcunet-256kb-1mb_imagenet.pth",
@@ -74,6 +83,8 @@ _MODELS = (
     _torchvision("resnet18", functools.partial(build_resnet, "resnet18"), "fc", "resnet18", "f37072fd"),
     _torchvision("resnet34", functools.partial(build_resnet, "resnet34"), "fc", "resnet34", "b627a593"),
     _efficientnet_lite0(),
+    _small("alexnet", ContinualAlexNet),
+    _small("resnet18-reduced", ReducedResNet18),
 )
 # fmt: on
 

@@ -20,6 +20,8 @@ from graph_runner import (
 from hypothesis import strategies as st
 from onnx import helper
 
+from lance_edge.graph_check import ALLOWED_OPS
+
 # The rules run in float32 (unit roundoff 6e-8) and sum at most a few hundred terms of like size; the
 # truth is float64.  The rounding error of such sums stays below 1e-5 of the largest entry.
 TOLERANCE = 1e-5
@@ -54,6 +56,9 @@ def check(op: str, case: Case) -> None:
     node = helper.make_node(op, operands, case.outputs, name="the_node", **case.attributes)
     model = graph_of_nodes([*case.before, node, *case.after], case.inputs, case.constants, case.opset)
     append_gradients(model, list(case.inputs))
+    given = {op, *(other.op_type for other in (*case.before, *case.after))}
+    written = {node.op_type.encode() for node in model.graph if node.op_type not in given}
+    assert written <= ALLOWED_OPS, f"{op}: boards refuse {written - ALLOWED_OPS}"
     session = open_session(model)
     for batch in BATCHES if any("N" in shape for shape in case.inputs.values()) else BATCHES[:1]:
         rng = np.random.default_rng(batch)

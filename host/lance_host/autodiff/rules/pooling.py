@@ -60,6 +60,13 @@ class Windows:
         )
 
     @property
+    def apart(self) -> bool:
+        """Whether no two of them share a position."""
+        return set(self.dilations) == {1} and all(
+            k <= s for k, s in zip(self.kernel, self.strides, strict=True)
+        )
+
+    @property
     def slide(self) -> bool:
         """Whether there is one for each position."""
         return set(self.strides) == set(self.dilations) == {1}
@@ -177,14 +184,13 @@ def max_pool(emit: Emit, node: ir.Node, dy: ir.Value) -> Sequence[Thunk]:
         raise ModelError(f"{node.name}: storage_order 1 is not supported; export with storage_order 0")
 
     def dx() -> ir.Value:
+        # Not MaxUnpool: boards refuse it, for it writes wherever its indices say.
         chosen = emit("Cast", _indices(node), to=int(ir.DataType.INT32))  # half the bytes, if it is saved
-        exact = all(o * k == i for i, o, k in zip(shape.in_size, shape.out_size, shape.kernel, strict=True))
-        if shape.tile and exact:
-            indices = emit("Cast", chosen, to=int(ir.DataType.INT64))
-            return emit("MaxUnpool", dy, indices, kernel_shape=shape.kernel, strides=shape.strides)
         batch = emit("Shape", dy, start=0, end=1)
         zeros = emit("ConstantOfShape", emit("Mul", batch, emit.constant([positions])))  # [N C P]
-        flat = emit("ScatterElements", zeros, emit.reshape(chosen, -1), emit.reshape(dy, -1), reduction="add")
+        reduction = "none" if shape.apart else "add"
+        values = emit.reshape(dy, -1)
+        flat = emit("ScatterElements", zeros, emit.reshape(chosen, -1), values, reduction=reduction)
         return reshaped_like(emit, flat, x)
 
     return (dx,)

@@ -1,0 +1,70 @@
+"""Following a run from outside: only its folder is read, and nothing in it is locked or written."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lance_device.run_folder import RunFolder
+from lance_edge.report.views import Files, View
+
+LOCKS = Path("/proc/locks")
+ENDED = ("finished", "interrupted", "failed")
+PATIENCE_S = 30.0  # without a new row and without a process, before a run counts as lost
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a run stands: `waiting`, `running`, `finished`, `interrupted`, `failed` or `lost`."""
+
+    state: str
+    is_new: bool
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is to be expected."""
+        return self.state in (*ENDED, "lost")
+
+
+class Follower:
+    """Reads what a run writes, as it writes it; it may be there before the run, and after its end."""
+
+    def __init__(self, path: Path) -> None:
+        folder = RunFolder(path)
+        name = path.resolve().name or "run"
+        self.path = path
+        self.view = View(Files(name, folder.steps, folder.history, folder.record))
+        self._changed_at = time.monotonic()
+
+    def look(self) -> Sight:
+        """Read what is new.
+
+        Raises:
+            DataError: naming file, line and column of what cannot be read.
+        """
+        is_new = self.view.update()
+        if is_new:
+            self._changed_at = time.monotonic()
+        return Sight(self._state(), is_new)
+
+    def _state(self) -> str:
+        status = self.view.status
+        if status in ENDED:
+            return str(status)
+        if status is None and self.view.is_empty:
+            return "waiting"
+        is_quiet = time.monotonic() - self._changed_at >= PATIENCE_S
+        return "lost" if is_quiet and is_held(self.path) is False else "running"
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a process on this machine trains into the folder; `None` where the system does not say.
+
+    Read from the kernel's list of locks: trying the lock would stand in the way of a run that begins.
+    """
+    try:
+        inode = folder.stat().st_ino
+        lines = LOCKS.read_text().splitlines()
+    except OSError:
+        return None
+    # 1: FLOCK  ADVISORY  WRITE 1234 fd:01:393228 0 EOF
+    return any("FLOCK" in line and f":{inode} " in line for line in lines)

@@ -1,0 +1,1 @@
+"""Continual-learning benchmarks: published protocols, our engine, and baselines to compare with."""

@@ -1,0 +1,148 @@
+"""`lance-host memory`: what a finished task needs of the layers, added to what earlier ones need."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lance_edge.datasets import open_dataset
+from lance_edge.errors import LanceError
+from lance_edge.images import load_batch
+from lance_edge.manifest import Mode
+from lance_edge.memory import Memory, empty_memory, extend_memory, read_memory, write_memory
+from lance_edge.moments import protected_mode, protected_shape
+from lance_edge.screening import steady
+from lance_edge.statistics import read_statistics
+from lance_host.calibrate import calibration_batches, layer_moments
+from lance_host.next_task import check_statistics
+from lance_host.past import Past, read_past, tap_names
+from lance_host.request import Feedback
+
+# The published protocol's (arXiv 2509.21617, after GPM): 0.97 after the first task, 0.003 more each time.
+FIRST_THRESHOLD, THRESHOLD_STEP, LAST_THRESHOLD = 0.97, 0.003, 0.999
+DEFAULT_BATCHES = 11
+DEFAULT_MODE: Mode = "patch"
+
+Covariances = Mapping[str, NDArray[np.floating]]
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """What is asked for; `None`: as the published protocol or the older memory has it.
+
+    Either `data`, the finished task's images, or `statistics` of them.
+    """
+
+    checkpoint: Path
+    output: Path
+    artifact: Path | None = None
+    data: Path | None = None
+    statistics: Path | None = None
+    memory: Path | None = None
+    threshold: float | None = None
+    mode: Mode | None = None
+    batches: int = DEFAULT_BATCHES
+    seed: int = 0
+    threads: int | None = None
+
+
+def published_threshold(tasks: int) -> float:
+    """ε_cl after so many earlier tasks."""
+    return min(FIRST_THRESHOLD + THRESHOLD_STEP * tasks, LAST_THRESHOLD)
+
+
+def make_memory(request: MemoryRequest, feedback: Feedback) -> Memory:
+    """Write the memory after the checkpoint's task, and return it.
+
+    Raises:
+        LanceError: with nothing written, if checkpoint, older memory and data do not belong together.
+    """
+    if (request.data is None) == (request.statistics is None):
+        raise LanceError(
+            "--data or --stats: expected one of them, the finished task's images or their statistics"
+        )
+    past = read_past(request.artifact, request.checkpoint)
+    before = open_before(request, past)
+    covariances = measure(request, past, before.mode, feedback)
+    threshold = request.threshold
+    if threshold is None:
+        threshold = published_threshold(len(before.tasks))
+    after = extend_memory(before, past.task, covariances, threshold, past.checkpoint_sha256)
+    write_memory(request.output, after)
+    return after
+
+
+def open_before(request: MemoryRequest, past: Past) -> Memory:
+    """The memory of the tasks before the finished one.
+
+    Raises:
+        LanceError: if it is missing, has another mode, or knows other tasks.
+    """
+    earlier = [task.name for task in past.tasks[:-1]]
+    if request.memory is None:
+        if earlier:
+            raise LanceError(
+                f"--memory: the network learned {', '.join(earlier)} before {past.task}; give the memory of"
+                " that, or it will be forgotten"
+            )
+        return empty_memory(request.mode or DEFAULT_MODE, past.manifest.model)
+    found = read_memory(request.memory)
+    remembered = [task.name for task in found.tasks]
+    if remembered != earlier:
+        raise LanceError(
+            f"{request.memory}: remembers {', '.join(remembered) or 'no task'}, expected"
+            f" {', '.join(earlier) or 'none'}, which the network learned before {past.task}; give that memory"
+        )
+    if request.mode not in (None, found.mode):
+        raise LanceError(f"{request.memory}: is of {found.mode} mode, not {request.mode}; leave --mode out")
+    return found
+
+
+def measure(request: MemoryRequest, past: Past, mode: Mode, feedback: Feedback) -> Covariances:
+    """The second moment of the protected mode of every layer that the task trained, `[groups, D, D]`.
+
+    Raises:
+        LanceError: if the data are not of this task, or the statistics of another network.
+    """
+    for layer in past.layers:
+        protected_shape(layer, mode)  # refuses what the mode cannot protect, before anything runs
+    if request.statistics is not None:
+        found = read_statistics(request.statistics)
+        check_statistics(found, str(request.statistics), past)
+        if found.mode != mode:
+            raise LanceError(
+                f"{request.statistics}: is of {found.mode} mode, the memory of {mode} mode; collect the"
+                f" statistics with --mode {mode}"
+            )
+        if found.classes != past.manifest.classes:
+            raise LanceError(
+                f"{request.statistics}: of the classes {', '.join(found.classes)}, expected those of"
+                f" {past.task}: {', '.join(past.manifest.classes)}; collect them from that task's images"
+            )
+        return {layer.name: found.layers[layer.name][protected_mode(layer)] for layer in past.layers}
+    return _measure_images(request, past, mode, feedback) if past.layers else {}
+
+
+def _measure_images(request: MemoryRequest, past: Past, mode: Mode, feedback: Feedback) -> Covariances:
+    assert request.data is not None
+    manifest = past.manifest
+    opened = open_dataset(request.data, manifest.split, manifest.classes)
+    part = steady(opened, feedback.say_bad_image).train
+    batch_size = min(manifest.batch_size, len(part))
+    order = calibration_batches(len(part), batch_size, request.batches, request.seed)
+    feedback.say(f"memory of {past.task}: {len(order)} batches of {batch_size} training images")
+    moments = layer_moments(
+        past.taps,
+        tap_names(past.layers),
+        past.layers,
+        mode,
+        {},
+        (load_batch(part, rows, manifest.preprocessing) for rows in order),
+        batch_size,
+        request.threads or os.cpu_count() or 1,
+        lambda done: feedback.progress("memory", done, len(order)),
+    )
+    return {layer.name: moments[layer.name][protected_mode(layer)] for layer in past.layers}

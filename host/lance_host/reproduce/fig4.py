@@ -1,0 +1,66 @@
+"""Figure 4: gradient angle, activation memory and accuracy over the energy threshold ε."""
+
+from pathlib import Path
+
+from lance_edge.errors import Interrupted, LanceError, StorageError
+from lance_host.reproduce.angles import plan_angles
+from lance_host.reproduce.cells import Cells
+from lance_host.reproduce.findings import Cell, Finding
+from lance_host.reproduce.material import AbsentError, Material, find_material
+from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
+from lance_host.reproduce.study import Study
+from lance_host.reproduce.trained import Plan, run_plan, shared_plans
+
+
+def fig4(cells: Cells) -> list[Finding]:
+    """A row for each ε; the head alone and backpropagation, the ends of the scale, beside them."""
+    study, findings = cells.study, list[Finding]()
+    layers = study.layers[-1]
+    for model, dataset in study.pairs:
+        shared = shared_plans(study, "fig4", model, dataset, ("bp",))
+        ends = [plan for plan in shared if plan.layers in (0, layers)]
+        plans = [_plan(study, model, dataset, energy) for energy in study.size.energies]
+        try:
+            material = find_material(study, model, dataset)
+        except AbsentError as reason:
+            findings += [plan.cell.found("accuracy_percent", (), str(reason)) for plan in ends + plans]
+            continue
+        findings += [one for plan in ends + plans for one in run_plan(cells, material, plan)]
+        findings += [one for plan in plans for one in _angles(cells, material, plan)]
+    return findings
+
+
+def _plan(study: Study, model: str, dataset: str, energy: float) -> Plan:
+    layers = study.layers[-1]
+    package = {"layers": str(layers), "methods": ("lance",), "energy": energy, "batch_size": study.batch_size}
+    return Plan(Cell("fig4", model, dataset, "lance", layers, f"ε {energy:g}"), package, "lance", layers)
+
+
+def _angles(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
+    """With the weights that all ε begin with, and those that each ends with; none of a cell that failed."""
+    try:
+        start = [plan_angles(cells, material, plan, seed, None)["mean_deg"] for seed in cells.study.seeds]
+        end = [plan_angles(cells, material, plan, seed, "last.npz")["mean_deg"] for seed in cells.study.seeds]
+    except (Interrupted, StorageError):
+        raise
+    except LanceError:
+        return []  # the cell's row says why
+    return [plan.cell.found("start_angle_deg", start), plan.cell.found("angle_deg", end)]
+
+
+ENERGY_AXIS = "ε"
+PANELS = {
+    "angle_deg": Axes("Angle between LANCE's gradient and the exact one", ENERGY_AXIS, "degrees, at the end"),
+    "activation_mib": Axes("Activation memory", ENERGY_AXIS, "MiB", log_y=True),
+    "accuracy_percent": Axes("Test accuracy", ENERGY_AXIS, "%"),
+}
+
+
+def draw_energy(path: Path, findings: list[Finding]) -> None:
+    """Angle, activation memory and accuracy over ε, a panel each."""
+    series: dict[str, dict[str, list[Point]]] = {name: {} for name in PANELS}
+    for one in findings:
+        if one.quantity in PANELS and one.measured is not None and one.setting.startswith(f"{ENERGY_AXIS} "):
+            points = series[one.quantity].setdefault(f"{one.model}, {one.dataset}", [])
+            points.append((float(one.setting[2:]), one.measured))
+    draw_lines(path, *(Panel(axes, series[name]) for name, axes in PANELS.items()))

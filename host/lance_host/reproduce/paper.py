@@ -1,0 +1,43 @@
+"""The published values, from `paper.toml`: the one place where they stand."""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+SOURCE = "lance"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number as printed; `relation` is `is`, or `below` where only a bound was printed."""
+
+    value: float
+    relation: str
+    source: str
+
+
+def published(
+    claim: str, quantity: str, model: str, dataset: str, method: str, layers: int | None, setting: str = ""
+) -> Published | None:
+    """What was printed for this cell; `None` where nothing is at hand."""
+    document = _document()
+    for entry in document["value"]:
+        asked = {"claim": claim, "quantity": quantity, "model": model, "dataset": dataset, "setting": setting}
+        if all(entry.get(key, value) == value for key, value in asked.items()):
+            value = entry["values"].get(method, {}).get(str(layers))
+            if value is not None:
+                return Published(value, entry.get("relation", "is"), document["sources"][SOURCE])
+    return None
+
+
+def source() -> str:
+    """Whose numbers these are."""
+    return str(_document()["sources"][SOURCE])
+
+
+@cache
+def _document() -> dict[str, Any]:
+    text = (resources.files("lance_host") / "reproduce" / "paper.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)

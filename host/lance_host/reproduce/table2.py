@@ -1,0 +1,66 @@
+"""Table 2: accuracy, activation memory and multiply-adds of every method, network and data set."""
+
+from pathlib import Path
+
+from lance_host.reproduce.cells import Cells
+from lance_host.reproduce.findings import MIB, Cell, Finding
+from lance_host.reproduce.paper import published
+from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
+from lance_host.reproduce.trained import Plan, method_plans, run_plans
+
+AXES = Axes("Accuracy over activation memory", "activations, MiB", "test accuracy, %", log_x=True)
+LEAST_MIB = 1e-3  # where the head alone, which keeps none, stands on a logarithmic axis
+
+
+def table2(cells: Cells) -> list[Finding]:
+    """A row for each method and number of layers; LANCE also with its ranks within the published bytes."""
+    findings = []
+    for model, dataset in cells.study.pairs:
+        plans = method_plans(
+            "table2",
+            model,
+            dataset,
+            cells.study.methods,
+            cells.study.layers,
+            "",
+            batch_size=cells.study.batch_size,
+        )
+        findings += run_plans(cells, model, dataset, plans + budget_plans(cells, model, dataset))
+    return findings
+
+
+def budget_plans(cells: Cells, model: str, dataset: str) -> list[Plan]:
+    """LANCE with ranks chosen within the activation memory that was published for it, where one was."""
+    plans = []
+    for layers in cells.study.layers:
+        printed = published("table2", "activation_mib", model, dataset, "lance", layers)
+        if printed is not None:
+            budgets = {"lance": int(printed.value * MIB)}
+            package = {
+                "layers": str(layers),
+                "methods": ("lance",),
+                "budgets": budgets,
+                "batch_size": cells.study.batch_size,
+            }
+            cell = Cell("table2", model, dataset, "lance", layers, f"within {printed.value:g} MiB")
+            plans.append(Plan(cell, package, "lance", layers))
+    return plans
+
+
+def draw_accuracy(path: Path, findings: list[Finding]) -> None:
+    """Accuracy over bytes, a series for each method, the published points hollow."""
+    series: dict[str, list[Point]] = {}
+    cells: dict[tuple[object, ...], dict[str, Finding]] = {}
+    for one in findings:
+        key = (one.model, one.dataset, one.method, one.layers, one.setting)
+        cells.setdefault(key, {})[one.quantity] = one
+    for found in cells.values():
+        if not {"activation_mib", "accuracy_percent"} <= set(found):
+            continue
+        size, accuracy = found["activation_mib"], found["accuracy_percent"]
+        name = ", ".join(filter(None, (accuracy.method, accuracy.setting)))
+        if size.measured is not None and accuracy.measured is not None:
+            series.setdefault(name, []).append((max(size.measured, LEAST_MIB), accuracy.measured))
+        if size.published is not None and accuracy.published is not None and not accuracy.setting:
+            series.setdefault(f"{name}, published", []).append((size.published, accuracy.published))
+    draw_lines(path, Panel(AXES, series, joined=False))

@@ -1,0 +1,104 @@
+"""Cells that are a training run for each seed: what the tables and figures 3 and 4 are made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lance_edge.bundle import Bundle
+from lance_edge.errors import Interrupted, LanceError, StorageError
+from lance_host.reproduce.cells import Cells
+from lance_host.reproduce.findings import Cell, Finding
+from lance_host.reproduce.material import AbsentError, Material, find_material
+from lance_host.reproduce.outcome import Outcome, graph_gmacs, paper_gmacs, read_outcome
+from lance_host.reproduce.study import Study
+
+HEAD_ONLY = "head only"
+QUANTITIES = ("accuracy_percent", "activation_mib", "saved_mib")
+FAILED = "failed: "
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cell, the package that it needs (fields of `Request`), and what of it trains.
+
+    `words` are further options of `lance-device train`.
+    """
+
+    cell: Cell
+    package: Mapping[str, Any]
+    method: str
+    layers: int
+    words: Mapping[str, Any] = field(default_factory=dict)
+
+
+def method_plans(
+    claim: str,
+    model: str,
+    dataset: str,
+    methods: Sequence[str],
+    layers: Sequence[int],
+    setting: str,
+    kind: str = "",
+    **options: Any,
+) -> list[Plan]:
+    """The head alone, then every method with every count of layers.
+
+    Each method has a package of its own, so that a cell stays the same whatever else is asked for beside it.
+
+    Args:
+        kind: of layers that are counted, `pointwise:` for instance.
+        options: of the package.
+    """
+    counts = ",".join(map(str, layers))
+    packages = {name: {**options, "layers": kind + counts, "methods": (name,)} for name in methods}
+    packages["bp"] = {**options, "layers": f"{kind}0,{counts}".removesuffix(","), "methods": ("bp",)}
+    plans = [Plan(Cell(claim, model, dataset, HEAD_ONLY, 0, setting), packages["bp"], "bp", 0)]
+    return plans + [
+        Plan(Cell(claim, model, dataset, method, count, setting), packages[method], method, count)
+        for count in layers
+        for method in methods
+    ]
+
+
+def shared_plans(study: Study, claim: str, model: str, dataset: str, methods: Sequence[str]) -> list[Plan]:
+    """The head alone, and some methods, for a figure: from the package of table 2, whose runs serve both."""
+    plans = method_plans(claim, model, dataset, study.methods, study.layers, "", batch_size=study.batch_size)
+    return [plan for plan in plans if plan.cell.method in (HEAD_ONLY, *methods)]
+
+
+def run_plans(cells: Cells, model: str, dataset: str, plans: Sequence[Plan]) -> list[Finding]:
+    """The findings of all plans on one network and data set; what cannot be run is a row that says why."""
+    try:
+        material = find_material(cells.study, model, dataset)
+    except AbsentError as reason:
+        cells.study.say(f"{model} on {dataset}: {reason}")
+        return [plan.cell.found(name, (), str(reason)) for plan in plans for name in QUANTITIES[:2]]
+    return [finding for plan in plans for finding in run_plan(cells, material, plan)]
+
+
+def run_plan(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
+    """The findings of one cell; one that fails is a row too, and the others go on.
+
+    Raises:
+        Interrupted, StorageError: which would meet all others as well.
+    """
+    try:
+        return _run_plan(cells, material, plan)
+    except (Interrupted, StorageError):
+        raise
+    except LanceError as error:
+        cells.study.say(f"{plan.cell.method}, {plan.layers} layers: {FAILED}{error}")
+        return [plan.cell.found(name, (), f"{FAILED}{error}") for name in QUANTITIES[:2]]
+
+
+def _run_plan(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
+    outcomes: list[Outcome] = []
+    for seed in cells.study.seeds:
+        package = cells.package(material, seed, **plan.package)
+        run = cells.run(material, package, seed, method=plan.method, layers=plan.layers, **plan.words)
+        outcomes.append(read_outcome(run))
+    with Bundle(package) as bundle:
+        variant = bundle.manifest.variant(plan.method, plan.layers)
+        macs = {"paper_gmacs": paper_gmacs(variant), "graph_gmacs": graph_gmacs(bundle.manifest, variant)}
+    found = [plan.cell.found(name, [getattr(one, name) for one in outcomes]) for name in QUANTITIES]
+    return found + [plan.cell.found(name, [value]) for name, value in macs.items()]

@@ -1,0 +1,109 @@
+"""What a reader must know before believing a figure."""
+
+from collections.abc import Callable, Sequence
+
+from lance_edge.bench_rows import LARGE_SPREAD
+from lance_edge.report.names import distinct, method_name, runs_of
+from lance_edge.report.results import Result, results_of
+from lance_edge.report.views import View
+from lance_edge.units import count
+
+MOST_NAMED = 3
+FEWEST_STEPS = 5
+
+Notice = Callable[[Sequence[View]], str | None]
+
+
+def notices_of(views: Sequence[View]) -> tuple[str, ...]:
+    """In the order of their weight; none where there is nothing to say."""
+    return tuple(text for notice in NOTICES if (text := notice(views)) is not None)
+
+
+def _about_machines(views: Sequence[View]) -> str | None:
+    labels = distinct([view.machine.label for view in views if not view.is_empty])
+    if len({view.machine.key for view in views if not view.is_empty}) < 2:
+        return None
+    return (
+        f"Measured on {len(labels)} machines ({'; '.join(labels)}): times of one say nothing of another, so"
+        " ratios are taken within each of them only."
+    )
+
+
+def _about_status(views: Sequence[View]) -> str | None:
+    texts = {
+        "running": "{} had not ended when this was made",
+        "interrupted": "{} was stopped before its end",
+        "failed": "{} failed",
+    }
+    found = [texts[view.status].format(view.name) for view in views if view.status in texts]
+    return f"{_listed(found)}." if found else None
+
+
+def _about_torn_rows(views: Sequence[View]) -> str | None:
+    torn = [view.name for view in views if view.is_torn]
+    return f"The last row of {_listed(torn)} is cut off, and was left out." if torn else None
+
+
+def _about_missing_records(views: Sequence[View]) -> str | None:
+    missing = [view.name for view in views if view.record is None]
+    if not missing:
+        return None
+    return f"{_listed(missing)} came without run.json: machine, versions and arguments are not known."
+
+
+def _about_spread(views: Sequence[View]) -> str | None:
+    wide = [result for result in results_of(views) if (result.spread or 0.0) > LARGE_SPREAD]
+    if not wide:
+        return None
+    worst = sorted(wide, key=lambda result: -(result.spread or 0.0))
+    names = [f"{_named(result)} ({result.spread:.0%})" for result in worst]
+    return (
+        f"Times of a step vary by more than {LARGE_SPREAD:.0%} (standard deviation over mean) in"
+        f" {_listed(names)}: other programs ran, or the clock changed. Small differences mean nothing here;"
+        " measure on a quiet machine."
+    )
+
+
+def _about_few_steps(views: Sequence[View]) -> str | None:
+    few = [r for r in results_of(views) if r.step is not None and r.step.n < FEWEST_STEPS]
+    if not few:
+        return None
+    names = [f"{_named(result)} ({count(result.step.n if result.step else 0, 'step')})" for result in few]
+    return f"Medians of fewer than {FEWEST_STEPS} steps say little: {_listed(names)}."
+
+
+def _about_throttling(views: Sequence[View]) -> str | None:
+    found = [f"{view.name} ({', '.join(sorted(view.troubles))})" for view in views if view.troubles]
+    if not found:
+        return None
+    return f"The board complained during {_listed(found)}: its times are those of a slowed-down processor."
+
+
+def _about_data(views: Sequence[View]) -> str | None:
+    digests = {digest for view in runs_of(views) if (digest := view.fact("data", "train_sha256"))}
+    if len(digests) < 2:
+        return None
+    return "The runs trained on different images: their accuracies are not to be compared."
+
+
+def _named(result: Result) -> str:
+    setting = result.setting
+    return f"{result.view.name}: {method_name(setting.method)}, {count(setting.layers, 'layer')}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`a; b; c and 4 more`."""
+    more = len(names) - MOST_NAMED
+    return "; ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+NOTICES: tuple[Notice, ...] = (
+    _about_machines,
+    _about_throttling,
+    _about_spread,
+    _about_few_steps,
+    _about_data,
+    _about_status,
+    _about_torn_rows,
+    _about_missing_records,
+)

@@ -1,0 +1,123 @@
+"""Figures as data: what is drawn, whoever draws it.  Every axis says its unit."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Style = Literal["solid", "dashed", "dotted", "points"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points of one colour, joined or not.
+
+    Attributes:
+        label: for the legend; empty for a line that belongs to the one before it.
+        low, high: of a band, or (where points are not joined) of a range; empty, or as many as `x`.
+    """
+
+    label: str
+    colour: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    style: Style = "solid"
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LinePlot:
+    """Lines over an axis.
+
+    Attributes:
+        name: of the files with its data and its picture.
+        caption: what there is to see, in a sentence or two.
+        rules: dashed horizontal lines, `(y, label)`.
+        shaded: stretches of x that are marked.
+    """
+
+    name: str
+    title: str
+    caption: str
+    x_label: str
+    y_label: str
+    lines: tuple[Line, ...]
+    y_from_zero: bool = False
+    x_from_zero: bool = False
+    x_is_log: bool = False
+    y_is_log: bool = False
+    rules: tuple[tuple[float, str], ...] = ()
+    shaded: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not any(line.x for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Parts that stand on each other, each in its colour; `spread` is the range of their sum."""
+
+    label: str
+    parts: tuple[float, ...]
+    colours: tuple[str, ...]
+    spread: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class BarGroup:
+    """Bars side by side over one label."""
+
+    label: str
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class BarPlot:
+    """Groups of stacked bars.
+
+    Attributes:
+        part_names: of every bar's parts, from the bottom.
+        keys: `(label, colour)` of the legend.
+    """
+
+    name: str
+    title: str
+    caption: str
+    x_label: str
+    y_label: str
+    part_names: tuple[str, ...]
+    groups: tuple[BarGroup, ...]
+    keys: tuple[tuple[str, str], ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not any(group.bars for group in self.groups)
+
+
+Plot = LinePlot | BarPlot
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a heading; `name` is that of a file with its data."""
+
+    name: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report.
+
+    Attributes:
+        missing: what stands where there is nothing to show, and how one would get it.
+    """
+
+    title: str
+    text: str
+    plots: tuple[Plot, ...]
+    tables: tuple[Table, ...] = ()
+    missing: str = ""

@@ -1,0 +1,333 @@
+"""The benchmark as a whole on tiny data and a tiny network: methods, resuming, tables, figures, messages."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmark_sets import write_npz
+
+from lance_edge.accuracy_matrix import read_matrix
+from lance_edge.errors import LanceError, NumericalError
+from lance_host.continual_benchmark import run as runner
+from lance_host.continual_benchmark.figures import CURVES, HEATMAP, can_draw, mean_rows, write_figures
+from lance_host.continual_benchmark.job import Job, Learnt
+from lance_host.continual_benchmark.literature import PUBLISHED
+from lance_host.continual_benchmark.methods import METHODS, choose_methods
+from lance_host.continual_benchmark.protocol import PAPER, PRESETS, QUICK, as_batch_norm, choose_preset
+from lance_host.continual_benchmark.records import Settings, TaskRecord, read_records
+from lance_host.continual_benchmark.report import spread, summarise, summary_table
+from lance_host.continual_benchmark.run import BenchmarkRequest, Voice, run_benchmark
+
+NETWORK = '''
+from torch import nn
+
+class Net(nn.Module):
+    """A convolution and a linear layer with batch-norm, and a head without bias."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 4, 4, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(96, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.5),
+        )
+        self.head = nn.Linear(24, classes, bias=False)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+def make(num_classes=2):
+    return Net(num_classes)
+'''
+TINY = replace(
+    QUICK,
+    recipe=replace(QUICK.recipe, lr=0.1, epochs=3, batch_size=16),
+    gpm_lr=0.1,
+    per_class=None,
+    dropout=True,
+    replay=20,
+    fisher_samples=5,
+)
+SILENT = Voice(lambda text: None, lambda done, most: None)
+TABLES = ("results.csv", "summary.csv", "table.md")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Ten classes of 32 + 10 images, and a network."""
+    folder = tmp_path_factory.mktemp("material")
+    write_npz(folder / "cifar10.npz", train=32, test=10)
+    (folder / "net.py").write_text(NETWORK)
+    return folder, f"{folder / 'net.py'}:make"
+
+
+def request_of(material: tuple[Path, str], out: Path, *methods: str, **more: object) -> BenchmarkRequest:
+    data, network = material
+    request = BenchmarkRequest("split-cifar10", methods, data, out, TINY, 1, network, threads=1)
+    return replace(request, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def learnt(material: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All methods, one seed."""
+    folder, settings = run_benchmark(request_of(material, tmp_path_factory.mktemp("out"), *METHODS), SILENT)
+    if can_draw():
+        write_figures(folder, settings)
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- all methods ---
+
+
+def test_every_method_fills_its_matrix(learnt: Path) -> None:
+    rows = rows_of(learnt / "results.csv")
+    for method in METHODS:
+        found = [(row["after"], row["task"]) for row in rows if row["method"] == method]
+        names = [f"cifar10-{n}-{n + 1}" for n in range(0, 10, 2)]
+        triangle = [(names[i], names[j]) for i in range(5) for j in range(i + 1)]
+        assert found == (triangle[-5:] if METHODS[method].is_joint else triangle)
+    for method in METHODS:
+        if not METHODS[method].is_joint:
+            matrix = read_matrix(learnt / method / "seed-0" / "accuracy_matrix.csv")
+            summary = next(row for row in rows_of(learnt / "summary.csv") if row["method"] == method)
+            assert matrix.acc is not None
+            assert matrix.bwt is not None
+            assert float(summary["acc_mean"]) == pytest.approx(100 * matrix.acc, abs=1e-3)
+            assert float(summary["bwt_mean"]) == pytest.approx(100 * matrix.bwt, abs=1e-3)
+
+
+def test_the_first_task_is_the_same_for_all(learnt: Path) -> None:
+    rows = rows_of(learnt / "results.csv")
+    first = {row["accuracy"] for row in rows if row["after"] == row["task"] == "cifar10-0-1"}
+    assert len(first) == 1
+
+
+def test_gpm_and_lance_keep_a_memory_that_grows(learnt: Path) -> None:
+    records = read_records(learnt)
+    for method in ("gpm", "lance"):
+        ranks = [record.ranks for record in records[method]]
+        assert set(ranks[0]) == {"body.0", "body.5"}
+        for layer, most in (("body.0", 48), ("body.5", 96)):
+            used = [one[layer] for one in ranks]
+            assert used == sorted(used)
+            assert 0 < used[-1] <= most
+        assert records[method][-1].kept_bytes["memory"] > 0
+    assert not records["finetune"][-1].ranks
+    lance, bp = (records[name][-1].activation_bytes for name in ("lance", "finetune"))
+    assert bp == 4 * 16 * (3 * 32 * 32 + 96)
+    assert 0 < lance < bp
+
+
+def test_what_a_board_needs_for_more_tasks_is_all_that_stays(learnt: Path) -> None:
+    for method in METHODS:
+        *earlier, last = sorted((learnt / method / "seed-0").glob("task-*"))
+        for folder in earlier:
+            assert [path.name for path in folder.iterdir()] == ["record.json"]
+        assert (last / "state.safetensors").exists()
+
+
+def test_the_table_shows_every_method(learnt: Path) -> None:
+    lines = (learnt / "table.md").read_text().splitlines()
+    assert {line.split("|")[1].strip() for line in lines[2:]} == set(METHODS)
+
+
+@pytest.mark.skipif(not can_draw(), reason="needs matplotlib, which the host extra brings")
+def test_figures_are_drawn(learnt: Path) -> None:
+    for name in (HEATMAP, CURVES):
+        assert (learnt / name).read_bytes().startswith(b"\x89PNG")
+
+
+# --- going on ---
+
+
+class Killed(Exception):  # noqa: N818 - what happens, not what is wrong
+    """A stop in the middle."""
+
+
+@pytest.mark.parametrize("method", ["er", "lance"])
+def test_a_run_that_was_killed_ends_with_the_same_tables(
+    material: tuple[Path, str], learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Killed once while a task is learnt, once between its training and its record."""
+    request = request_of(material, tmp_path, method)
+    real, evaluate = METHODS[method], runner.accuracies
+
+    def killed_before(job: Job) -> Learnt:
+        if job.number == 2:
+            raise Killed
+        return real.learn(job)
+
+    monkeypatch.setattr(runner, "METHODS", {method: replace(real, learn=killed_before)})
+    with pytest.raises(Killed):
+        run_benchmark(request, SILENT)
+    monkeypatch.setattr(runner, "METHODS", METHODS)
+
+    def killed_after(job: Job, learnt: Learnt) -> tuple[float, ...]:
+        if job.number == 3:
+            raise Killed
+        return evaluate(job, learnt)
+
+    monkeypatch.setattr(runner, "accuracies", killed_after)
+    with pytest.raises(Killed):
+        run_benchmark(request, SILENT)
+    monkeypatch.setattr(runner, "accuracies", evaluate)
+    said: list[str] = []
+    folder, _ = run_benchmark(request, Voice(said.append, lambda done, most: None))
+    assert next(text for text in said if "seed 0, task" in text).startswith(f"{method}, seed 0, task 4 of 5")
+    expected = [row for row in rows_of(learnt / "results.csv") if row["method"] == method]
+    assert rows_of(folder / "results.csv") == expected
+
+
+def test_what_was_learnt_is_not_learnt_again(
+    material: tuple[Path, str], learnt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: (learnt / name).read_bytes() for name in TABLES}
+    monkeypatch.setattr(runner, "_learn", lambda job: pytest.fail("nothing is left to learn"))
+    run_benchmark(request_of(material, learnt.parent, *METHODS), SILENT)
+    assert before == {name: (learnt / name).read_bytes() for name in TABLES}
+
+
+def test_other_options_need_another_folder(material: tuple[Path, str], learnt: Path) -> None:
+    other = replace(TINY, recipe=replace(TINY.recipe, epochs=9))
+    with pytest.raises(
+        LanceError, match=r"made with epochs 3, not 9; give the same options to go on, or another"
+    ):
+        run_benchmark(request_of(material, learnt.parent, "er", preset=other), SILENT)
+
+
+def test_a_damaged_record_is_named(learnt: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(learnt, copy)
+    record = copy / "er" / "seed-0" / "task-2" / "record.json"
+    record.write_text(json.dumps({"method": "er"}))
+    with pytest.raises(LanceError, match=r"record\.json: damaged .* its task is learnt again"):
+        read_records(copy)
+    record.write_text("{")
+    with pytest.raises(LanceError, match=r"record\.json: not readable"):
+        read_records(copy)
+
+
+def test_a_task_whose_numbers_run_away_begins_again_at_half_the_rate(
+    material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = METHODS["finetune"]
+
+    def running_away(job: Job) -> Learnt:
+        if job.number == 1 and job.preset.recipe.lr > 0.03:
+            job = replace(job, preset=replace(job.preset, recipe=replace(job.preset.recipe, lr=1e20)))
+        return real.learn(job)
+
+    monkeypatch.setattr(runner, "METHODS", {"finetune": replace(real, learn=running_away)})
+    said: list[str] = []
+    folder, _ = run_benchmark(
+        request_of(material, tmp_path, "finetune"), Voice(said.append, lambda done, most: None)
+    )
+    assert [text.strip() for text in said if "ran away" in text] == [
+        "the numbers ran away at a learning rate of 0.1: again at 0.05",
+        "the numbers ran away at a learning rate of 0.05: again at 0.025",
+    ]
+    rates = {row["after"]: row["lr"] for row in rows_of(folder / "results.csv")}
+    assert list(rates.values()) == ["0.1", "0.025", "0.1", "0.1", "0.1"]
+
+
+def test_a_task_that_never_holds_is_said(material: tuple[Path, str], tmp_path: Path) -> None:
+    steep = replace(TINY, recipe=replace(TINY.recipe, lr=1e30))
+    with pytest.raises(NumericalError, match=r"learning rate of 3\.125e\+28 is too large: lower --lr"):
+        run_benchmark(request_of(material, tmp_path, "er", preset=steep), SILENT)
+
+
+# --- what is refused ---
+
+
+def test_names_that_are_none() -> None:
+    with pytest.raises(LanceError, match=r"--method: expected some of finetune, .*, or all, found 'gem'"):
+        choose_methods("lance,gem")
+    with pytest.raises(LanceError, match="--preset: expected one of quick, paper, found 'fast'"):
+        choose_preset("fast")
+    with pytest.raises(LanceError, match="--batch-norm: expected one of running, batch, found 'none'"):
+        as_batch_norm("none")
+    assert choose_methods("all") == tuple(METHODS)
+
+
+def test_a_benchmark_that_is_none(material: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(
+        LanceError, match=r"--benchmark: expected one of split-cifar100, .* found 'split-mnist'"
+    ):
+        run_benchmark(request_of(material, tmp_path, "er", benchmark="split-mnist"), SILENT)
+
+
+def test_batch_statistics_are_for_methods_in_pytorch(material: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(LanceError, match="--batch-norm batch: gpm, lance train in the engine"):
+        run_benchmark(request_of(material, tmp_path, "er", "gpm", "lance", batch_norm="batch"), SILENT)
+    folder, _ = run_benchmark(request_of(material, tmp_path, "er", batch_norm="batch"), SILENT)
+    assert folder.name.endswith("-batch-statistics")
+
+
+def test_only_protection_can_be_relaxed(material: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(LanceError, match="--relax: er protects no directions"):
+        run_benchmark(request_of(material, tmp_path, "er", "lance", relax=0.1), SILENT)
+
+
+def test_energy_is_for_what_compresses_and_saves_bytes(
+    material: tuple[Path, str], learnt: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LanceError, match="--energy: gpm keeps whole activations; it is for --method lance"):
+        run_benchmark(request_of(material, tmp_path, "gpm", "lance", energy=0.5), SILENT)
+    folder, _ = run_benchmark(request_of(material, tmp_path, "lance", energy=0.5), SILENT)
+    (half,) = read_records(folder).values()
+    assert half[-1].method == "lance-energy-0.5"
+    assert half[-1].activation_bytes < read_records(learnt)["lance"][-1].activation_bytes
+
+
+# --- figures of speech ---
+
+
+def record(method: str, seed: int, after: int, *accuracies: float) -> TaskRecord:
+    return TaskRecord(method, seed, after, f"t{after}", accuracies, 1, 0.1, 2**20, 1.0, {}, {"heads": 2**19})
+
+
+def test_mean_and_deviation_are_over_complete_seeds() -> None:
+    records = [record("lance", 0, 0, 0.9), record("lance", 0, 1, 0.7, 0.8)]
+    records += [record("lance", 1, 0, 0.8), record("lance", 1, 1, 0.8, 1.0), record("lance", 2, 0, 0.1)]
+    (found,) = summarise({"lance": records}, tasks=2)
+    assert found.seeds == 2
+    assert (found.acc.mean, found.acc.std) == pytest.approx((82.5, np.std([75, 90], ddof=1)))
+    assert found.bwt is not None
+    assert (found.bwt.mean, found.bwt.std) == pytest.approx((-10, np.std([-20, 0], ddof=1)))
+    assert mean_rows(records) == [pytest.approx([60.0]), pytest.approx([75.0, 90.0])]
+    assert str(found.acc) == "82.5 ± 10.6"
+    assert str(spread([0.5])) == "50.0"
+
+
+def test_published_values_stand_beside_ours_where_it_is_the_same_benchmark() -> None:
+    settings = Settings("split-cifar100", "alexnet", "paper", 200, 0.1, 0.01, (), "running", True, ("a", "b"))
+    summaries = summarise({"lance": [record("lance", 0, 1, 0.5, 0.6)]}, tasks=2)
+    table = summary_table(summaries, settings)
+    assert "| lance | 1 | 55.0 |  |  | 1.00 MiB | 0.50 MiB | 71.5 |" in table
+    assert "arXiv 2103.09762" in table
+    assert "code-cl 77.2" in table
+    assert "71.5" not in summary_table(summaries, replace(settings, benchmark="split-cifar10"))
+
+
+def test_the_published_values_are_those_of_the_papers() -> None:
+    values = {name: value.acc for name, value in PUBLISHED["split-cifar100", "alexnet"].items()}
+    assert values == {
+        **{"multitask": 79.6, "ewc": 68.8, "agem": 64.0, "er": 71.7, "gpm": 72.5},
+        **{"lance": 71.5, "code-cl": 77.2},
+    }
+
+
+def test_the_paper_preset_is_the_published_protocol() -> None:
+    assert PRESETS["paper"] is PAPER
+    recipe = PAPER.recipe_of("lance")
+    assert (recipe.lr, recipe.epochs, recipe.batch_size, recipe.patience) == (0.1, 200, 64, 6)
+    assert (recipe.factor, recipe.least_lr, PAPER.energy, PAPER.memory_batches) == (2, 1e-5, 0.98, 11)
+    assert (PAPER.recipe_of("gpm").lr, PAPER.gpm_samples, PAPER.per_class) == (0.01, 125, None)

@@ -1,0 +1,231 @@
+"""`lance-host report`: the page, the data and the pictures, from runs, benchmarks, copies and packages."""
+
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from report_rows import RECORD, on_machine, write_benchmark, write_run
+
+from lance_edge.bundle import Bundle
+from lance_edge.report.colours import METHODS
+from lance_edge.report.folders import open_views
+from lance_edge.report.plots import Bar, BarGroup, BarPlot, Line, LinePlot
+from lance_host import cli_report
+from lance_host.cli import cli
+
+pytest.importorskip("matplotlib", reason="lance-host report needs matplotlib: pip install 'lance-edge[host]'")
+
+from lance_host.report.draw import png, svg
+from lance_host.report.package import package_section
+
+
+def report(*words):
+    return CliRunner().invoke(cli, ["report", *map(str, words)])
+
+
+def written(*words):
+    result = report(*words)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*words):
+    result = report(*words)
+    (line,) = result.output.splitlines()
+    return result.exit_code, line
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    return write_run(root / "lance"), write_run(root / "bp", "bp"), write_benchmark(root / "bench")
+
+
+@pytest.fixture(scope="module")
+def page(folders, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    assert re.fullmatch(rf"wrote {path} \(\d+ KiB\)\n", written(*folders, "-o", path))
+    return path
+
+
+def test_the_page_holds_all_figures_and_asks_no_network(page):
+    text = page.read_text()
+    for title in (
+        "Learning",
+        "Time",
+        "Memory",
+        "Accuracy and memory",
+        "Ranks and spectra",
+        "Heat and throttling",
+    ):
+        assert f"<h2>{title}</h2>" in text
+    assert len(re.findall(r"<figure ", text)) == 12
+    # Namespaces are names; everything else that looks like an address would be a request.
+    addresses = set(re.findall(r"https?://[^\"'\s<)]+", text))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not re.search(r"<script|@import|url\((?!#)", text)
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)
+    assert page.stat().st_size < 1 << 20
+
+
+def test_the_same_figure_gives_the_same_bytes():
+    line = Line("a", METHODS["lance"], (1.0, 2.0), (3.0, 4.0))
+    plot = LinePlot("name", "Title & <more>", "Caption.", "x, s", "y, ms", (line,))
+    assert svg(plot) == svg(plot)
+    assert 'aria-label="Title &amp; &lt;more&gt;"' in svg(plot)
+    assert "x, s" in svg(plot)
+
+
+def test_a_line_stands_where_its_points_say():
+    """From the path that matplotlib wrote back to the values, by the two outer points."""
+    x, y = (0.0, 10.0, 30.0, 40.0), (1.0, 5.0, 2.0, 9.0)
+    plot = LinePlot("name", "Title", "Caption.", "x", "y", (Line("a", "#123456", x, y, "dashed"),))
+    path = re.search(r'<path d="([^"]+)"[^>]*stroke: #123456', svg(plot))
+    points = np.array(re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path[1]), dtype=float)
+    for found, expected in zip(points.T, (x, y), strict=True):
+        scale = (found - found[0]) / (found[-1] - found[0])
+        values = np.array(expected)
+        # Six decimals of a picture 300 points wide.
+        np.testing.assert_allclose(scale, (values - values[0]) / (values[-1] - values[0]), atol=1e-4)
+
+
+def test_pictures_are_png_with_colours_of_their_methods(tmp_path):
+    bars = (Bar("LANCE", (2.0,), (METHODS["lance"],)), Bar("BP", (4.0,), (METHODS["bp"],), (3.0, 5.0)))
+    plot = BarPlot("b", "T", "C.", "x", "y", ("p",), (BarGroup("1", bars),), (("LANCE", METHODS["lance"]),))
+    image = Image.open(io.BytesIO(png(plot))).convert("RGB")
+    assert image.width > 1000
+    counts = {colour: count for count, colour in image.getcolors(1 << 24)}
+    lance, bp = (tuple(int(METHODS[name][i : i + 2], 16) for i in (1, 3, 5)) for name in ("lance", "bp"))
+    # Twice as high, but for the line of the spread and LANCE's key in the legend.
+    assert 1.6 < counts[bp] / counts[lance] < 2.1
+
+
+def test_csv_alone_gives_the_data_of_each_figure(folders, tmp_path):
+    output = written(*folders, "--csv", tmp_path / "data")
+    assert "report.html" not in output
+    accuracy = rows_of(tmp_path / "data" / "accuracy-evaluations.csv")
+    assert accuracy[0] == ["series", "training step", "accuracy, %", "lowest", "highest"]
+    assert ["lance, test", "20", "75", "", ""] in accuracy
+    times = rows_of(tmp_path / "data" / "step-time-bench.csv")
+    assert times[0][:3] == ["trained layers", "bar", "data: time, ms a step"]
+    assert len(times) == 1 + 3 * 4
+    assert {row[1] for row in rows_of(tmp_path / "data" / "runs.csv")[1:]} == {"LANCE", "BP"}
+    assert len(rows_of(tmp_path / "data" / "benchmarks.csv")) == 1 + 3 * 4
+
+
+def test_png_alone_gives_a_picture_of_each_figure(folders, tmp_path):
+    written(folders[0], "--png", tmp_path / "pictures")
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert {"loss-steps.png", "accuracy-evaluations.png", "step-time-runs.png", "memory-time.png"} <= names
+
+
+def test_a_copy_without_run_json(tmp_path):
+    run = write_run(tmp_path / "copied", record=None)
+    written(run, "-o", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "copied came without run.json: machine, versions and arguments are not known." in text
+    assert "unknown machine of copied (no run.json)" in text
+
+
+def test_boards_are_not_mixed_silently(tmp_path):
+    runs = write_run(tmp_path / "a"), write_run(tmp_path / "b", "bp", record=on_machine(board="Raspberry Pi 5"))
+    written(*runs, "-o", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Measured on 2 machines" in text
+    assert "ratios are taken within each of them only" in text
+
+
+def with_package(folder, package, **changes):
+    with Bundle(package) as bundle:
+        artifact = {"path": str(changes.pop("path", package)), "identity_sha256": bundle.sha256, **changes}
+    return write_run(folder, record={**RECORD, "artifact": artifact})
+
+
+def test_ranks_and_spectra_are_those_of_the_package(photo_package, tmp_path):
+    (view,) = _views(with_package(tmp_path / "run", photo_package))
+    section, notices = package_section([view], None)
+    assert notices == ()
+    with Bundle(photo_package) as bundle:
+        variant = bundle.manifest.variant("lance")
+        spectra = bundle.arrays("spectra.npz")
+        plan = variant.layers[0]
+        eigenvalues = spectra[f"{plan.layer}/eigenvalues1"]
+    (table,) = section.tables
+    assert [row[0] for row in table.rows] == [plan.layer for plan in variant.layers]
+    assert table.rows[0][2].startswith(f"{plan.ranks[1]} of ")
+    curve = next(line for line in section.plots[1].lines if line.label.startswith("channels"))
+    assert curve.y[-1] == pytest.approx(100)
+    rank = plan.ranks[1]
+    # The rule of the rank, literally: the fewest directions that hold the energy.
+    assert curve.y[rank - 1] == pytest.approx(100 * eigenvalues[:rank].sum() / eigenvalues.sum())
+    assert curve.y[rank - 1] >= 100 * variant.energy > (curve.y[rank - 2] if rank > 1 else 0)
+
+
+def _views(*folders):
+    return open_views(folders)
+
+
+def test_a_package_beside_the_run_is_found(photo_package, tmp_path):
+    (tmp_path / "pkg.tar").write_bytes(photo_package.read_bytes())
+    run = with_package(tmp_path / "runs" / "run", photo_package, path="/elsewhere/pkg.tar")
+    assert package_section(_views(run), None)[0].plots
+
+
+def test_another_package_is_not_taken_for_the_runs_own(photo_package, tmp_path):
+    run = with_package(tmp_path / "run", photo_package, identity_sha256="0" * 64)
+    section, _ = package_section(_views(run), None)
+    assert not section.plots
+    assert f"{photo_package} is there, but is not the package of these runs." in section.missing
+    section, (notice,) = package_section(_views(run), photo_package)
+    assert section.plots
+    assert notice == f"{photo_package} is not the package that run used: its ranks may be others."
+
+
+def test_a_damaged_package_is_told(photo_package, tmp_path):
+    damaged = tmp_path / "pkg.tar"
+    damaged.write_bytes(photo_package.read_bytes()[:-5000])
+    run = with_package(tmp_path / "run", photo_package, path=damaged)
+    assert str(damaged) in package_section(_views(run), None)[0].missing
+    code, line = refused(run, "--artifact", damaged, "-o", tmp_path / "report.html")
+    assert code == 3
+    assert line.startswith(f"error: {damaged}")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_bad_input_is_one_line(tmp_path):
+    assert refused(tmp_path / "absent") == (
+        5,
+        f"error: {tmp_path / 'absent'}: found nothing; expected the --out folder of lance-device train or"
+        " bench, a folder of such folders, or CSV files copied from one (steps.csv, history.csv)",
+    )
+    run = write_run(tmp_path / "run")
+    code, line = refused(run, "--csv", run)
+    assert (code, line) == (5, f"error: --csv {run}: is the folder of a run; choose one for the report alone")
+    (tmp_path / "file").write_text("")
+    code, line = refused(run, "-o", tmp_path / "file" / "report.html")
+    assert code == 8
+    assert "cannot write" in line
+    (run / "run.json").write_text(json.dumps({**RECORD, "schema_version": 9}))
+    code, line = refused(run)
+    assert code == 5
+    assert "expected a record of schema 1, found 9" in line
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_report.importlib.util, "find_spec", lambda name: None)
+    assert refused(tmp_path) == (
+        9,
+        "error: matplotlib not installed; lance-host report needs it: pip install 'lance-edge[host]'",
+    )

@@ -1,0 +1,257 @@
+"""What a reproduction asks for and writes: options, published values, rows, tables, messages."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from lance_edge.errors import DataError, LanceError, PlatformError
+from lance_edge.profiles import columns
+from lance_host.reproduce import cells as cells_module
+from lance_host.reproduce import device, plots
+from lance_host.reproduce.cells import Cells, read_seconds
+from lance_host.reproduce.claims import reproduce
+from lance_host.reproduce.findings import Cell, Finding, caption, cell_text, markdown_table, write_csv
+from lance_host.reproduce.material import AbsentError, class_names, find_data, find_weights, sized_data
+from lance_host.reproduce.paper import published
+from lance_host.reproduce.plots import Axes, Panel, draw_lines, draw_stacks
+from lance_host.reproduce.study import PRESETS, Study, check, counts, named_values
+from lance_host.reproduce.trained import method_plans
+
+# As the paper prints them, typed once more: (data set, method, layers) -> accuracy in %.
+PRINTED = {
+    ("cifar10", "bp", 2): 75.85,
+    ("cifar10", "bp", 4): 82.91,
+    ("cifar10", "hosvd", 2): 70.91,
+    ("cifar10", "hosvd", 4): 75.63,
+    ("cifar10", "lance", 2): 70.64,
+    ("cifar10", "lance", 4): 76.23,
+    ("cifar100", "bp", 2): 52.47,
+    ("cifar100", "bp", 4): 58.38,
+    ("cifar100", "hosvd", 2): 48.00,
+    ("cifar100", "hosvd", 4): 52.34,
+    ("cifar100", "lance", 2): 47.57,
+    ("cifar100", "lance", 4): 52.59,
+}
+NO_NUMBERS = ("table1", "fig3", "fig4", "fig5", "theory")
+
+
+@pytest.fixture
+def study(tmp_path):
+    return Study(out=tmp_path / "out", preset="quick", data_root=tmp_path / "data", say=lambda text: None)
+
+
+@pytest.mark.parametrize(("key", "value"), PRINTED.items())
+def test_published_accuracies(key, value):
+    found = published("table2", "accuracy_percent", "mcunet", *key)
+    assert (found.value, found.relation) == (value, "is")
+    assert "2509.21617" in found.source
+
+
+def test_published_bytes_and_bounds():
+    assert published("table2", "activation_mib", "mcunet", "cifar10", "lance", 4).value == 0.09
+    assert published("table2", "activation_mib", "resnet18", "any", "bp", 4).value == 61.25
+    assert published("table8", "activation_mib", "mcunet", "any", "bp", 2, "batch 4").value == 0.220
+    assert published("table8", "activation_mib", "mcunet", "any", "bp", 2, "batch 8") is None
+    assert published("fig2", "angle_deg", "mcunet", "any", "lance", 4, "epoch 3").relation == "below"
+
+
+@pytest.mark.parametrize("claim", NO_NUMBERS)
+def test_a_claim_without_numbers_says_so(claim):
+    found = Cell(claim, "mcunet", "cifar10", "lance", 4).found("accuracy_percent", [50.0])
+    assert found.published is None
+    assert caption([found]).startswith("No published number of this claim is at hand (Apolinario and Roy")
+
+
+def test_a_finding_is_the_mean_over_seeds_with_its_spread(tmp_path):
+    found = Cell("table2", "mcunet", "cifar10", "bp", 2).found("accuracy_percent", [70.0, 72.0])
+    assert (found.measured, found.seeds, found.published) == (71.0, 2, 75.85)
+    assert cell_text(found) == "71.00 ± 1.41 (75.85)"
+    write_csv(tmp_path / "t.csv", [found])
+    with (tmp_path / "t.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert tuple(row) == columns(Finding)
+    assert (row["measured"], row["published"], row["note"]) == ("71", "75.85", "")
+
+
+def test_the_table_has_a_row_a_cell_and_says_why_one_was_not_run():
+    ran = Cell("fig2", "mcunet", "cifar10", "lance", 2, "epoch 1")
+    absent = Cell("table2", "mcunet", "cifar100", "lance", 2)
+    table = markdown_table(
+        [
+            ran.found("angle_deg", [12.34]),
+            ran.found("worst_angle_deg", [15.0]),
+            absent.found("accuracy_percent", (), "no images: data/cifar100"),
+        ]
+    ).splitlines()
+    assert len(table) == 4
+    assert table[2].split("|")[6:-1] == [" - ", " 12.3 (< 70) ", " 15.0 ", "  "]
+    assert table[3].split("|")[6:-1] == [" not run (47.57) ", " - ", " - ", " no images: data/cifar100 "]
+    assert table[1].count("---") == table[0].count("|") - 1
+
+
+def test_head_only_stands_in_every_table():
+    for methods, layers in ((("lance", "bp"), (2, 4)), (("lance",), (1,))):
+        plans = method_plans("table2", "mcunet", "cifar10", methods, layers, "")
+        assert (plans[0].cell.method, plans[0].layers, plans[0].method) == ("head only", 0, "bp")
+        assert plans[0].package["methods"] == ("bp",)
+        assert len(plans) == 1 + len(methods) * len(layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("bp",)}, "--methods: expected lance and some of bp, lance, asi, hosvd, found bp;"),
+        ({"methods": ("lance", "sgd")}, "found lance, sgd"),
+        ({"layers": (0, 2)}, "--layers: expected counts from 1, found 0"),
+    ],
+)
+def test_what_cannot_be_asked_for(options, message, study):
+    with pytest.raises(LanceError, match=message):
+        check(Study(out=study.out, **options))
+
+
+def test_a_file_is_no_folder_for_results(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LanceError, match="expected a folder, found a file; choose another --out"):
+        check(Study(out=tmp_path / "file"))
+
+
+def test_named_values_and_counts():
+    assert named_values("--data", ("a=b", "c=d=e")) == {"a": "b", "c": "d=e"}
+    assert counts("--seeds", "0-2") == (0, 1, 2)
+    with pytest.raises(LanceError, match=r"--data: expected NAME=VALUE, found 'folder'"):
+        named_values("--data", ("folder",))
+    with pytest.raises(LanceError, match=r"--seeds: expected counts such as 2,4 or 0-2, found 'one'"):
+        counts("--seeds", "one")
+
+
+# --- material ---
+
+
+def test_what_is_not_there_is_said(study, tmp_path, monkeypatch):
+    with pytest.raises(
+        AbsentError, match=r"no images: .*cifar10 or .*cifar10.npz is not there \(--data cifar10="
+    ):
+        find_data(study, "cifar10")
+    given = Study(out=study.out, weights={"mcunet": str(tmp_path / "none.pth")})
+    with pytest.raises(AbsentError, match=r"no weights: .*none.pth is not there"):
+        find_weights(given, "mcunet")
+    monkeypatch.setenv("LANCE_EDGE_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(AbsentError, match=r"no weights: not tried.*\(--weights mcunet=FILE names some\)"):
+        find_weights(study, "mcunet")  # the bundled checkpoint is no stand-in
+    with pytest.raises(AbsentError, match="no network or weights: --model nonsense"):
+        find_weights(study, "nonsense")
+    (tmp_path / "data" / "empty").mkdir(parents=True)
+    for use in (class_names, sized_data):
+        with pytest.raises(AbsentError, match=r"no usable images: .*expected a folder for each class"):
+            use(study, "empty")
+
+
+def test_a_quick_study_takes_the_same_share_of_each_class(study, photos, monkeypatch):
+    monkeypatch.setitem(
+        PRESETS, "quick", PRESETS["quick"].__class__(**{**vars(PRESETS["quick"]), "train_images": 9})
+    )
+    given = Study(out=study.out, preset="quick", places={"photos": photos})
+    cut = sized_data(given, "photos")
+    counts_of = {folder.name: len(list(folder.iterdir())) for folder in (cut / "train").iterdir()}
+    assert counts_of == {"disc": 3, "square": 3, "stripes": 3}
+    assert all(path.is_symlink() and path.exists() for path in (cut / "train").rglob("*.*"))
+    assert sized_data(given, "photos") == cut
+    assert sized_data(Study(out=study.out, places={"photos": photos}), "photos") == photos
+    half = sized_data(given, "photos", ("disc", "stripes"), "half")
+    assert sorted(folder.name for folder in (half / "test").iterdir()) == ["disc", "stripes"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_are_cut_too(study, tmp_path, dtype):
+    y = np.repeat(np.arange(4), 50)
+    shape = (200, 8, 8, 3) if dtype is np.uint8 else (200, 7)
+    x = np.broadcast_to(y.reshape(-1, *[1] * (len(shape) - 1)), shape).astype(dtype)
+    place = tmp_path / "some.npz"
+    np.savez(place, x=x, y=y, x_test=x[::5], y_test=y[::5], classes=np.array(list("abcd")))
+    cut = sized_data(Study(out=study.out, preset="quick", places={"some": place}), "some", ("b", "d"), "half")
+    arrays = np.load(cut, allow_pickle=False)
+    assert list(arrays["classes"]) == ["b", "d"]
+    for suffix in ("", "_test"):  # every sample carries the number of its old class
+        old = arrays[f"x{suffix}"].reshape(len(arrays[f"y{suffix}"]), -1)[:, 0]
+        np.testing.assert_array_equal(np.array([1, 3])[arrays[f"y{suffix}"]], old)
+
+
+# --- cells ---
+
+
+def test_a_cell_that_is_there_is_not_made_again_but_its_time_counts(study):
+    cells, made = Cells(study), []
+
+    def measure():
+        made.append(1)
+        return {"mean_deg": 1.5}
+
+    assert cells.numbers("one", measure) == cells.numbers("one", measure) == {"mean_deg": 1.5}
+    assert len(made) == 1
+    again = Cells(study)
+    again.numbers("one", measure)
+    assert again.seconds == read_seconds(study.out / "cells.json")["one"]
+    assert len(made) == 1
+
+
+def test_damaged_times_are_named(study):
+    study.out.mkdir()
+    (study.out / "cells.json").write_text("[")
+    with pytest.raises(DataError, match=r"cells.json: cannot read .*remove it: only durations are lost"):
+        read_seconds(study.out / "cells.json")
+
+
+def test_a_record_that_is_torn_is_no_finished_run(study):
+    study.out.mkdir()
+    assert not cells_module.is_finished(study.out)
+    (study.out / "run.json").write_text('{"status": "fin')
+    assert not cells_module.is_finished(study.out)
+    (study.out / "run.json").write_text('{"status": "finished"}')
+    assert cells_module.is_finished(study.out)
+
+
+def test_options_of_the_device():
+    words = {"eval_every": 5, "resume": True, "threads": None, "quiet": False, "lr": 0.05}
+    assert device.options(words) == ["--eval-every", "5", "--resume", "--lr", "0.05"]
+
+
+def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
+    said = []
+    words = {"artifact": tmp_path / "none.tar", "data": tmp_path, "out": tmp_path / "run"}
+    with pytest.raises(
+        device.DeviceError, match=r"lance-device train ended with code 3: .*none.tar.*all that it"
+    ):
+        device.run_device(words, "train", tmp_path / "run.log", said.append)
+    assert "none.tar" in (tmp_path / "run.log").read_text()
+    assert said[-1].startswith("  error: ")
+
+
+# --- pictures ---
+
+
+def test_pictures_have_what_they_are_given(tmp_path):
+    pytest.importorskip("matplotlib")
+    axes = Axes("title", "x", "y", log_x=True, log_y=True, bound=(3.0, "bound"))
+    draw_lines(tmp_path / "a.png", Panel(axes, {"lance": [(1, 2), (2, 3)], "lance, published": [(1, 1)]}))
+    draw_lines(tmp_path / "b.png", Panel(axes, {"lance": [(1, 2), (2, 9)], "lance, published": [(1, 1)]}))
+    draw_stacks(tmp_path / "c.png", Axes("t", "x", "y"), {"2 bp": {"data": 1.0, "update": 2.0}})
+    draw_lines(tmp_path / "again.png", Panel(axes, {"lance": [(1, 2), (2, 3)], "lance, published": [(1, 1)]}))
+    images = {path.stem: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert images["a"] == images["again"] != images["b"]
+    assert all(data.startswith(b"\x89PNG") and len(data) > 5000 for data in images.values())
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
+    """And says it before any cell is made."""
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    message = r"pip install 'lance-edge\[host\]', then run the same command again"
+    for ask in (
+        lambda: reproduce("theory", Study(out=tmp_path / "out")),
+        lambda: draw_lines(tmp_path / "a.png", Panel(Axes("", "", ""), {})),
+    ):
+        with pytest.raises(PlatformError, match=message):
+            ask()
+    assert list(tmp_path.iterdir()) == []

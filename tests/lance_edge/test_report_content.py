@@ -1,0 +1,248 @@
+"""What a report says: figures against literal medians, ratios, warnings, findings, and the page's text."""
+
+import json
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from report_rows import PHASES, RECORD, on_machine, write_benchmark, write_run
+
+import lance_edge
+from lance_edge.bench_rows import summarise_bench
+from lance_edge.recordings import read_recording
+from lance_edge.report.colours import METHODS, method_colour, run_colours, shade
+from lance_edge.report.content import compose
+from lance_edge.report.findings import findings_of
+from lance_edge.report.folders import open_views
+from lance_edge.report.notices import notices_of
+from lance_edge.report.page import render
+from lance_edge.report.plots import BarPlot
+from lance_edge.report.results import result_tables, results_of
+from lance_edge.report.time_use import time_use
+
+RECORDED = Path(lance_edge.__file__).parent.parent / "profiles" / "recorded"
+
+
+def plots_of(folders):
+    report = compose(open_views(folders), "now")
+    return {plot.name: plot for section in report.sections for plot in section.plots}
+
+
+def test_bars_of_a_benchmark_are_medians_of_phases(tmp_path):
+    plot = plots_of([write_benchmark(tmp_path / "bench")])["step-time-bench"]
+    assert isinstance(plot, BarPlot)
+    assert [group.label for group in plot.groups] == ["1", "2", "3"]
+    scales = [(1.0, 1.02)[step % 2] for step in range(2, 8)]  # step 1 is a warm-up
+    for layers, group in enumerate(plot.groups, start=1):
+        for place, bar in enumerate(group.bars, start=1):
+            expected = [
+                statistics.median(latency * layers * place * s for s in scales) for latency in PHASES.values()
+            ]
+            assert bar.parts == pytest.approx(expected)
+            assert bar.spread is not None
+            assert bar.spread[0] == pytest.approx(10.5 * layers * place)
+    labels = [f"{name}, features kept" for name in ("LANCE", "BP", "ASI", "HOSVD")]
+    assert [bar.label for bar in plot.groups[0].bars] == labels
+
+
+def test_a_recorded_profile_gives_the_ratios_of_its_own_summary():
+    """`summary.csv` was made by other code on the board; `results_of` reads `steps.csv` alone."""
+    folder = next(path for path in RECORDED.iterdir() if path.is_dir())
+    recording = read_recording(folder)
+    expected = {
+        (row.method, row.layers): row.ratio_to_lance
+        for row in summarise_bench(recording.steps)
+        if row.phase == "step"
+    }
+    found = {(r.setting.method, r.setting.layers): r.ratio for r in results_of(open_views([folder]))}
+    assert found.keys() == expected.keys()
+    for key, ratio in found.items():
+        assert ratio == pytest.approx(expected[key])
+
+
+def test_ratios_stay_within_a_machine_and_a_setting(tmp_path):
+    lance = write_run(tmp_path / "lance")
+    bp = write_run(tmp_path / "bp", "bp", scales=(2.0, 2.04))
+    elsewhere = write_run(tmp_path / "elsewhere", "bp", record=on_machine(board="Raspberry Pi 5"))
+    threads = write_run(tmp_path / "threads", "bp", threads=4)
+    unknown = write_run(tmp_path / "unknown", "bp", record=None)
+    views = open_views([lance, bp, elsewhere, threads, unknown])
+    ratios = {result.view.name: result.ratio for result in results_of(views)}
+    assert ratios == {
+        "lance": 1.0,
+        "bp": pytest.approx(2.0),
+        "elsewhere": None,
+        "threads": None,
+        "unknown": None,
+    }
+    (table,) = result_tables(views)
+    column = table.header.index("to LANCE")
+    assert [row[column] for row in table.rows] == ["1.00×", "2.00×", "-", "-", "-"]
+    # Two LANCE runs of the same setting: a ratio to either would be a choice that nobody made.
+    again = write_run(tmp_path / "again")
+    ratios = {result.view.name: result.ratio for result in results_of(open_views([lance, again, bp]))}
+    assert ratios["bp"] is None
+
+
+def test_two_boards_are_said_and_their_bars_kept_apart(tmp_path):
+    here, there = write_run(tmp_path / "a"), write_run(tmp_path / "b", "bp", record=on_machine(cores=2))
+    views = open_views([here, there])
+    (notice,) = notices_of(views)
+    assert notice == (
+        "Measured on 2 machines (Raspberry Pi 4 Model B Rev 1.5, 4 cores, 4 GiB, aarch64; Raspberry Pi 4 Model"
+        " B Rev 1.5, 2 cores, 4 GiB, aarch64): times of one say nothing of another, so ratios are taken within"
+        " each of them only."
+    )
+    bars = time_use(views).plots
+    assert [[group.label for group in plot.groups] for plot in bars] == [["a"], ["b"]]
+    assert "4 cores" in bars[0].title
+    assert "2 cores" in bars[1].title
+    assert findings_of(views) == ()
+
+
+NOTICES = [
+    # Ten steps of 1.0 and nine of 1.5: a deviation of 0.257 around 1.237.
+    (
+        {"scales": (1.0, 1.5)},
+        {},
+        r"vary by more than 10% .* in run: LANCE, 2 layers \(21%\): other programs ran",
+    ),
+    (
+        {"throttled": "0x4"},
+        {},
+        r"The board complained during run \(throttled\): its times are those of a slowed",
+    ),
+    ({"steps": 4}, {}, r"Medians of fewer than 5 steps say little: run: LANCE, 2 layers \(3 steps\)\."),
+    ({}, {"status": "running"}, r"run had not ended when this was made\."),
+    ({}, {"status": "interrupted"}, r"run was stopped before its end\."),
+    ({}, {"status": "failed"}, r"run failed\."),
+]
+
+
+@pytest.mark.parametrize(("changes", "record", "expected"), NOTICES)
+def test_what_makes_figures_doubtful_is_said(tmp_path, changes, record, expected):
+    views = open_views([write_run(tmp_path / "run", record={**RECORD, **record}, **changes)])
+    (notice,) = notices_of(views)
+    assert re.search(expected, notice)
+
+
+def test_a_good_run_needs_no_warning(tmp_path):
+    assert notices_of(open_views([write_run(tmp_path / "run")])) == ()
+
+
+def test_runs_without_record_other_images_and_torn_rows_are_said(tmp_path):
+    one = write_run(tmp_path / "one", record=None)
+    with (one / "steps.csv").open("a") as file:
+        file.write("a,lan")
+    data = {**RECORD["data"], "train_sha256": "2" * 64}
+    two, three = write_run(tmp_path / "two"), write_run(tmp_path / "three", record={**RECORD, "data": data})
+    said = "\n".join(notices_of(open_views([one, two, three])))
+    assert "The runs trained on different images: their accuracies are not to be compared." in said
+    assert "The last row of one is cut off, and was left out." in said
+    assert "one came without run.json: machine, versions and arguments are not known." in said
+    assert "unknown machine of one (no run.json)" in said
+
+
+def test_findings_compare_like_with_like(tmp_path):
+    lance = write_run(tmp_path / "lance", accuracies=(0.7,))
+    bp = write_run(tmp_path / "bp", "bp", scales=(2.0, 2.04), accuracies=(0.75,))
+    assert findings_of(open_views([lance, bp])) == (
+        "lance beside bp: LANCE keeps 100 times fewer activation bytes than BP, is 2.00 times as fast, is 5.0"
+        " points less accurate.",
+    )
+    noisy = write_run(tmp_path / "noisy", "bp", scales=(0.8, 1.0, 1.5), accuracies=(0.7,))
+    (finding,) = findings_of(open_views([lance, noisy]))
+    taken = [(0.8, 1.0, 1.5)[step % 3] for step in range(2, 21)]
+    spread = statistics.stdev(taken) / statistics.mean(taken)
+    assert f"takes as long (to within the spread, {spread:.0%}), is as accurate" in finding
+
+
+def test_heat_marks_throttled_stretches(tmp_path):
+    run = write_run(tmp_path / "run")
+    lines = (run / "steps.csv").read_text().splitlines(keepends=True)
+    for number in range(1 + 6 * 4, 1 + 6 * 9):  # steps 5 to 9, which end at 10, 12, ..., 18 seconds
+        lines[number] = lines[number].replace(",0x0,", ",0x4,")
+    (run / "steps.csv").write_text("".join(lines))
+    plot = plots_of([run])["temperature-time"]
+    assert plot.shaded == ((8.0, 18.0),)
+    assert plot.x_label == "seconds of training"
+    assert plot.lines[0].y[0] == 51.0
+
+
+def test_times_are_in_a_unit_that_suits(tmp_path):
+    label = {}
+    for name, time_s in (("short", 60.0), ("middle", 3000.0), ("long", 90_000.0)):
+        label[name] = plots_of([write_run(tmp_path / name, time_s=time_s)])["memory-time"].x_label
+    assert label == {
+        "short": "seconds of training", "middle": "minutes of training", "long": "hours of training",
+    }  # fmt: skip
+
+
+def test_every_axis_has_its_name(tmp_path):
+    for plot in plots_of([write_run(tmp_path / "run"), write_benchmark(tmp_path / "bench")]).values():
+        assert plot.x_label
+        assert plot.y_label
+        assert plot.title
+        assert plot.caption.endswith(".")
+
+
+def test_a_method_keeps_its_colour_and_runs_of_it_their_shades():
+    assert run_colours(["bp", "lance", "bp"])[:2] == (METHODS["bp"], METHODS["lance"])
+    assert len(set(run_colours(["bp"] * 5))) == 5
+    assert method_colour("unheard-of") == method_colour("unheard-of")
+    assert shade("#000000", 0.0) == "#ffffff"
+    assert shade("#ffffff", 2.0) == "#000000"
+
+
+class _Checker(HTMLParser):
+    """Tags are closed in order, ids are unique, and nothing is asked of a network."""
+
+    VOID = ("meta", "link")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.ids += [value for name, value in attributes if name == "id"]
+        self.links += [value for name, value in attributes if name in ("href", "src", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def checked(page):
+    checker = _Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert len(set(checker.ids)) == len(checker.ids)
+    assert all(link.startswith(("#", "data:")) for link in checker.links)
+    assert "<script" not in page
+    return checker
+
+
+def test_the_page_is_well_formed_and_escapes_what_it_was_given(tmp_path):
+    evil = "<script>alert(1)</script>&\"'"
+    record = {**RECORD, "arguments": [evil], "machine": {**RECORD["machine"], "board": evil}}
+    views = open_views([write_run(tmp_path / "run <b>", record=record), write_benchmark(tmp_path / "bench")])
+    page = render(compose(views, "now"), lambda plot: "<svg></svg>")
+    checked(page)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "run &lt;b&gt;" in page
+
+
+def test_empty_parts_say_how_they_would_be_filled(tmp_path):
+    bench = render(
+        compose(open_views([write_benchmark(tmp_path / "bench")]), "now"), lambda plot: "<svg></svg>"
+    )
+    assert "No training run is in this report: benchmarks measure steps, and learn nothing." in bench
+    record = json.loads(json.dumps(RECORD))
+    run = write_run(tmp_path / "run", steps=1, accuracies=(), record=record, temperature_c=None, arm_mhz=None)
+    page = render(compose(open_views([run]), "now"), lambda plot: "<svg></svg>")
+    assert "The machine said neither its temperature nor its clock" in page
+    assert "No step was measured yet, apart from warm-ups." in page
+    assert "No run in this report was evaluated on test images yet." in page

@@ -1,0 +1,190 @@
+"""`lance-host reproduce` from end to end on generated photographs: cells, resuming, what is written."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from lance_edge.errors import DataError
+from lance_host.reproduce import cells as cells_module
+from lance_host.reproduce.claims import CLAIMS, ReproduceError, reproduce
+from lance_host.reproduce.study import PRESETS, Study
+
+pytest.importorskip("matplotlib")
+
+TINY = dataclasses.replace(
+    PRESETS["quick"],
+    train_images=24,
+    test_images=12,
+    epochs=2,
+    small_batch_epochs=1,
+    batches=1,
+    gradient_batches=1,
+    energies=(0.5, 0.9),
+    calibrations=(1,),
+    bench_layers="1",
+    bench_steps=1,
+    pretrain_epochs=1,
+)
+
+
+@pytest.fixture(scope="module")
+def study(photos, start_weights, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "quick", TINY)
+        yield Study(
+            out=tmp_path_factory.mktemp("reproduced"),
+            preset="quick",
+            models=("mcunet-10fps-vww",),
+            datasets=("photos", "absent"),
+            places={"photos": photos},
+            weights={"mcunet-10fps-vww": str(start_weights)},
+            layers=(1, 2),
+            methods=("lance", "bp"),
+            batch_size=8,
+            threads=1,
+            say=lambda text: None,
+        )
+
+
+def rows(study, claim):
+    with (study.out / f"{claim}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def figure2(study):
+    reproduce("fig2", study)
+    return rows(study, "fig2")
+
+
+def test_an_angle_for_each_epoch_and_count_of_layers(figure2):
+    angles = [row for row in figure2 if row["quantity"] == "angle_deg" and row["dataset"] == "photos"]
+    assert [(row["layers"], row["setting"]) for row in angles] == [
+        (layers, f"epoch {epoch}") for layers in "12" for epoch in range(3)
+    ]
+    assert all(0 < float(row["measured"]) < 120 for row in angles)
+    heads = [row for row in figure2 if row["method"] == "head only" and row["quantity"] == "accuracy_percent"]
+    assert heads[0]["measured"]
+
+
+def test_what_is_absent_is_a_row_that_says_so(figure2):
+    (row, _) = [row for row in figure2 if row["dataset"] == "absent"]
+    assert (row["measured"], row["seeds"]) == ("", "0")
+    assert row["note"].startswith("no images: data/absent")
+
+
+def test_every_file_of_a_claim_is_there(study, figure2):
+    record = json.loads((study.out / "fig2.json").read_text())
+    assert record["study"]["preset"] == "quick"
+    assert record["seconds"] > 0
+    text = (study.out / "fig2.md").read_text()
+    assert "A quick study shows that everything runs" in text
+    assert f"{TINY.train_images} training images, {TINY.epochs} epochs" in text
+    assert (study.out / "fig2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_cells_are_skipped_and_a_broken_one_is_taken_up(study, figure2, monkeypatch):
+    started = []
+    run_device = cells_module.run_device
+
+    def count(words, command, log, say):
+        started.append(words["out"].name)
+        run_device(words, command, log, say)
+
+    monkeypatch.setattr(cells_module, "run_device", count)
+    monkeypatch.setattr(cells_module, "calibrate", None)  # no package is made again
+    reproduce("fig2", study)
+    assert started == []
+    assert rows(study, "fig2") == figure2
+    broken = next((study.out / "runs").glob("*-lance-1-*/run.json"))
+    record = json.loads(broken.read_text())
+    broken.write_text(json.dumps({**record, "status": "interrupted"}))
+    reproduce("fig2", study)
+    assert started == [broken.parent.name]
+    assert rows(study, "fig2") == figure2
+
+
+def test_a_cell_that_fails_is_a_row_and_the_others_stand(study, figure2, monkeypatch):
+    run_device = cells_module.run_device
+
+    def fail(words, command, log, say):
+        if words["method"] == "lance" and words["layers"] == 2:
+            raise DataError("no luck today")
+        run_device(words, command, log, say)
+
+    monkeypatch.setattr(cells_module, "run_device", fail)
+    only = dataclasses.replace(study, datasets=("photos",))
+    with pytest.raises(
+        ReproduceError, match=r"table2.md: 1 cells failed, their rows say why; the others stand"
+    ):
+        reproduce("table2", only)
+    found = {(row["method"], row["layers"], row["quantity"]): row for row in rows(study, "table2")}
+    failed = found["lance", "2", "accuracy_percent"]
+    assert (failed["measured"], failed["note"]) == ("", "failed: no luck today")
+    # The inputs of the last two convolutions of the 96-pixel network: what plain backpropagation keeps.
+    assert float(found["bp", "2", "activation_mib"]["measured"]) > float(
+        found["lance", "1", "activation_mib"]["measured"]
+    )
+    assert float(found["head only", "0", "activation_mib"]["measured"]) == 0
+
+
+def test_claims_of_the_command_line_are_those_of_the_table(lance_host):
+    from lance_host.cli_reproduce import HELP
+
+    assert set(HELP) == set(CLAIMS)
+    for name in HELP:
+        result = lance_host("reproduce", name, "--help")
+        assert result.exit_code == 0
+        assert f"lance-host reproduce {name} " in result.stdout
+
+
+def test_theory_from_the_command_line(lance_host, tmp_path):
+    result = lance_host("reproduce", "theory", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    with (tmp_path / "out" / "theory.csv").open(newline="") as file:
+        found = {
+            (row["method"], row["setting"], row["quantity"]): float(row["measured"])
+            for row in csv.DictReader(file)
+        }
+    made = "one step at 1/L on a target made for it"
+    assert found["channels", made, "loss_change_percent"] < 0 < found["all modes", made, "loss_change_percent"]
+    own = "random targets, subspaces of this batch"
+    assert found["channels", own, "rises_percent"] == 0 < found["all modes", own, "rises_percent"]
+
+
+def test_options_are_checked_before_anything_runs(lance_host, tmp_path):
+    result = lance_host("reproduce", "table2", "--data", "folder", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "error: --data: expected NAME=VALUE, found 'folder'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_that_finished_cells_stay(lance_host, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(CLAIMS, "theory", dataclasses.replace(CLAIMS["theory"], find=stop))
+    result = lance_host("reproduce", "theory", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert (
+        "error: stopped; finished cells stay, and the same command goes on where this one was" in result.stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", ["table1", "table8", "fig3", "fig4", "fig5"])
+def test_the_other_claims_run(claim, study):
+    """Minutes; what they do in parts is tested above."""
+    data = study.places["photos"]
+    four = study.out / "four"
+    if not four.exists():  # table 1 halves the classes: four of them
+        for folder in data.iterdir():
+            shutil.copytree(folder, four / folder.name)
+        shutil.copytree(data / "disc", four / "another")
+    places = {"photos": data, "four": four}
+    reproduce(claim, dataclasses.replace(study, datasets=("four",), places=places))
+    measured = [row for row in rows(study, claim) if row["measured"]]
+    assert {row["method"] for row in measured} >= {"head only", "lance"}
