@@ -7,7 +7,7 @@ image with a value beyond float16 is not kept, and its features stay as they wer
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,6 +29,7 @@ Half = NDArray[np.float16]
 Rows = NDArray[np.int64]
 Note = Callable[[str], None]
 
+IMAGES_AT_A_TIME = 8  # decoded and in memory, whatever the micro-batch: features are smaller than images
 WITHOUT_SIGN_COPIES = np.int32(-0x70002000)  # 0x8fffe000: sign, 5 bits of exponent, 10 of fraction
 BIAS = np.float32(2.0**112)
 
@@ -116,6 +117,12 @@ class ComputedFeatures:
 
     def boundary(self, batch: Batch, rows: slice, meter: Meter) -> dict[str, Array]:
         """Load and compute."""
+        computed = [self._compute(batch, some, meter) for some in _at_a_time(np.arange(rows.start, rows.stop))]
+        if len(computed) == 1:
+            return computed[0]
+        return {name: np.concatenate([values[name] for values in computed]) for name in self.names}
+
+    def _compute(self, batch: Batch, rows: Rows, meter: Meter) -> dict[str, Array]:
         with meter.phase("data"):
             images = batch.images(rows)
         with meter.phase("prefix"):
@@ -230,13 +237,14 @@ class CachedFeatures:
                 self._file.prefetch(shelf.slots(batch, slice(rows.stop, None)))
             halves, missing = self._read(slots)
             values = self._packing.unpack(halves)
-            images = batch.images(rows.start + missing) if len(missing) else None
-        if images is not None:
+        for some in _at_a_time(missing):
+            with meter.phase("data"):
+                images = batch.images(rows.start + some)
             with meter.phase("prefix"):
                 computed = run_prefix(self._prefix, images)
             with meter.phase("data"):
-                self._fill_in(values, missing, computed, shelf, slots)
-        elif rows.start == 0:  # a step that is all from the cache has a row of this phase too
+                self._fill_in(values, some, computed, shelf, slots)
+        if rows.start == 0 and not len(missing):  # a step that is all from the cache has a row of this phase too
             with meter.phase("prefix"):
                 pass
         return values
@@ -296,6 +304,11 @@ class CachedFeatures:
         if text not in self._said:
             self._said.add(text)
             self._note(text)
+
+
+def _at_a_time(rows: Rows) -> Iterator[Rows]:
+    for start in range(0, len(rows), IMAGES_AT_A_TIME):
+        yield rows[start : start + IMAGES_AT_A_TIME]
 
 
 def widen(halves: Half) -> Float:

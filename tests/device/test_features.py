@@ -163,6 +163,23 @@ def test_micro_batches_are_rows_of_the_batch(opened):
     np.testing.assert_array_equal(np.concatenate(parts), ask(features, batch))
 
 
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_a_large_micro_batch_holds_few_images_at_a_time(package, opened, monkeypatch, cache):
+    loaded = []
+    images = Batch.images
+    monkeypatch.setattr(Batch, "images", lambda self, rows: loaded.append(len(rows)) or images(self, rows))
+    features, dataset, _ = opened(replace(OPTIONS, cache=cache))
+    ask(features, batch_of(dataset.train, [7]))
+    loaded.clear()
+    batch = batch_of(dataset.train, np.arange(20))
+    found = ask(features, batch)
+    assert loaded == ([8, 8, 3] if cache == "on" else [8, 8, 4])  # image 7 is there already
+    exact = expected(package, batch)
+    if cache == "on":
+        assert_rounded(found, exact)
+    np.testing.assert_allclose(found, exact, rtol=2**-11, atol=1e-6)
+
+
 def test_another_process_finds_them_and_adds_to_them(package, opened):
     features, dataset, notes = opened()
     ask(features, batch_of(dataset.train, [1, 2, 3]))
