@@ -10,6 +10,7 @@ import pytest
 from device_harness import (
     arrays,
     assert_same_arrays,
+    into,
     lance_device,
     refused,
     spawn,
@@ -136,17 +137,13 @@ RunLog.step = step
 
 def test_power_cuts_change_nothing(package, images, tmp_path):
     words = (*train_words(package, images, "OUT"), *FLAGS, "--checkpoint-every", 3, "--resume-or-start")
-
-    def to(out):
-        return tuple(out if word == "OUT" else word for word in words)
-
-    started(lance_device(*to(tmp_path / "whole")))
-    chance, calls, killed = random.Random(3), count_calls(to(tmp_path / "counted")), 0
+    started(lance_device(*into(words, tmp_path / "whole")))
+    chance, calls, killed = random.Random(3), count_calls(into(words, tmp_path / "counted")), 0
     while killed < 6:
-        killed += run_until_killed(to(tmp_path / "run"), chance, calls, 0.4)
+        killed += run_until_killed(into(words, tmp_path / "run"), chance, calls, 0.4)
         if json.loads((tmp_path / "run/run.json").read_text())["status"] == "finished":
             break
-    started(lance_device(*to(tmp_path / "run")))
+    started(lance_device(*into(words, tmp_path / "run")))
     assert killed
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
