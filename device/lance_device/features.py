@@ -244,7 +244,7 @@ class CachedFeatures:
                 computed = run_prefix(self._prefix, images)
             with meter.phase("data"):
                 self._fill_in(values, some, computed, shelf, slots)
-        if rows.start == 0 and not len(missing):  # a step that is all from the cache has a row of this phase too
+        if rows.start == 0 and not len(missing):  # all from the cache: a row of this phase too
             with meter.phase("prefix"):
                 pass
         return values

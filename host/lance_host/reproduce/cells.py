@@ -24,7 +24,7 @@ from lance_host.request import Feedback, Request
 
 CACHE_SIZE = "8GiB"  # features of the 50,000 images of CIFAR, mirrored and not, take 3
 EVALUATIONS = 10  # of a run: each passes all test images
-MICRO_BATCH = 64  # a workstation has the memory: cached steps take two thirds of the time they take at a board's 8
+MICRO_BATCH = 64  # a workstation has the memory; cached steps take two thirds of their time at 8
 
 
 @dataclass(frozen=True)
