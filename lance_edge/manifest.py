@@ -146,6 +146,8 @@ class Variant:
     `energy` is the threshold ε that gave the ranks, or that gives them anew at every step; `budget_bytes` the
     activation memory that they were chosen for instead.  `takes_any_rank`: its graphs serve any ranks of the
     modes that they compress and any number of classes, so a board can make the next task's package of them.
+    `prefix_sha256` is the same for the same prefix, however its package divides it into members: what is kept
+    of its outputs serves other packages too.  `None` where packages did not say, or there is no prefix.
     """
 
     method: str
@@ -163,6 +165,7 @@ class Variant:
     graph_macs: dict[str, int]
     budget_bytes: int | None = None
     takes_any_rank: bool = False
+    prefix_sha256: str | None = None
 
     @property
     def activation_bytes(self) -> int:

@@ -23,6 +23,7 @@ def _from_schema_1(value: dict[str, Any]) -> dict[str, Any]:
             layers = variant.get("layers") if isinstance(variant, dict) else None
             if isinstance(variant, dict):
                 variant.setdefault("takes_any_rank", False)
+                variant.setdefault("prefix_sha256", None)
             yield from layers if isinstance(layers, list) else ()
 
     for plan in plans(value.get("variants")):

@@ -121,7 +121,7 @@ def plan_cache(
     manifest = bundle.manifest
     sha256 = {member.name: member.sha256 for member in manifest.members}
     identity = {
-        "prefix": [sha256[member] for member in variant.graphs.get("prefix", ())],
+        "prefix": variant.prefix_sha256 or [sha256[member] for member in variant.graphs.get("prefix", ())],
         "preprocessing": to_json(manifest.preprocessing),
         "tensors": [[spec.name, list(spec.shape)] for spec in variant.boundary],
         "dtype": "float16",

@@ -50,7 +50,8 @@ def share(compiled: Sequence[Compiled]) -> tuple[Compiled, ...]:
         moved = {name for group in shared for name in group.names}
         structure = _structure(graph, moved)
         parts[member] = {member: structure, **{group.member: group.data for group in shared}}
-    return tuple(_with_parts(one, members, parts) for one in compiled)
+    digests = {member: _digest(graph) for member, graph in graphs.items()}
+    return tuple(_with_parts(one, members, parts, digests) for one in compiled)
 
 
 def _distinct(compiled: Iterable[Compiled]) -> dict[bytes, str]:
@@ -63,12 +64,16 @@ def _distinct(compiled: Iterable[Compiled]) -> dict[bytes, str]:
 
 
 def _with_parts(
-    compiled: Compiled, members: Mapping[bytes, str], parts: Mapping[str, Mapping[str, bytes]]
+    compiled: Compiled,
+    members: Mapping[bytes, str],
+    parts: Mapping[str, Mapping[str, bytes]],
+    digests: Mapping[str, str],
 ) -> Compiled:
     own = {role: parts[members[compiled.graph(role)]] for role in compiled.variant.graphs}
     graphs = {role: tuple(pieces) for role, pieces in own.items()}
     data = {name: piece for pieces in own.values() for name, piece in pieces.items()}
-    return Compiled(replace(compiled.variant, graphs=graphs), data)
+    prefix = digests[members[compiled.graph("prefix")]] if "prefix" in own else None
+    return Compiled(replace(compiled.variant, graphs=graphs, prefix_sha256=prefix), data)
 
 
 def _read(data: bytes) -> _Graph:
@@ -129,6 +134,11 @@ def _constants_member(user: _Graph, names: Sequence[str]) -> _Constants:
         tensor.name = name
     data: bytes = model.SerializeToString(deterministic=True)
     return _Constants(f"constants/{hashlib.sha256(data).hexdigest()[:12]}.onnx", names, data)
+
+
+def _digest(graph: _Graph) -> str:
+    """The same for the same graph, whichever constants others have: all go by the name of their content."""
+    return hashlib.sha256(_structure(graph, set(graph.contents.values()))).hexdigest()
 
 
 def _structure(graph: _Graph, moved: set[str]) -> bytes:

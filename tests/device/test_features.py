@@ -345,6 +345,25 @@ def test_auto_is_on_where_images_are_seen_again(planned):
     assert choose(planned(total_steps=2), "on") == ("on", "as asked for")
 
 
+def test_packages_that_divide_the_same_prefix_otherwise_share_a_file(package, images, tmp_path):
+    with Bundle(package.path) as bundle:
+        dataset = open_dataset(images, bundle.manifest.split, bundle.manifest.classes)
+        variant = bundle.manifest.variant(OPTIONS.method)
+        members = [member.name for member in bundle.manifest.members]
+        options = replace(OPTIONS, cache_dir=str(tmp_path))
+
+        def path(prefix, digest):
+            graphs = {**variant.graphs, "prefix": prefix}
+            one = replace(variant, graphs=graphs, prefix_sha256=digest)
+            return plan_cache(options, 3, bundle, one, dataset, tmp_path / "run").path
+
+        assert path((members[0],), "aa") == path((members[1],), "aa")
+        assert path((members[0],), "aa") != path((members[0],), "bb")
+        assert path((members[0],), None) != path((members[1],), None), (
+            "of packages that do not say, the members"
+        )
+
+
 def test_auto_is_off_where_there_is_no_room(planned, monkeypatch):
     overhead = planned().layout.nbytes(0)
     assert choose(planned(cache_size=overhead + 10 * RECORD_BYTES), "auto")[0] == "on"  # 10 of 96

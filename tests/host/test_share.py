@@ -119,6 +119,23 @@ def test_what_does_not_repeat_or_does_not_pay_stays_where_it_is():
         assert after.members == before.members, "only the small vector repeats"
 
 
+def test_a_prefix_has_the_same_digest_however_it_is_divided(pair):
+    (alone,) = share((compiled("alone", prefix=matrices({"a": LARGE["a"]})),))
+    other_value, other_nodes = share(
+        (
+            compiled("one", prefix=matrices({"a": LARGE["b"]})),
+            compiled("two", prefix=matrices({"a": LARGE["a"], "b": LARGE["b"]})),
+        )
+    )
+    assert len(alone.variant.graphs["prefix"]) == 1
+    assert len(pair[1][0].variant.graphs["prefix"]) == 2
+    digests = [one.variant.prefix_sha256 for one in (alone, *pair[1], other_value, other_nodes)]
+    assert digests[0] == digests[1] == digests[2]
+    assert len(set(digests)) == 3
+    (headless,) = share((compiled("one", forward=matrices({"a": LARGE["a"]})),))
+    assert headless.variant.prefix_sha256 is None
+
+
 def test_a_constant_that_is_an_output_keeps_its_name():
     output = helper.make_tensor_value_info("b", TensorProto.FLOAT, (SIDE, SIDE))
     graph = matrices({"a": LARGE["a"], "b": LARGE["b"]}, outputs=[output])
