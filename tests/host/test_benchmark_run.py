@@ -14,6 +14,7 @@ from lance_edge.accuracy_matrix import read_matrix
 from lance_edge.errors import LanceError, NumericalError
 from lance_host.continual_benchmark import run as runner
 from lance_host.continual_benchmark.figures import CURVES, HEATMAP, can_draw, mean_rows, write_figures
+from lance_host.continual_benchmark.in_engine import train_command
 from lance_host.continual_benchmark.job import Job, Learnt
 from lance_host.continual_benchmark.literature import PUBLISHED
 from lance_host.continual_benchmark.methods import METHODS, choose_methods
@@ -21,6 +22,7 @@ from lance_host.continual_benchmark.protocol import PAPER, PRESETS, QUICK, as_ba
 from lance_host.continual_benchmark.records import Settings, TaskRecord, read_records
 from lance_host.continual_benchmark.report import spread, summarise, summary_table
 from lance_host.continual_benchmark.run import BenchmarkRequest, Voice, run_benchmark
+from lance_host.continual_benchmark.tasks import Task
 
 NETWORK = '''
 from torch import nn
@@ -143,6 +145,38 @@ def test_the_table_shows_every_method(learnt: Path) -> None:
 def test_figures_are_drawn(learnt: Path) -> None:
     for name in (HEATMAP, CURVES):
         assert (learnt / name).read_bytes().startswith(b"\x89PNG")
+
+
+# --- what the runtime is asked for ---
+
+
+def job_of(folder: Path, method: str = "finetune", **more: object) -> Job:
+    """The second of two tasks, in folders that nobody made."""
+    tasks = tuple(Task(n, f"t{n}", ("a", "b"), folder / f"t{n}.npz") for n in range(2))
+    job = Job(
+        network="alexnet",
+        preset=TINY,
+        method=method,
+        batch_norm="running",
+        tasks=tasks,
+        number=1,
+        seed=0,
+        folder=folder / "own",
+        before=folder / "before",
+        first=folder / "first",
+        relax=0.0,
+        threads=None,
+        say=SILENT.say,
+        progress=SILENT.progress,
+    )
+    return replace(job, **more)  # type: ignore[arg-type]
+
+
+def test_threads_change_nothing_else_of_a_training(tmp_path: Path) -> None:
+    plain, threaded = (train_command(job_of(tmp_path, threads=n), tmp_path / "run") for n in (None, 3))
+    assert threaded == [*plain, "--threads", "3"]
+    assert plain[plain.index("--cache") + 1] == "off"
+    assert "--quiet" in plain
 
 
 # --- going on ---
