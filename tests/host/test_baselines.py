@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from lance_edge.arrays import FloatPart
 from lance_edge.errors import NumericalError
+from lance_edge.stream import SampleStream
 from lance_host.continual_benchmark.baselines import (
     AveragedGem,
     ElasticWeights,
@@ -192,6 +193,19 @@ def test_batches_are_full_and_every_image_comes_once_an_epoch() -> None:
     assert len(rows) == 40
     for start in range(0, 40, 10):
         assert sorted(rows[start : start + 10]) == list(range(10))
+
+
+def test_the_order_is_that_of_a_board_with_the_same_seed() -> None:
+    """Epoch for epoch, against the documented rule: raw bits of PCG64, sorted."""
+    rows = [np.argsort(np.random.PCG64([7, epoch, 0]).random_raw(10), kind="stable") for epoch in range(5)]
+    expected = np.concatenate(rows)
+    epochs = epoch_batches(10, 4, seed=7)
+    found = [next(epochs) for _ in range(4)]
+    assert [len(batches) for batches in found] == [3, 2, 3, 2]  # an epoch ends with the batch of its last image
+    np.testing.assert_array_equal(np.concatenate([np.concatenate(batches) for batches in found]), expected[:40])
+    board = SampleStream(10, 4, seed=7, shuffle=True, flip=False)
+    for step_number, batch in enumerate(batch for batches in found for batch in batches):
+        np.testing.assert_array_equal(batch, board.indices(step_number))
 
 
 def test_joint_training_mixes_all_tasks() -> None:

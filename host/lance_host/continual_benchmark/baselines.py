@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from lance_edge.images import Part
+from lance_edge.stream import shuffled
 from lance_host.continual_benchmark.multi_head import MultiHead, set_evaluation, tensors_of
 from lance_host.continual_benchmark.trainer import Batch, Parameters, backward
 
@@ -48,17 +49,17 @@ class Replay:
         self._images = torch.zeros(0, 3, 32, 32)
         self._labels = torch.zeros(0, dtype=torch.int64)
         self._tasks: list[str] = []
-        self._draws = np.random.Generator(np.random.PCG64([seed, 0]))
+        self._draws = np.random.PCG64([seed, 0])
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def add(self, task: str, part: Part) -> None:
         """Offer every training image of a task."""
-        generator = np.random.Generator(np.random.PCG64([self._seed, 1, self._seen]))
+        bits = np.random.PCG64([self._seed, 1, self._seen])
         rows: dict[int, int] = {}  # place in the buffer -> row of the part
-        for row in generator.permutation(len(part)):
-            place = self._seen if self._seen < self._capacity else int(generator.integers(self._seen + 1))
+        for row in shuffled(bits, len(part)):
+            place = self._seen if self._seen < self._capacity else int(bits.random_raw()) % (self._seen + 1)
             if place < self._capacity:
                 rows[place] = int(row)
             self._seen += 1
@@ -74,11 +75,11 @@ class Replay:
 
     def begin_task(self) -> None:
         """The draws of a task depend on what was seen before it alone: a run that is resumed repeats them."""
-        self._draws = np.random.Generator(np.random.PCG64([self._seed, 0, self._seen]))
+        self._draws = np.random.PCG64([self._seed, 0, self._seen])
 
     def draw(self, count: int) -> Batch:
         """So many different images, or all that there are."""
-        chosen = self._draws.permutation(len(self))[:count]
+        chosen = shuffled(self._draws, len(self))[:count]
         rows = torch.from_numpy(chosen)
         return Batch(self._images[rows], self._labels[rows], [self._tasks[row] for row in chosen])
 
@@ -231,7 +232,7 @@ def fisher_diagonal(
     """
     set_evaluation(network, "running")
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    rows = np.random.Generator(np.random.PCG64([seed, 2])).permutation(len(part))[:samples]
+    rows = shuffled(np.random.PCG64([seed, 2]), len(part))[:samples]
     for row in rows:
         images, labels = tensors_of(part, np.array([row]))
         for parameter in parameters.values():

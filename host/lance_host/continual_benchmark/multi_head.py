@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from lance_edge.images import Part, load_batch
 from lance_edge.input_spec import ArrayInput
+from lance_edge.stream import shuffled
 from lance_host.continual_benchmark.protocol import HEAD, BatchNorm
 from lance_host.continual_benchmark.state import NetworkState
 from lance_host.sources import open_source
@@ -141,7 +142,7 @@ def evaluate(network: MultiHead, task: str, part: Part, batch_norm: BatchNorm) -
     tell its label.
     """
     set_evaluation(network, batch_norm)
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(part))
+    order = shuffled(np.random.PCG64(0), len(part))
     loss, correct = 0.0, 0
     for rows in np.array_split(order, -(-len(order) // EVALUATION_BATCH)):
         images, labels = tensors_of(part, rows)
