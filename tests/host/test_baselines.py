@@ -20,6 +20,7 @@ from lance_host.continual_benchmark.baselines import (
     fisher_diagonal,
     project_agem,
 )
+from lance_host.continual_benchmark.in_pytorch import trained as trained_parameters
 from lance_host.continual_benchmark.job import read_carry, write_carry
 from lance_host.continual_benchmark.multi_head import MultiHead, body_parameters, evaluate, set_training
 from lance_host.continual_benchmark.protocol import Recipe
@@ -268,6 +269,19 @@ def test_replay_descends_the_mean_over_batch_and_kept_images(network: MultiHead)
         [*batch.tasks, *kept.tasks],
     )
     torch.testing.assert_close(parameters["conv.weight"].grad, gradient(network, joined), **CLOSE)
+
+
+def test_replay_trains_the_heads_that_its_images_have(network: MultiHead) -> None:
+    frozen(network)
+    for method in (ExperienceReplay(16, 0), AveragedGem(16, 0)):
+        method.finish(network, "one", part_of(16, 1), trained(network))
+        parameters = trained_parameters(network, network.tasks, with_norms=False)
+        assert method.replays
+        before = network.state().heads
+        step(network, batch_of(8, "two", 5), parameters, method, 0.1)
+        assert not torch.equal(before["two"], network.state().heads["two"])
+        if isinstance(method, ExperienceReplay):  # A-GEM's is against a conflict alone
+            assert not torch.equal(before["one"], network.state().heads["one"])
 
 
 # --- A-GEM ---

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from benchmark_sets import write_npz
 
 from lance_edge.accuracy_matrix import read_matrix
@@ -22,6 +23,7 @@ from lance_host.continual_benchmark.protocol import PAPER, PRESETS, QUICK, as_ba
 from lance_host.continual_benchmark.records import Settings, TaskRecord, read_records
 from lance_host.continual_benchmark.report import spread, summarise, summary_table
 from lance_host.continual_benchmark.run import BenchmarkRequest, Voice, run_benchmark
+from lance_host.continual_benchmark.state import read_state
 from lance_host.continual_benchmark.tasks import Task
 
 NETWORK = '''
@@ -110,6 +112,14 @@ def test_the_first_task_is_the_same_for_all(learnt: Path) -> None:
     rows = rows_of(learnt / "results.csv")
     first = {row["accuracy"] for row in rows if row["after"] == row["task"] == "cifar10-0-1"}
     assert len(first) == 1
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].is_joint])
+def test_replay_trains_the_heads_of_earlier_tasks_too(learnt: Path, method: str) -> None:
+    (first,) = (learnt / "first-task").glob("*/state.safetensors")
+    head = read_state(first).heads["cifar10-0-1"]
+    later = read_state(learnt / method / "seed-0" / "task-5" / "state.safetensors").heads["cifar10-0-1"]
+    assert torch.equal(head, later) == (method not in ("er", "agem"))
 
 
 def test_gpm_and_lance_keep_a_memory_that_grows(learnt: Path) -> None:

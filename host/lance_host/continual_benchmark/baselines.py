@@ -1,12 +1,13 @@
 """Baselines that the engine cannot express, each as the gradient of a step.
 
-They share network, data, schedule, first task and the set of trained parameters with the methods of the
-engine; only the gradient differs, and what is kept from task to task.
+They share network, data, schedule, first task and the trained parameters of the body with the methods of the
+engine; the gradient differs, and what is kept from task to task.  Beside the head of the new task, ER and
+A-GEM train the heads of earlier ones, whose kept images their gradients come from; EWC does not.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ Arrays = dict[str, NDArray[np.generic]]
 
 class Baseline(Protocol):
     """An objective that remembers something of earlier tasks."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether a step has images of earlier tasks, so that their heads train too."""
 
     def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters, rate: float) -> float:
         """See `trainer.Objective`."""
@@ -100,6 +105,8 @@ class Replay:
 
 class _Replaying:
     """What ER and A-GEM have in common: a buffer that is filled after every task."""
+
+    replays = True
 
     def __init__(self, capacity: int, seed: int) -> None:
         self.replay = Replay(capacity, seed)
@@ -181,6 +188,8 @@ class ElasticWeights:
     the step ends (implicitly), which divides the gradient by `1 + h lambda sum F_k`: the same where a spring is
     soft, and no spring is too stiff for the rate.
 
+    Heads have no springs: that of an earlier task has no part in the loss, and stays as it is.
+
     Not in the engine: the gradient has a term that depends on the weights alone, and the Fisher information
     needs the gradient of every image for itself.
     """
@@ -188,6 +197,7 @@ class ElasticWeights:
     penalty: float
     samples: int
     seed: int
+    replays: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Nothing is held yet."""
