@@ -164,7 +164,8 @@ def train_package(job: Job, *more: str | Path) -> Learnt:
     """
     run = job.folder / f"run-{job.preset.recipe_of(job.method).lr:g}"  # a rate that ran away has another
     run_device([*train_command(job, run), *map(str, more)])
-    (run / "best.npz").replace(job.folder / TRAINED)
+    with atomic_writer(job.folder / TRAINED) as file:  # a copy: a finished run without it could not go on
+        file.write((run / "best.npz").read_bytes())
     with Bundle(job.folder / PACKAGE) as bundle:
         trained = read_weights(job.folder / TRAINED, bundle)
         whole = merged_state(bundle, trained.weights)
