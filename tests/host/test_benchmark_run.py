@@ -18,12 +18,12 @@ from lance_host.continual_benchmark.figures import CURVES, HEATMAP, can_draw, me
 from lance_host.continual_benchmark.in_engine import train_command
 from lance_host.continual_benchmark.job import Job, Learnt
 from lance_host.continual_benchmark.literature import PUBLISHED
-from lance_host.continual_benchmark.methods import METHODS, choose_methods
+from lance_host.continual_benchmark.methods import METHODS, Method, choose_methods
 from lance_host.continual_benchmark.protocol import PAPER, PRESETS, QUICK, as_batch_norm, choose_preset
 from lance_host.continual_benchmark.records import Settings, TaskRecord, read_records
 from lance_host.continual_benchmark.report import spread, summarise, summary_table
 from lance_host.continual_benchmark.run import BenchmarkRequest, Voice, run_benchmark
-from lance_host.continual_benchmark.state import read_state
+from lance_host.continual_benchmark.state import NetworkState, read_state
 from lance_host.continual_benchmark.tasks import Task
 
 NETWORK = '''
@@ -228,6 +228,74 @@ def test_a_run_that_was_killed_ends_with_the_same_tables(
     assert next(text for text in said if "seed 0, task" in text).startswith(f"{method}, seed 0, task 4 of 5")
     expected = [row for row in rows_of(learnt / "results.csv") if row["method"] == method]
     assert rows_of(folder / "results.csv") == expected
+
+
+def killed_from(number: int, method: Method) -> dict[str, Method]:
+    """A table of methods in which no task is learnt from this one on."""
+
+    def learn(job: Job) -> Learnt:
+        if job.number >= number:
+            raise Killed
+        return method.learn(job)
+
+    return {name: replace(method, learn=learn) for name in METHODS}
+
+
+def test_a_kill_before_the_record_loses_no_best_epoch(
+    material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where patience ends the run, the best epoch is neither of the two that a finished run holds besides."""
+    recipe = replace(TINY.recipe, lr=0.5, epochs=60, patience=3, least_lr=0.4)
+    request = request_of(material, tmp_path, "finetune", preset=replace(TINY, recipe=recipe))
+    found: list[NetworkState] = []
+
+    def killed_after(job: Job, learnt: Learnt) -> tuple[float, ...]:
+        if job.number == 1:
+            assert learnt.epochs < recipe.epochs
+            found.append(learnt.state)
+            raise Killed
+        return evaluate(job, learnt)
+
+    evaluate = runner.accuracies
+    monkeypatch.setattr(runner, "METHODS", killed_from(2, METHODS["finetune"]))
+    for accuracies in (killed_after, evaluate):
+        monkeypatch.setattr(runner, "accuracies", accuracies)
+        with pytest.raises(Killed):
+            run_benchmark(request, SILENT)
+    (state,) = tmp_path.glob("*/finetune/seed-0/task-2/state.safetensors")
+    for name, tensor in read_state(state).body.items():
+        assert torch.equal(tensor, found[0].body[name])
+
+
+def test_a_kill_while_a_task_is_tidied_up(
+    material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is there, its run is left over: once in the middle, once at the end."""
+    real = METHODS["er"]
+
+    def with_a_run(job: Job) -> Learnt:
+        (job.folder / "run-0.1").mkdir(exist_ok=True)
+        (job.folder / "run-0.1" / "last.npz").touch()
+        return real.learn(job)
+
+    def killed(path: Path) -> None:
+        if path.parent.name in still_to_kill:
+            still_to_kill.remove(path.parent.name)
+            raise Killed
+        remove(path)
+
+    remove, still_to_kill = runner.shutil.rmtree, ["task-2", "task-5"]
+    monkeypatch.setattr(runner, "METHODS", {"er": replace(real, learn=with_a_run)})
+    monkeypatch.setattr(runner.shutil, "rmtree", killed)
+    request = request_of(material, tmp_path, "er")
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run_benchmark(request, SILENT)
+    folder, _ = run_benchmark(request, SILENT)
+    *earlier, last = sorted((folder / "er" / "seed-0").glob("task-*"))
+    for own in earlier:
+        assert [path.name for path in own.iterdir()] == ["record.json"]
+    assert not [path for path in last.iterdir() if path.is_dir()]
 
 
 def test_what_was_learnt_is_not_learnt_again(

@@ -148,7 +148,9 @@ def _run(
     numbers = [len(tasks) - 1] if METHODS[method].is_joint else range(len(tasks))
     for number in numbers:
         own = task_folder(folder, label, seed, number)
+        before = None if number == numbers[0] else task_folder(folder, label, seed, number - 1)
         if read_record(own) is not None:
+            _tidy(own, before)  # it may have been broken off
             continue
         voice.say(f"{label}, seed {seed}, task {number + 1} of {len(tasks)}: {tasks[number].name}")
         job = Job(
@@ -160,7 +162,7 @@ def _run(
             number=number,
             seed=seed,
             folder=own,
-            before=None if number == numbers[0] else task_folder(folder, label, seed, number - 1),
+            before=before,
             first=folder / FIRST,
             relax=request.relax,
             threads=request.threads,
@@ -192,7 +194,7 @@ def _learn(job: Job, label: str) -> TaskRecord:
         kept_bytes={**learnt.kept_bytes, "heads": learnt.state.head_bytes},
     )
     write_record(job.folder, record)
-    _tidy(job)
+    _tidy(job.folder, job.before)
     return record
 
 
@@ -222,12 +224,12 @@ def accuracies(job: Job, learnt: Learnt) -> tuple[float, ...]:
     return tuple(evaluate(network, task.name, task.open().test, job.batch_norm)[1] for task in known)
 
 
-def _tidy(job: Job) -> None:
-    """Remove what no later task reads: package and run of this one, state of the one before."""
-    for path in job.folder.iterdir():
+def _tidy(folder: Path, before: Path | None) -> None:
+    """Remove what no later task reads: the run of this one, all but the record of the one before."""
+    unused = [path for path in folder.iterdir() if path.is_dir()]
+    unused += [path for path in before.iterdir() if path.name != RECORD] if before is not None else []
+    for path in unused:
         if path.is_dir():
             shutil.rmtree(path)
-    if job.before is not None:
-        for path in job.before.iterdir():
-            if path.name != RECORD:
-                path.unlink()
+        else:
+            path.unlink()
