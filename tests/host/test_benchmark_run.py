@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from benchmark_sets import write_npz
+from click.testing import CliRunner
 
 from lance_edge.accuracy_matrix import read_matrix
 from lance_edge.errors import LanceError, NumericalError
+from lance_host.cli import cli
 from lance_host.continual_benchmark import run as runner
 from lance_host.continual_benchmark.figures import CURVES, HEATMAP, can_draw, mean_rows, write_figures
 from lance_host.continual_benchmark.in_engine import train_command
@@ -375,6 +377,69 @@ def test_a_benchmark_that_is_none(material: tuple[Path, str], tmp_path: Path) ->
         LanceError, match=r"--benchmark: expected one of split-cifar100, .* found 'split-mnist'"
     ):
         run_benchmark(request_of(material, tmp_path, "er", benchmark="split-mnist"), SILENT)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": 0.0}, "--lr: expected a rate above 0, found 0"),
+        ({"lr": -1.0}, "--lr: expected a rate above 0, found -1"),
+        ({"lr": float("nan")}, "--lr: expected a number, found nan"),
+        ({"relax": float("nan")}, "--relax: expected a number, found nan"),
+        ({"energy": float("nan")}, "--energy: expected a number, found nan"),
+    ],
+)
+def test_numbers_of_no_use(
+    material: tuple[Path, str], tmp_path: Path, values: dict[str, float], message: str
+) -> None:
+    others = {name: value for name, value in values.items() if name != "lr"}
+    lr = values.get("lr", 0.1)
+    preset = replace(TINY, recipe=replace(TINY.recipe, lr=lr), gpm_lr=lr)
+    with pytest.raises(LanceError, match=message):
+        run_benchmark(request_of(material, tmp_path, "lance", preset=preset, **others), SILENT)
+
+
+@pytest.mark.parametrize(
+    "words", [("--lr", "0"), ("--lr", "-1"), ("--lr", "nan"), ("--threads", "-3"), ("--epochs", "0")]
+)
+def test_the_command_refuses_them_before_anything_is_learnt(
+    material: tuple[Path, str], tmp_path: Path, words: tuple[str, str]
+) -> None:
+    data, network = material
+    line = ("continual", "--benchmark", "split-cifar10", "--network", network, "--method", "er")
+    result = CliRunner().invoke(cli, [*line, "--data", str(data), "--out", str(tmp_path), *words])
+    assert result.exit_code != 0
+    assert words[0] in result.output
+    assert not list(tmp_path.rglob("record.json"))
+
+
+@pytest.mark.parametrize("network", ["mcunet", "resnet18"])
+def test_a_network_without_such_a_head(material: tuple[Path, str], tmp_path: Path, network: str) -> None:
+    with pytest.raises(
+        LanceError, match=f"--network {network}: expected a linear layer without bias as .* head"
+    ):
+        run_benchmark(request_of(material, tmp_path, "er", network=network), SILENT)
+
+
+def test_data_with_nothing_to_validate_on(material: tuple[Path, str], tmp_path: Path) -> None:
+    """Of three training images of a class none can be spared."""
+    write_npz(tmp_path / "cifar10.npz", train=3, test=1)
+    with pytest.raises(LanceError, match=r"task cifar10-0-1: no images to validate or test on; .* 4 training"):
+        run_benchmark(request_of((tmp_path, material[1]), tmp_path / "out", "er"), SILENT)
+
+
+def test_other_data_need_another_folder(
+    material: tuple[Path, str], learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_learn", lambda job, label: pytest.fail("nothing is left to learn"))
+    moved = tmp_path / "moved"
+    shutil.copytree(material[0], moved)
+    run_benchmark(request_of((moved, material[1]), learnt.parent, "er"), SILENT)
+    write_npz(moved / "cifar10.npz", train=33, test=10)
+    with pytest.raises(
+        LanceError, match=r"made with other images than those below --data now .* another --out"
+    ):
+        run_benchmark(request_of((moved, material[1]), learnt.parent, "er"), SILENT)
 
 
 def test_batch_statistics_are_for_methods_in_pytorch(material: tuple[Path, str], tmp_path: Path) -> None:

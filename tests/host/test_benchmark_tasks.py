@@ -10,7 +10,7 @@ from PIL import Image
 
 from lance_edge.errors import DataError
 from lance_host.continual_benchmark.benchmarks import BENCHMARKS, CIFAR10, FASHION, MNIST, Benchmark, Source
-from lance_host.continual_benchmark.image_sets import find_set, in_label_order, to_square
+from lance_host.continual_benchmark.image_sets import digest_of, find_set, in_label_order, to_square
 from lance_host.continual_benchmark.protocol import PROTECTED
 from lance_host.continual_benchmark.tasks import make_tasks
 
@@ -80,6 +80,33 @@ def test_grey_idx_images_get_a_black_margin_and_three_channels(tmp_path: Path, p
     expected[2:30, 2:30] = pixels_of(3, 13, 28, 1)
     for channel in range(3):
         np.testing.assert_array_equal(image[..., channel], expected)
+
+
+def test_the_digest_is_of_the_data_wherever_they_lie(tmp_path: Path) -> None:
+    for name in "ab":
+        write_folders(tmp_path / name / "cifar10", CLASSES)
+        write_idx(tmp_path / name / "mnist", packed=False)
+        write_npz(tmp_path / name / "svhn.npz")
+    (tmp_path / "b" / "cifar10" / "out.csv").touch()  # results may lie in the same folder
+    places = ("cifar10", "mnist", "svhn.npz")
+    before = [digest_of(tmp_path / "a" / place) for place in places]
+    assert len(set(before)) == 3
+    assert [digest_of(tmp_path / "b" / place) for place in places] == before
+    (tmp_path / "b" / "cifar10" / "train" / "cat" / "0000.png").unlink()
+    labels = tmp_path / "b" / "mnist" / "train-labels-idx1-ubyte"  # of the same size
+    labels.write_bytes(labels.read_bytes()[::-1])
+    write_npz(tmp_path / "b" / "svhn.npz", train=5)
+    assert not {digest_of(tmp_path / "b" / place) for place in places} & set(before)
+
+
+def test_other_data_have_other_files(tmp_path: Path) -> None:
+    write_folders(tmp_path / "a", CLASSES)
+    write_folders(tmp_path / "b", CLASSES, train=5)
+    one, other, again = (
+        make_tasks(of_one(CIFAR10), tmp_path / n, tmp_path / "out", None, ignore) for n in "aba"
+    )
+    assert one == again
+    assert not {task.path for task in one} & {task.path for task in other}
 
 
 def test_large_images_are_resized() -> None:

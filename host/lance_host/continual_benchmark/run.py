@@ -1,5 +1,6 @@
 """The benchmark: tasks, methods and seeds, one after the other, going on where it was broken off."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from lance_edge.errors import LanceError, NumericalError
 from lance_host.continual_benchmark.benchmarks import choose_benchmark
 from lance_host.continual_benchmark.job import Job, Learnt
 from lance_host.continual_benchmark.methods import METHODS
-from lance_host.continual_benchmark.multi_head import evaluate, network_of
+from lance_host.continual_benchmark.multi_head import check_network, evaluate, network_of
 from lance_host.continual_benchmark.protocol import BatchNorm, Preset
 from lance_host.continual_benchmark.records import (
     RECORD,
@@ -72,6 +73,7 @@ def run_benchmark(request: BenchmarkRequest, voice: Voice) -> tuple[Path, Settin
     """
     benchmark = choose_benchmark(request.benchmark)
     check(request)
+    check_network(request.network or benchmark.network)
     tasks = make_tasks(benchmark, request.data, request.out / "tasks", request.preset.per_class, voice.say)
     if len(tasks) < LEAST_TASKS:
         raise LanceError(
@@ -90,11 +92,21 @@ def run_benchmark(request: BenchmarkRequest, voice: Voice) -> tuple[Path, Settin
 
 
 def check(request: BenchmarkRequest) -> None:
-    """Refuse options that a method does not have, before anything is learnt.
+    """Refuse values that are of no use, and options that a method does not have, before anything is learnt.
 
     Raises:
-        LanceError: naming the methods.
+        LanceError: naming the option, and the methods.
     """
+    rates = (request.preset.recipe.lr, request.preset.gpm_lr)
+    for option, values in (
+        ("--lr", rates),
+        ("--relax", (request.relax,)),
+        ("--energy", (request.energy or 0,)),
+    ):
+        if not all(map(math.isfinite, values)):
+            raise LanceError(f"{option}: expected a number, found {max(values, key=math.isnan):g}")
+    if min(rates) <= 0:
+        raise LanceError(f"--lr: expected a rate above 0, found {min(rates):g}")
     in_engine = [name for name in request.methods if METHODS[name].where == "engine"]
     if request.batch_norm == "batch" and in_engine:
         raise LanceError(
@@ -124,6 +136,7 @@ def settings_of(request: BenchmarkRequest, network: str, tasks: tuple[Task, ...]
         batch_norm=request.batch_norm,
         dropout=preset.dropout,
         tasks=tuple(task.name for task in tasks),
+        data=tuple(dict.fromkeys(task.digest for task in tasks)),
     )
 
 
