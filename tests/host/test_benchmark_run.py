@@ -13,7 +13,10 @@ from benchmark_sets import write_npz
 from click.testing import CliRunner
 
 from lance_edge.accuracy_matrix import read_matrix
+from lance_edge.bundle import Bundle
 from lance_edge.errors import LanceError, NumericalError
+from lance_edge.memory import read_memory
+from lance_edge.names import WEIGHTS_MEMBER
 from lance_host.cli import cli
 from lance_host.continual_benchmark import run as runner
 from lance_host.continual_benchmark.figures import CURVES, HEATMAP, can_draw, mean_rows, write_figures
@@ -21,6 +24,7 @@ from lance_host.continual_benchmark.in_engine import train_command
 from lance_host.continual_benchmark.job import Job, Learnt
 from lance_host.continual_benchmark.literature import PUBLISHED
 from lance_host.continual_benchmark.methods import METHODS, Method, choose_methods
+from lance_host.continual_benchmark.protected import memory_batches
 from lance_host.continual_benchmark.protocol import PAPER, PRESETS, QUICK, as_batch_norm, choose_preset
 from lance_host.continual_benchmark.records import Settings, TaskRecord, read_records
 from lance_host.continual_benchmark.report import spread, summarise, summary_table
@@ -138,6 +142,21 @@ def test_gpm_and_lance_keep_a_memory_that_grows(learnt: Path) -> None:
     lance, bp = (records[name][-1].activation_bytes for name in ("lance", "finetune"))
     assert bp == 4 * 16 * (3 * 32 * 32 + 96)
     assert 0 < lance < bp
+
+
+@pytest.mark.parametrize("method", ["finetune", "gpm", "lance"])
+def test_bytes_are_counted_as_a_board_counts_them(learnt: Path, method: str) -> None:
+    """Earlier heads, and the weights with the newest one: as they are in the package of the last task."""
+    record = read_records(learnt)[method][-1]
+    with Bundle(learnt / method / "seed-0" / "task-5" / "pkg.tar") as bundle:
+        sizes = {name: array.nbytes for name, array in bundle.arrays(WEIGHTS_MEMBER).items()}
+    heads = sum(size for name, size in sizes.items() if name.startswith("heads/"))
+    expected = {"heads": heads or 4 * 4 * 2 * 24, "weights": sum(sizes.values()) - heads}
+    assert {kind: record.kept_bytes[kind] for kind in expected} == expected
+    dimensions = {"body.0": 48, "body.5": 96}
+    memory = sum(4 * dimensions[name] * rank for name, rank in record.ranks.items())
+    assert record.kept_bytes.get("memory", 0) == memory
+    assert record.bytes_beside == memory + expected["heads"]
 
 
 def test_what_a_board_needs_for_more_tasks_is_all_that_stays(learnt: Path) -> None:
@@ -357,6 +376,39 @@ def test_a_task_that_never_holds_is_said(material: tuple[Path, str], tmp_path: P
     steep = replace(TINY, recipe=replace(TINY.recipe, lr=1e30))
     with pytest.raises(NumericalError, match=r"learning rate of 3\.125e\+28 is too large: lower --lr"):
         run_benchmark(request_of(material, tmp_path, "er", preset=steep), SILENT)
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize("method", ["gpm", "lance"])
+def test_relaxed_protection_has_records_of_its_own(
+    material: tuple[Path, str], learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The second task trains beside less memory; afterwards all of it is there again."""
+    monkeypatch.setattr(runner, "METHODS", killed_from(2, METHODS[method]))
+    with pytest.raises(Killed):
+        run_benchmark(request_of(material, tmp_path, method, relax=0.3), SILENT)
+    (folder,) = tmp_path.glob("split-*")
+    ((label, (first, second)),) = read_records(folder).items()
+    assert label == second.method == f"{method}-relax-0.3"
+    assert first.accuracies == read_records(learnt)[method][0].accuracies
+    assert second.kept_bytes["moments"] == 4 * (48**2 + 96**2)
+    own = folder / label / "seed-0" / "task-2"
+    strict, left = first.ranks, read_memory(own / "protected-by.npz").layers
+    assert all(sum(left[name].ranks) <= strict[name] <= second.ranks[name] for name in strict)
+    assert any(sum(left[name].ranks) < strict[name] for name in strict)
+    rows = rows_of(folder / "results.csv")
+    assert [row["after"] for row in rows] == ["cifar10-0-1", "cifar10-2-3", "cifar10-2-3"]
+
+
+def test_batches_of_the_memory() -> None:
+    """GPM's 125 samples are 2 batches of 64, LANCE measures 11."""
+    for preset in PRESETS.values():
+        assert memory_batches("gpm", preset) == 2
+        assert memory_batches("lance", preset) == 11
+    assert memory_batches("gpm", replace(QUICK, gpm_samples=128)) == 2
+    assert memory_batches("gpm", replace(QUICK, gpm_samples=129)) == 3
 
 
 # --- what is refused ---

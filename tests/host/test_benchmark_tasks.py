@@ -9,7 +9,17 @@ from benchmark_sets import idx, pixels_of, write_folders, write_idx, write_npz
 from PIL import Image
 
 from lance_edge.errors import DataError
-from lance_host.continual_benchmark.benchmarks import BENCHMARKS, CIFAR10, FASHION, MNIST, Benchmark, Source
+from lance_host.continual_benchmark.benchmarks import (
+    BENCHMARKS,
+    CIFAR10,
+    CIFAR100,
+    FASHION,
+    MNIST,
+    NOTMNIST,
+    SVHN,
+    Benchmark,
+    Source,
+)
 from lance_host.continual_benchmark.image_sets import digest_of, find_set, in_label_order, to_square
 from lance_host.continual_benchmark.protocol import PROTECTED
 from lance_host.continual_benchmark.tasks import make_tasks
@@ -43,6 +53,29 @@ def test_the_tasks_are_those_of_the_protocol() -> None:
         ),
     }
     assert [b.network for b in BENCHMARKS.values()] == ["alexnet"] * 3 + ["resnet18-reduced"]
+
+
+@pytest.mark.parametrize(("source", "mean", "std"), [(MNIST, 0.1307, 0.3081), (FASHION, 0.2860, 0.3530)])
+def test_grey_images_are_normalised_with_their_margin(source: Source, mean: float, std: float) -> None:
+    """From the usual values of 28 by 28 pixels (as PyTorch's examples have them), with zeros up to 32 by 32.
+
+    The four digits of both sides allow for 1e-4.
+    """
+    share = 28**2 / 32**2
+    second = share * (std**2 + mean**2)
+    assert source.mean == pytest.approx([share * mean] * 3, abs=1e-4)
+    assert source.std == pytest.approx([(second - (share * mean) ** 2) ** 0.5] * 3, abs=1e-4)
+
+
+def test_the_other_sets_are_normalised_as_published() -> None:
+    """The loaders of HAT (github.com/joansj/hat, src/dataloaders/mixture.py), which GPM took over."""
+    assert (SVHN.mean, SVHN.std) == ((0.4377, 0.4438, 0.4728), (0.198, 0.201, 0.197))
+    assert (NOTMNIST.mean, NOTMNIST.std) == ((0.4254,) * 3, (0.4501,) * 3)
+    for source in (CIFAR10, CIFAR100):
+        assert [round(255 * value, 1) for value in (*source.mean, *source.std)] == [
+            *(125.3, 123.0, 113.9),
+            *(63.0, 62.1, 66.7),
+        ]
 
 
 def test_the_threshold_grows_with_the_tasks_up_to_its_cap() -> None:

@@ -61,7 +61,7 @@ class TaskRecord:
         epochs: until the schedule ended, or the most that were allowed.
         lr: learning rate at the start: that of the settings, or less where the numbers ran away with it.
         ranks: of the protected subspace by layer, where there is one.
-        kept_bytes: what is kept from task to task beside the network, by kind.
+        kept_bytes: what is kept from task to task, by kind; `weights` are the network with its newest head.
         activation_bytes: of the trained layers at the batch size, as the paper counts them.
         seconds: on this machine.
     """
@@ -78,6 +78,11 @@ class TaskRecord:
     ranks: dict[str, int] = field(default_factory=dict)
     kept_bytes: dict[str, int] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def bytes_beside(self) -> int:
+        """What is kept beside the network as it is used."""
+        return sum(count for kind, count in self.kept_bytes.items() if kind != "weights")
 
 
 def keep_settings(folder: Path, settings: Settings) -> None:

@@ -204,7 +204,7 @@ def _learn(job: Job, label: str) -> TaskRecord:
         activation_bytes=learnt.activation_bytes,
         seconds=time.perf_counter() - start,
         ranks=dict(learnt.ranks),
-        kept_bytes={**learnt.kept_bytes, "heads": learnt.state.head_bytes},
+        kept_bytes={**learnt.kept_bytes, **learnt.state.kept_bytes},
     )
     write_record(job.folder, record)
     _tidy(job.folder, job.before)
