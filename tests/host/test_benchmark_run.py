@@ -383,7 +383,7 @@ def test_a_task_that_never_holds_is_said(material: tuple[Path, str], tmp_path: P
 
 @pytest.mark.parametrize("method", ["gpm", "lance"])
 def test_relaxed_protection_has_records_of_its_own(
-    material: tuple[Path, str], learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """The second task trains beside less memory; afterwards all of it is there again."""
     monkeypatch.setattr(runner, "METHODS", killed_from(2, METHODS[method]))
@@ -392,7 +392,6 @@ def test_relaxed_protection_has_records_of_its_own(
     (folder,) = tmp_path.glob("split-*")
     ((label, (first, second)),) = read_records(folder).items()
     assert label == second.method == f"{method}-relax-0.3"
-    assert first.accuracies == read_records(learnt)[method][0].accuracies
     assert second.kept_bytes["moments"] == 4 * (48**2 + 96**2)
     own = folder / label / "seed-0" / "task-2"
     strict, left = first.ranks, read_memory(own / "protected-by.npz").layers

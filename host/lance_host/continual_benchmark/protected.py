@@ -1,7 +1,7 @@
 """What GPM and LANCE keep from task to task: the memory, and for `--relax` the moments that it was made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,8 @@ def moments_of(job: Job, trained: Path) -> dict[str, NDArray[np.floating]]:
     )
     feedback = Feedback(say=lambda text: None, progress=lambda name, done, total: None)
     past = read_past(request.artifact, request.checkpoint)
+    # No label is read: with --relax, the network after the task before sees the new task's classes.
+    past = replace(past, manifest=replace(past.manifest, classes=job.task.classes))
     return dict(measure(request, past, "patch", feedback))
 
 
