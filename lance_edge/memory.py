@@ -86,6 +86,11 @@ class Memory:
     tasks: tuple[LearnedTask, ...]
     layers: dict[str, LayerMemory]
 
+    @property
+    def column_bytes(self) -> int:
+        """Of the columns that are used; in the file, groups of fewer columns are padded with zeros."""
+        return sum(4 * layer.dimension * rank for layer in self.layers.values() for rank in layer.ranks)
+
 
 @dataclass(frozen=True)
 class _Meta:

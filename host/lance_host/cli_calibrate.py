@@ -86,7 +86,7 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progr
     "--split-seed", default=0, show_default=True, help="Divides class folders that have no test/ (75/25)."
 )
 @click.option("--seed", default=0, show_default=True, help="Calibration order, new head, random weights.")
-@click.option("--threads", type=int, help="For calibration. Default: all cores.")
+@click.option("--threads", type=click.IntRange(min=1), help="For calibration. Default: all cores.")
 @click.option("--task-name", "task", help="Of what the package trains. Default: after --data.")
 @next_task_options
 @click.pass_context

@@ -86,7 +86,7 @@ def past_of(options: dict[str, Any], is_model_given: bool) -> Any:
 )
 @click.option("--batches", default=11, show_default=True, help="Batches of images at most.")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of images.")
-@click.option("--threads", type=int, help="Default: all cores.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
 @click.option("-o", "--output", type=FILE, default=Path("memory.npz"), show_default=True, help="What to write.")
 def memory(**options: Any) -> None:
     """Remember what a finished task needs, so that the next one leaves it alone.

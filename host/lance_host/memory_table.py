@@ -10,7 +10,7 @@ def memory_table(memory: Memory) -> str:
         ("model", memory.model),
         ("mode", memory.mode),
         ("tasks", ", ".join(f"{task.name} (threshold {task.threshold:g})" for task in memory.tasks) or "none"),
-        ("bytes", human_bytes(sum(layer.bases.nbytes for layer in memory.layers.values()))),
+        ("bytes", human_bytes(memory.column_bytes)),
     ]
     lines = [line for pair in facts for line in fact(*pair)]
     if memory.layers:

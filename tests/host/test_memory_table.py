@@ -34,6 +34,8 @@ def row(text: str, name: str) -> list[str]:
 def test_a_row_for_each_layer(memory):
     text = memory_table(memory)
     # 27 - 13 = 14 dimensions, and the last task took 4 of them; 18 - 10 = 8 of both groups, and it took 2
+    in_use = 4 * (27 * 13 + 9 * (4 + 6) + 40 * 8 + 5 * 5)  # without the padding of "depthwise"
+    assert row(text, "bytes")[0] == f"{in_use / 1024:.2f}"
     assert row(text, "conv") == ["13", "/", "27", "48", "97", "3"]
     assert row(text, "depthwise") == ["2", "groups:", "4-6", "/", "9", "55", "98", "4"]
     assert row(text, "fc") == ["8", "/", "40", "20", "99", "no", "end"]
