@@ -119,6 +119,46 @@ def test_three_ways_project_the_next_task_alike(story):
         assert kept[0] > 0
 
 
+def test_workstation_and_board_choose_the_same_images_whatever_the_seeds(lance_host, lance_device, tmp_path):
+    """Few batches, so that the choice matters; seed and split are the package's without being named."""
+    one, two = write_tasks(tmp_path)
+    (tmp_path / "net.py").write_text(CODE)
+    model = ("--model", f"{tmp_path}/net.py:grouped", "--threads", 1)
+    words = ("--layers", "all", "--batch-size", BATCH, "--mode", "patch", "--any-rank", "--data", one)
+    seeds = ("--seed", 7, "--split-seed", 3, "--validation", 0.3)
+
+    def accomplished(result):
+        assert result.exit_code == 0, (result.output, result.exception)
+
+    accomplished(lance_host("calibrate", *model, *words, *seeds, "--batches", 2, "-o", tmp_path / "one.tar"))
+    places = ("--artifact", tmp_path / "one.tar", "--data", one, "--threads", 1)
+    lance_device("train", *places, "--method", "bp", "--out", tmp_path / "run", "--epochs", 1)
+    after = ("--checkpoint", tmp_path / "run/last.npz", "--threads", 1)
+    protect = ("--data", one, "--threshold", THRESHOLD, "--batches", 1, "-o", tmp_path / "memory.npz")
+    accomplished(lance_host("memory", *after, *protect))
+    words = ("--memory", tmp_path / "memory.npz", "--data", two, "--batches", 1, "-o", tmp_path / "host.tar")
+    accomplished(lance_host("calibrate", *model[:2], *after, *words))
+    words = ("--checkpoint", tmp_path / "run/last.npz", "--next-data", two, "--threshold", THRESHOLD)
+    words = (*words, "--memory-batches", 1, "--batches", 1, "-o", tmp_path / "board.tar")
+    lance_device("next-task", *places, *words)
+
+    with Bundle(tmp_path / "host.tar") as host, Bundle(tmp_path / "board.tar") as board:
+        ways = [packed_memory(host), packed_memory(board)]
+        plans = [bundle.manifest.variant("lance").layers for bundle in (host, board)]
+        assert (host.manifest.seed, host.manifest.split) == (board.manifest.seed, board.manifest.split)
+        assert (host.manifest.seed, host.manifest.split.validation_fraction) == (7, 0.3)
+        assert host.manifest.mode == "patch"  # by default after a memory
+        spectra = [bundle.arrays("spectra.npz") for bundle in (host, board)]
+        for name in LAYERS:
+            np.testing.assert_allclose(
+                *(np.array(one[f"{name}/eigenvalues1"]) for one in spectra), rtol=1e-3, atol=1e-3
+            )
+    assert [plan.layer for plan in plans[0]] == [plan.layer for plan in plans[1]]
+    for name in LAYERS:
+        assert ways[0].layers[name].ranks == ways[1].layers[name].ranks
+        assert ways[0].tasks[-1].explained[name] == pytest.approx(ways[1].tasks[-1].explained[name], abs=1e-4)
+
+
 # --- the package of the board --------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ def past_of(options: dict[str, Any], is_model_given: bool) -> Any:
     help="Protect what filters read (patch, the default), or channels. Default with --memory: as that.",
 )
 @click.option("--batches", default=11, show_default=True, help="Batches of images at most.")
-@click.option("--seed", default=0, show_default=True, help="Of the choice of images.")
+@click.option("--seed", type=click.IntRange(min=0), help="Chooses the images. Default: the package's.")
 @click.option("--threads", type=int, help="Default: all cores.")
 @click.option("-o", "--output", type=FILE, default=Path("memory.npz"), show_default=True, help="What to write.")
 def memory(**options: Any) -> None:

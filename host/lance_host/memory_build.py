@@ -32,9 +32,10 @@ Covariances = Mapping[str, NDArray[np.floating]]
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """What is asked for; `None`: as the published protocol or the older memory has it.
+    """What is asked for; `None`: as the published protocol, the older memory or the package has it.
 
-    Either `data`, the finished task's images, or `statistics` of them.
+    Either `data`, the finished task's images, or `statistics` of them.  `seed` chooses the images: by default
+    the package's, as a board does.
     """
 
     checkpoint: Path
@@ -46,7 +47,7 @@ class MemoryRequest:
     threshold: float | None = None
     mode: Mode | None = None
     batches: int = DEFAULT_BATCHES
-    seed: int = 0
+    seed: int | None = None
     threads: int | None = None
 
 
@@ -133,7 +134,8 @@ def _measure_images(request: MemoryRequest, past: Past, mode: Mode, feedback: Fe
     opened = open_dataset(request.data, manifest.split, manifest.classes)
     part = steady(opened, feedback.say_bad_image).train
     batch_size = min(manifest.batch_size, len(part))
-    order = calibration_batches(len(part), batch_size, request.batches, request.seed)
+    seed = manifest.seed if request.seed is None else request.seed
+    order = calibration_batches(len(part), batch_size, request.batches, seed)
     feedback.say(f"memory of {past.task}: {count(len(order), 'batch')} of {batch_size} training images")
     moments = layer_moments(
         past.taps,

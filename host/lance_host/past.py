@@ -131,6 +131,16 @@ def _taps(bundle: Bundle, graphs: Mapping[str, tuple[str, ...]], weights: Mappin
     return serialise(model, "calibration")
 
 
+def package_before(artifact: Path | None, checkpoint: Path) -> Manifest:
+    """The plan of the package that a finished run was trained from.
+
+    Raises:
+        LanceError: if there is none, or it is damaged.
+    """
+    with Bundle(artifact or find_artifact(checkpoint)) as bundle:
+        return bundle.manifest
+
+
 def find_artifact(checkpoint: Path) -> Path:
     """The package that the run of a checkpoint was started with.
 
