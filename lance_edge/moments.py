@@ -10,15 +10,15 @@ The moment of the protected mode (inputs, channels, features) is of the input as
 modes are of what a memory leaves of it, `X - M M^T X`: the next task's projections keep nothing else.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from lance_edge.errors import LanceError, NumericalError
+from lance_edge.errors import ArtifactError, LanceError, NumericalError
 from lance_edge.manifest import Layer, Mode
-from lance_edge.memory import LayerMemory
+from lance_edge.memory import LayerMemory, Memory
 
 # Positions beyond this number stay whole: their moment alone would take 32 MiB, their basis as much.
 MOST_POSITIONS = 2048
@@ -49,6 +49,22 @@ def protected_shape(layer: Layer, mode: Mode) -> tuple[int, int]:
             f"{layer.name}: a grouped convolution has no protected subspace in channel mode; use --mode patch"
         )
     return 1, layer.input_shape[0]
+
+
+def expect_fitting(memory: Memory, layers: Iterable[Layer], where: str) -> None:
+    """See that a memory has the dimensions of a network's layers; of a layer that it lacks nothing is said.
+
+    Raises:
+        ArtifactError: naming the first layer of which it is not.
+    """
+    for layer in layers:
+        found = memory.layers.get(layer.name)
+        expected = protected_shape(layer, memory.mode)
+        if found is not None and (found.groups, found.dimension) != expected:
+            raise ArtifactError(
+                f"{where}: {layer.name} has {found.groups} groups of {found.dimension} dimensions, in the"
+                f" package {expected[0]} of {expected[1]} ({memory.mode} mode); give the memory of this network"
+            )
 
 
 def mode_sizes(layer: Layer, mode: Mode, batch_size: int) -> tuple[int, ...]:

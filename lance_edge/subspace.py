@@ -43,6 +43,15 @@ class Directions:
     energy: float
 
 
+def check_threshold(threshold: float) -> None:
+    """See that ε_cl is above 0 and at most 1.
+
+    Raises:
+        LanceError: if it is not.
+    """
+    _check_share("memory threshold", threshold, "0.97")
+
+
 def explained(covariance: Matrix, memory: Matrix) -> float:
     """The share of a task's energy inside the memory: `tr(M^T C M) / tr(C)`; 1 where there is no energy.
 
@@ -68,7 +77,7 @@ def extend(memory: Matrix, covariance: Matrix, threshold: float) -> Double:
         LanceError: if the threshold is out of range.
         NumericalError: if C is not finite.
     """
-    _check_share("memory threshold", threshold, "0.97")
+    check_threshold(threshold)
     total, inside = _trace(covariance), _inside(covariance, memory)
     missing = threshold * total - inside
     if missing <= NOTHING * total:

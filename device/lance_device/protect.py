@@ -19,9 +19,9 @@ from lance_device.options import TrainOptions
 from lance_device.run_folder import RunFolder
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ArtifactError, CheckpointError, LanceError
-from lance_edge.manifest import Layer, Manifest, Mode, Variant
+from lance_edge.manifest import Manifest, Mode, Variant
 from lance_edge.memory import Memory, memory_digest, packed_memory, read_memory, write_memory
-from lance_edge.moments import protected_shape
+from lance_edge.moments import expect_fitting
 
 Float = NDArray[np.float32]
 PACKAGE = "package"  # in place of a file: the memory that the package holds
@@ -80,10 +80,10 @@ def protection(memory: Memory, manifest: Manifest, variant: Variant) -> Protecti
     layers = {layer.name: layer for layer in manifest.layers}
     own = [layers[plan.layer] for plan in variant.layers]
     _expect_protected((layer.name for layer in own), memory)
+    expect_fitting(memory, own, "memory")
     expect_no_extras(manifest, variant)
-    return Protection(
-        {layer.weight: _bases(layer, memory) for layer in own}, memory.mode, memory_digest(memory)
-    )
+    bases = {layer.weight: memory.layers[layer.name].bases for layer in own}
+    return Protection(bases, memory.mode, memory_digest(memory))
 
 
 def protect(
@@ -175,17 +175,6 @@ def _expect_protected(trained: Iterable[str], memory: Memory) -> None:
             f"memory: the package trains {', '.join(unknown)}, which the memory does not protect; it knows"
             f" {', '.join(memory.layers)}: train fewer --layers, or build the memory from these layers"
         )
-
-
-def _bases(layer: Layer, memory: Memory) -> Float:
-    found = memory.layers[layer.name]
-    expected = protected_shape(layer, memory.mode)
-    if (found.groups, found.dimension) != expected:
-        raise ArtifactError(
-            f"memory: {layer.name} has {found.groups} groups of {found.dimension} dimensions, in the package"
-            f" {expected[0]} of {expected[1]} ({memory.mode} mode); give the memory of this network"
-        )
-    return found.bases
 
 
 def _outside(rows: Float, bases: Float) -> Float:

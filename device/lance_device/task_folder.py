@@ -21,7 +21,7 @@ from lance_device.run_record import read_record, write_record
 from lance_edge.bundle import Bundle
 from lance_edge.errors import CheckpointError, DataError, StorageError
 from lance_edge.files import CHUNK_BYTES, atomic_writer, sync_folder
-from lance_edge.manifest_json import is_task_name
+from lance_edge.names import is_task_name
 from lance_edge.records import RecordError, from_json, to_json
 
 FOLDER = re.compile(r"([1-9]\d{0,3})-(.+)")
