@@ -11,8 +11,9 @@ A layer whose null space is used up keeps its place with a projection of zeros, 
 package is tried out on two images before it takes its name: shapes are taken from what the graphs give, and a
 gradient that touches the memory is refused.
 
-Memory: one pass (`moments_pass.py`), then for one layer at a time six float64 matrices D x D (beyond 2,048 rows
-five of D x the columns that are wanted, where these are at most D / 4), and the package's members.
+Memory: one pass (`moments_pass.py`), beside its moments for one layer at a time six float64 matrices D x D
+(beyond 2,048 rows five of D x the columns that are wanted, where these are at most D / 4), and the package's
+members.
 """
 
 from collections.abc import Callable, Mapping
