@@ -399,7 +399,7 @@ def test_a_full_memory_leaves_the_head_to_train(story, lance_host, lance_device,
     words = ("--data", story / "two.npz", "--out", tmp_path / "run", "--epochs", 1, "--threads", 1)
     lance_device("train", "--artifact", tmp_path / "head.tar", *words)
     table = accomplished(lance_host("inspect", tmp_path / "memory.npz"))
-    assert "No room for another task: 5 layers of 5, which would stay frozen." in table
+    assert "No room for another task: 5 layers of 5, which stay frozen or would." in table
     words = ("--checkpoint", tmp_path / "run/last.npz", "--data", story / "two.npz")
     words = (*words, "--memory", tmp_path / "memory.npz", "-o", tmp_path / "after.npz")
     accomplished(lance_host("memory", *words))
