@@ -25,7 +25,7 @@ from lance_edge.moments import expect_fitting
 
 Float = NDArray[np.float32]
 PACKAGE = "package"  # in place of a file: the memory that the package holds
-KAHAN = 0.1  # a vector that keeps less of its length when it is projected has to be projected again
+KAHAN = 0.1  # a group that keeps less of its length when it is projected has to be projected again
 
 
 def _open_memory(source: str, bundle: Bundle) -> Memory:
@@ -181,6 +181,12 @@ def _outside(rows: Float, bases: Float) -> Float:
     """`G - G M M^T` of every group: `[groups, n, D]` and `[groups, D, m] -> [groups, n, D]`."""
     transposed = bases.transpose(0, 2, 1)
     left: Float = np.subtract(rows, (rows @ bases) @ transposed, dtype=np.float32)
-    if np.linalg.norm(left) < KAHAN * np.linalg.norm(rows):
-        left -= (left @ bases) @ transposed
+    again = _norms(left) < KAHAN * _norms(rows)  # [groups]
+    left[again] -= (left[again] @ bases[again]) @ transposed[again]
     return left
+
+
+def _norms(rows: Float) -> Float:
+    """Of each group `[groups, n, D]`, all filters together."""
+    norms: Float = np.linalg.norm(rows.reshape(len(rows), -1), axis=1)
+    return norms
