@@ -300,6 +300,8 @@ def test_statistics_make_the_same_memory_as_the_images(story, statistics, lance_
         assert found.tasks[0].explained[name] == pytest.approx(share, abs=1e-4)
         assert found.layers[name].ranks == expected.layers[name].ranks
     assert "one (threshold 0.9)" in said
+    with Bundle(story / "one.tar") as bundle:
+        assert (bundle.manifest.mode, found.mode) == ("channel", "patch")  # by default, whatever was compressed
 
 
 def test_statistics_make_the_next_package(story, statistics, lance_host, tmp_path):
@@ -309,6 +311,7 @@ def test_statistics_make_the_next_package(story, statistics, lance_host, tmp_pat
     with Bundle(tmp_path / "blind.tar") as blind, Bundle(story / "two.tar") as seen:
         assert (blind.manifest.task, blind.manifest.classes) == ("second", seen.manifest.classes)
         assert blind.manifest.batch_size == seen.manifest.batch_size
+        assert blind.manifest.mode == "patch"  # by default after an earlier task
         plans = [bundle.manifest.variant("lance").layers for bundle in (blind, seen)]
         assert [plan.layer for plan in plans[0]] == [plan.layer for plan in plans[1]]
         for found, expected in zip(*plans, strict=True):
