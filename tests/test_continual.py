@@ -246,7 +246,7 @@ def moved(story: Story, images: torch.Tensor, package: str, run: str) -> float:
 
 
 def test_task_1_changes_by_no_more_than_the_energy_outside_of_its_memory(story):
-    """Through five layers the bound is wide: that training without a memory breaks it shows at the first one."""
+    """Through five layers the bound is wide: that training without a memory breaks it shows at the first."""
     images = calibration_images(story)
     found, bound = moved(story, images, "two", "run2"), bound_of_logits(story, images, "two", "run2")
     assert 0 < found <= bound
