@@ -61,6 +61,7 @@ frame.onload = () => {
     return parseFloat(view.getComputedStyle(e).fontSize) * scale;
   };
   document.getElementById("found").textContent = JSON.stringify({
+    id: inner.body.id,
     width: view.innerWidth,
     scroll: root.scrollWidth,
     requests: view.performance.getEntriesByType("resource").map((entry) => entry.name),
@@ -135,12 +136,24 @@ def test_a_page_fits_is_legible_and_asks_no_network(page, width, tmp_path):
     assert found["smallest"] >= SMALLEST_TEXT_PX
 
 
+def test_a_name_of_a_folder_runs_nothing(tmp_path):
+    pytest.importorskip("matplotlib", reason="lance-host report needs matplotlib")
+    name = 'b"><img\tsrc=x\tonerror=document.body.id="ran">'
+    out = tmp_path / "report.html"
+    result = CliRunner().invoke(cli, ["report", str(write_benchmark(tmp_path / name)), "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    found = measured(out.read_text(), 1280, tmp_path)
+    assert found["id"] == ""
+    assert found["requests"] == []
+
+
 def test_the_ruler_finds_what_is_wrong(tmp_path):
     """A page with every fault that the test above looks for."""
     bad = (
         '<!doctype html><body style="margin:0"><p style="width:2000px;color:#bbb">wide and pale</p>'
         '<figure><svg viewBox="0 0 1000 500" width="300" height="150"><text x="990" y="90">cut off</text></svg>'
         '</figure><img src="http://example.invalid/a.png">'
+        "<img src=x onerror='document.body.id=\"ran\"'>"
     )
     found = measured(bad, 390, tmp_path)
     assert found["scroll"] > 390
@@ -148,4 +161,5 @@ def test_the_ruler_finds_what_is_wrong(tmp_path):
     assert found["pale"] == ["P wide and pale"]
     assert found["cut"] == ["text cut off"]
     assert found["smallest"] < SMALLEST_TEXT_PX
-    assert found["requests"] == ["http://example.invalid/a.png"]
+    assert "http://example.invalid/a.png" in found["requests"]
+    assert found["id"] == "ran"

@@ -1,6 +1,7 @@
 """The report: what is shown of some runs, in order."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from lance_edge import __version__
 from lance_edge.report.findings import findings_of
@@ -10,7 +11,7 @@ from lance_edge.report.memory_use import memory_use
 from lance_edge.report.names import benchmarks_of, distinct, runs_of
 from lance_edge.report.notices import notices_of
 from lance_edge.report.page import Report
-from lance_edge.report.plots import Section
+from lance_edge.report.plots import Plot, Section
 from lance_edge.report.provenance import provenance
 from lance_edge.report.results import result_tables
 from lance_edge.report.time_use import time_use
@@ -43,10 +44,24 @@ def compose(
         notices=(*extra_notices, *notices_of(views)),
         views=tuple(views),
         results=result_tables(views),
-        sections=(*measured, *packages, heat(views), provenance(views)),
+        sections=with_distinct_names((*measured, *packages, heat(views), provenance(views))),
         made=f"Made by lance-edge {__version__}, {now}. This page needs no network.",
         refresh_s=refresh_s,
     )
+
+
+def with_distinct_names(sections: Sequence[Section]) -> tuple[Section, ...]:
+    """Figures of one name get numbers: those of benchmarks `a b` and `a-b` must not share a file or an id."""
+    taken: set[str] = set()
+
+    def distinct_name(plot: Plot) -> Plot:
+        name, number = plot.name, 2
+        while name in taken:
+            name, number = f"{plot.name}-{number}", number + 1
+        taken.add(name)
+        return replace(plot, name=name)
+
+    return tuple(replace(section, plots=tuple(map(distinct_name, section.plots))) for section in sections)
 
 
 def _title(views: Sequence[View]) -> str:

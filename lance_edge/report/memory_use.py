@@ -6,7 +6,7 @@ from lance_edge.report.clock import TimeAxis, time_axis
 from lance_edge.report.colours import method_colour, run_colours, shade
 from lance_edge.report.costs import Costs, Setting
 from lance_edge.report.names import benchmarks_of, distinct, method_name, runs_of
-from lance_edge.report.plots import Line, LinePlot, Section, Style
+from lance_edge.report.plots import Line, LinePlot, Section, Style, slug
 from lance_edge.report.thin import Thin
 from lance_edge.report.views import View
 
@@ -92,7 +92,7 @@ def _by_layers(
             style: Style = "dashed" if hides_another else "solid"
             lines.append(Line(method_name(method), method_colour(method), x, y, style))
     return LinePlot(
-        f"{name}-{view.name}".replace("/", "-").replace(" ", "-").lower(),
+        f"{name}-{slug(view.name)}",
         f"{view.name}: {title}",
         "Each setting ran in a process of its own."
         if name == "peak-rss"

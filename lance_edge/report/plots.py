@@ -1,9 +1,25 @@
 """Figures as data: what is drawn, whoever draws it.  Every axis says its unit."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 Style = Literal["solid", "dashed", "dotted", "points"]
+
+
+def slug(text: str) -> str:
+    """Any text as part of a figure's name: `Bench 9/a` is `bench-9-a`; `unnamed` where nothing is left."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
+
+
+def check_name(name: str) -> None:
+    """See that the name of a figure is good for files and for ids: it stands in a page as it is.
+
+    Raises:
+        ValueError: if not.
+    """
+    if re.fullmatch("[a-z0-9-]+", name) is None:
+        raise ValueError(f"name of a figure: expected letters a to z, digits and '-', found {name!r}")
 
 
 @dataclass(frozen=True)
@@ -29,7 +45,7 @@ class LinePlot:
     """Lines over an axis.
 
     Attributes:
-        name: of the files with its data and its picture.
+        name: of the files with its data and its picture, and of its ids on a page: see `slug`.
         caption: what there is to see, in a sentence or two.
         rules: dashed horizontal lines, `(y, label)`.
         shaded: stretches of x that are marked.
@@ -47,6 +63,10 @@ class LinePlot:
     y_is_log: bool = False
     rules: tuple[tuple[float, str], ...] = ()
     shaded: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check: see `check_name`."""
+        check_name(self.name)
 
     @property
     def is_empty(self) -> bool:
@@ -89,6 +109,10 @@ class BarPlot:
     part_names: tuple[str, ...]
     groups: tuple[BarGroup, ...]
     keys: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        """Check: see `check_name`."""
+        check_name(self.name)
 
     @property
     def is_empty(self) -> bool:

@@ -7,7 +7,7 @@ from lance_edge.profiles import STEP_PHASES
 from lance_edge.report.colours import METHODS, PHASES, PLAIN, method_colour, shade
 from lance_edge.report.costs import Costs, Setting
 from lance_edge.report.names import benchmarks_of, distinct, features, method_name, runs_of
-from lance_edge.report.plots import Bar, BarGroup, BarPlot, Line, LinePlot, Plot, Section
+from lance_edge.report.plots import Bar, BarGroup, BarPlot, Line, LinePlot, Plot, Section, slug
 from lance_edge.report.views import View
 
 STACKED = "Medians of the phases, stacked; the thin line spans the fastest step and the 90th percentile."
@@ -88,7 +88,7 @@ def _benchmark_plots(view: View) -> list[Plot]:
     plots: list[Plot] = []
     for number, members in enumerate(families.values(), start=1):
         title = _family_title(view, next(iter(members)), axis, several)
-        name = f"step-time-{_file_name(view.name)}" + (f"-{number}" if several else "")
+        name = f"step-time-{slug(view.name)}" + (f"-{number}" if several else "")
         plots += [
             _family_bars(members, axis, name, title),
             _family_lines(members, axis, f"{name}-lines", title),
@@ -148,7 +148,3 @@ def _family_lines(members: dict[Setting, Costs], axis: str, name: str, title: st
         tuple(lines),
         y_from_zero=True,
     )
-
-
-def _file_name(text: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in text).strip("-").lower() or "benchmark"

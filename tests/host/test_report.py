@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -151,6 +152,68 @@ def with_package(folder, package, **changes):
     with Bundle(package) as bundle:
         artifact = {"path": str(changes.pop("path", package)), "identity_sha256": bundle.sha256, **changes}
     return write_run(folder, record={**RECORD, "artifact": artifact})
+
+
+EVIL = 'b"><img\tsrc=x\tonerror=document.title=9>'
+# What a template of a regular expression would read, and what mathematics would; two that look alike in a file.
+ODD_NAMES = (EVIL, "bench\\9", "c\\qx", "a b", "a-b", "runs", "été")
+
+
+class Tags(HTMLParser):
+    """Tags, ids and references of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.names, self.ids, self.references = set(), set(), [], set()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.names |= {name for name, _ in attributes}
+        for name, value in attributes:
+            self.ids += [value] if name == "id" else []
+            found = re.findall(r"url\(#([^)]*)\)", value or "")
+            self.references |= {
+                *found,
+                *([value[1:]] if name in ("href", "xlink:href") and value[0] == "#" else []),
+            }
+
+
+def tags_of(page):
+    parser = Tags()
+    parser.feed(page)
+    return parser
+
+
+def test_names_of_folders_are_names_and_nothing_else(tmp_path):
+    folders = [write_benchmark(tmp_path / name, ("lance",), (1, 2)) for name in ODD_NAMES]
+    plain = write_benchmark(tmp_path / "plain", ("lance",), (1, 2))
+    written(plain, write_run(tmp_path / "run"), "-o", tmp_path / "plain.html")
+    written(*folders, write_run(tmp_path / "$x_{"), "-o", tmp_path / "odd.html", "--csv", tmp_path / "csv")
+    found, expected = (tags_of((tmp_path / name).read_text()) for name in ("odd.html", "plain.html"))
+    assert found.tags == expected.tags
+    assert found.names == expected.names
+    assert len(found.ids) == len(set(found.ids))
+    assert found.references <= set(found.ids)
+    assert all(re.fullmatch(r"[A-Za-z0-9-]+", name) for name in found.ids)
+    names = {path.stem for path in (tmp_path / "csv").iterdir()}
+    assert {"peak-rss-a-b", "peak-rss-a-b-2", "step-time-runs", "step-time-runs-2"} <= names
+    assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)
+    assert len([name for name in names if name.startswith("peak-rss-")]) == len(ODD_NAMES)
+
+
+def test_what_looks_like_an_id_in_a_name_stays_as_it_is():
+    line = Line("a", "#123456", (1.0, 2.0), (3.0, 4.0))
+    text = svg(LinePlot("name", "Title", "Caption.", ' id="p" url(#p', "$y", (line,)))
+    assert '> id="p" url(#p</text>' in text
+    assert ">$y</text>" in text
+
+
+@pytest.mark.parametrize("name", ["", "a b", 'a"', "A", "a\n", "é"])
+def test_a_figure_is_called_by_letters_digits_and_dashes(name):
+    with pytest.raises(ValueError, match="name of a figure: expected letters a to z, digits and '-', found"):
+        LinePlot(name, "Title", "Caption.", "x", "y", ())
+    with pytest.raises(ValueError, match="name of a figure"):
+        BarPlot(name, "Title", "Caption.", "x", "y", (), (), ())
 
 
 def test_ranks_and_spectra_are_those_of_the_package(photo_package, tmp_path):

@@ -188,15 +188,18 @@ def _legend_keys(plot: Plot) -> list[Any]:
     ]  # fmt: skip
 
 
+def _with_own_ids(tag: str, name: str, used: set[str]) -> str:
+    """A tag of a figure; its texts, which may look like ids, are left alone."""
+    tag = re.sub(r' id="([^"]+)"', lambda own: f' id="{name}-{own[1]}"' if own[1] in used else "", tag)
+    return re.sub(r"url\(#|href=\"#", lambda reference: f"{reference[0]}{name}-", tag)
+
+
 def _embeddable(text: str, plot: Plot) -> str:
     """The element alone; ids that are referred to become the figure's own, others go."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
-    text = re.sub(
-        r' id="([^"]+)"', lambda found: f' id="{plot.name}-{found[1]}"' if found[1] in used else "", text
-    )
-    text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{plot.name}-", text)
+    text = re.sub(r"<[^>]+>", lambda tag: _with_own_ids(tag[0], plot.name, used), text)
     head, rest = text.split(">", 1)
     view_box = re.search(r'viewBox="[^"]+"', head)
     opening = f'<svg {view_box[0] if view_box else ""} role="img" aria-label="{escape(plot.title)}"'
