@@ -47,6 +47,7 @@ SETTINGS: dict[Any, Any] = {  # matplotlib's own type is a list of every setting
     "grid.color": RULE,
     "grid.linewidth": 0.6,
     "text.color": INK,
+    "text.parse_math": False,  # a name may have a $
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "xtick.labelcolor": INK,
