@@ -68,32 +68,67 @@ class Tail:
         file.seek(self._offset)
         rest = b""
         while chunk := file.read(CHUNK_BYTES):
-            whole, newline, rest = (rest + chunk).rpartition(b"\n")
-            whole += newline
-            self._offset += len(whole)
-            self._remembered = (self._remembered + whole)[-REMEMBERED_BYTES:]
+            text, zero, after = (rest + chunk).partition(b"\0")
+            whole, newline, rest = text.rpartition(b"\n")
+            yield from self._parse(whole + newline)
+            if zero:
+                self._expect_no_row_after(after, file)
+                self.is_torn = True
+                return
             if len(rest) > MOST_LINE_BYTES:
                 raise DataError(
                     f"{self.path} line {self._line + 1}: longer than {MOST_LINE_BYTES} bytes; expected a CSV"
                     " file of a training run"
                 )
-            yield from self._parse(whole)
         self.is_torn = bool(rest)
 
+    def _expect_no_row_after(self, data: bytes, file: BinaryIO) -> None:
+        """Of a row that zeros tore, as a power cut leaves them: it must be the last one."""
+        has_ended = False
+        while True:
+            if not has_ended:
+                _, newline, data = data.partition(b"\n")
+                has_ended = bool(newline)
+            if data.strip(b"\0\r\n"):
+                raise DataError(
+                    f"{self.path} line {self._line + 1}: zero bytes instead of a row, and rows after them; the"
+                    " file is damaged: copy it again"
+                )
+            if not (data := file.read(CHUNK_BYTES)):
+                return
+
     def _parse(self, data: bytes) -> Iterator[Any]:
+        """Whole lines; where one is no row, the place stays before it, so that it is met again."""
+        lines = [line + b"\n" for line in data.split(b"\n")[:-1]]
+        reader, done = csv.reader(self._texts(lines)), 0
         try:
-            text = data.decode("utf-8-sig" if self._line == 0 else "utf-8")  # some editors put a mark first
-            for texts in csv.reader(text.split("\n")[:-1]):
-                self._line += 1
-                if self._parser is None:
-                    self._parser = self._parser_of(texts)
-                else:
-                    yield self._parser.row(texts, self._line)
+            for texts in reader:
+                row = self._row(texts)
+                self._line, done = self._line + 1, reader.line_num
+                if row is not None:
+                    yield row
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{self.path}: not a readable CSV file ({error}); copy it again") from None
+            raise DataError(
+                f"{self.path} line {self._line + 1}: not a readable CSV file ({error}); copy it again"
+            ) from None
+        finally:
+            read = b"".join(lines[:done])
+            self._offset += len(read)
+            self._remembered = (self._remembered + read)[-REMEMBERED_BYTES:]
+
+    def _texts(self, lines: Sequence[bytes]) -> Iterator[str]:
+        for line in lines:
+            yield line.decode("utf-8-sig" if self._line == 0 else "utf-8")  # some editors put a mark first
+
+    def _row(self, texts: list[str]) -> Any:
+        """`None` of the header."""
+        if self._parser is None:
+            self._parser = self._parser_of(texts)
+            return None
+        return self._parser.row(texts, self._line + 1)
 
     def _parser_of(self, header: list[str]) -> RowParser[Any]:
-        kind = next((kind for kind in self._kinds if tuple(header) == columns(kind)), self._kinds[0])
+        kind = min(self._kinds, key=lambda kind: len(set(header) ^ set(columns(kind))))
         parser: RowParser[Any] = RowParser(kind, str(self.path))
         parser.check_header(header)
         return parser
