@@ -215,7 +215,7 @@ def read_rows(path: Path, kind: type[Row], undecodable: str = "strict") -> Itera
     """
     try:
         with path.open(newline="", encoding="utf-8", errors=undecodable) as file:
-            yield from _parse(csv.reader(file), kind, str(path))
+            yield from _parse(file.readline(), csv.reader(file), kind, str(path))
     except OSError as error:
         raise DataError(
             f"{path}: cannot read ({error.strerror or error}); expected a CSV file of a training run"
@@ -240,9 +240,9 @@ def read_intact_rows(path: Path, kind: type[Row]) -> Iterator[Row]:
         return
 
 
-def _parse(reader: Iterator[list[str]], kind: type[Row], where: str) -> Iterator[Row]:
+def _parse(header: str, reader: Iterator[list[str]], kind: type[Row], where: str) -> Iterator[Row]:
     parser = RowParser(kind, where)
-    parser.check_header(next(reader, []))
+    parser.check_header(next(csv.reader([header]), []), is_whole=header.endswith("\n"))
     for line, texts in enumerate(reader, start=2):
         yield parser.row(texts, line)
 
@@ -256,14 +256,18 @@ class RowParser(Generic[Row]):
         self._kind, self._where, self._names = kind, where, columns(kind)
         self._columns = [_Column(name, hints[name]) for name in self._names]
 
-    def check_header(self, header: list[str]) -> None:
+    def check_header(self, header: list[str], is_whole: bool = True) -> None:
         """Refuse the columns of another kind.
+
+        Args:
+            is_whole: its line has an end; one without may be cut off.
 
         Raises:
             DataError: if they are others, or cut off.
         """
         names = self._names
-        if not ",".join(names).startswith(",".join(header)):
+        is_cut = not is_whole or not header
+        if tuple(header) != names and not (is_cut and ",".join(names).startswith(",".join(header))):
             missing = [name for name in names if name not in header]
             unknown = [name for name in header if name not in names]
             raise OtherColumnsError(

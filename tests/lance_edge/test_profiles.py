@@ -217,3 +217,6 @@ def test_a_torn_header_is_an_empty_file(tmp_path):
     assert list(read_intact_rows(path, StepRow)) == []
     with pytest.raises(DataError, match="its header is cut off"):
         list(read_rows(path, StepRow))
+    path.write_text("run_id,method,model\n")  # with its end: an older version had no more
+    with pytest.raises(DataError, match=r"expected the columns .*; missing \['layers', 'energy'"):
+        list(read_intact_rows(path, StepRow))

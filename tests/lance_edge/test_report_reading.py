@@ -7,7 +7,8 @@ import pytest
 from report_rows import RECORD, history_rows, step_rows, write_benchmark, write_rows, write_run
 
 from lance_edge.errors import DataError
-from lance_edge.profiles import HistoryRow, StepRow
+from lance_edge.profiles import HistoryRow, StepRow, columns
+from lance_edge.report import tail as tail_module
 from lance_edge.report.folders import find_files, open_views
 from lance_edge.report.tail import StartedOver, Tail
 from lance_edge.report.thin import Thin
@@ -91,7 +92,11 @@ def test_large_files_are_read_in_pieces(tmp_path):
     ("data", "expected"),
     [
         (b"epoch,step\n1,2\n", "expected the columns run_id,method"),
-        (b"\xff\xfe\n", "not a readable CSV file"),
+        (b"\xff\xfe\n", "line 1: not a readable CSV file"),
+        (
+            ",".join(columns(StepRow)[:20]).encode() + b"\n",
+            r"missing \['samples', 'cached', 'activation_bytes'",
+        ),
         (b"x" * 200_000, "steps.csv line 1: longer than 65536 bytes; expected a CSV file of a training run"),
     ],
 )
@@ -100,6 +105,61 @@ def test_what_is_no_file_of_rows_is_refused(tmp_path, data, expected):
     path.write_bytes(data)
     with pytest.raises(DataError, match=expected):
         rows_of(Tail(path, (StepRow,)))
+
+
+def test_a_damaged_row_is_met_again_and_costs_no_other(tmp_path):
+    """A page asks again and again: it must not find, the second time, that all is well."""
+    path = tmp_path / "steps.csv"
+    write_rows(path, StepRow, [row for step in range(1, 6) for row in step_rows(step=step)[-1:]])
+    whole = path.read_bytes()
+    damages = {
+        "eight": whole.replace(b",1,3,0,step,", b",1,drei,0,step,"),
+        "bytes": whole.replace(b",1,3,0,step,", b",1,\xff,0,step,"),
+        "zeros": whole.replace(b",1,3,0,step,", b",1,\0\0\0\0,0,step,"),
+    }
+    for data in damages.values():
+        path.write_bytes(data)
+        tail, found = Tail(path, (StepRow,)), []
+        for _ in range(3):
+            with pytest.raises(DataError, match=r"steps.csv line 4"):
+                found += (row.step for row in tail.rows())
+        assert found == [1, 2]
+        path.write_bytes(whole)  # copied again
+        assert rows_of(tail) == [3, 4, 5]
+
+
+ZEROS = [
+    b"\0" * 200_000,
+    b"\0\0\0\n",
+    b"a,lance,\0\0\0",
+    b"a,lance,\0\0,5\n" + b"\0" * 100_000 + b"\r\n",
+    b"a,l\0",
+]
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+def test_zeros_at_the_end_are_a_torn_row(tmp_path, zeros):
+    """What a file system puts where a power cut kept rows from the disk."""
+    run = write_run(tmp_path / "run", steps=3)
+    with (run / "steps.csv").open("ab") as file:
+        file.write(zeros)
+    (view,) = open_views([run])
+    assert view.is_torn
+    assert view.steps == 3
+    assert not view.update()
+
+
+def test_zeros_that_fill_a_piece_to_its_end_are_torn_too(tmp_path, monkeypatch):
+    path = tmp_path / "steps.csv"
+    write_rows(path, StepRow, step_rows(step=1)[-1:])
+    size = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"\0\0\n")
+    for piece in range(1, size + 4):
+        monkeypatch.setattr(tail_module, "CHUNK_BYTES", piece)
+        tail = Tail(path, (StepRow,))
+        assert rows_of(tail) == [1]
+        assert tail.is_torn
 
 
 def test_a_bad_cell_is_named_by_line_and_column(tmp_path):
@@ -175,6 +235,51 @@ def test_folders_of_folders_and_csv_files_of_any_name(tmp_path):
         ("bp", "bp", 2),
         ("lance", "lance", 2),
     ]
+
+
+def test_files_of_an_older_version_are_known_by_their_first_columns(tmp_path):
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    (folder / "pi-steps.csv").write_text(",".join(columns(StepRow)[:-2]) + "\n")
+    with pytest.raises(
+        DataError, match=r"pi-steps.csv: expected the columns .*; missing \['activation_bytes', 'saved_bytes'\]"
+    ):
+        open_views([folder])
+
+
+def test_hidden_folders_and_files_are_no_runs(tmp_path):
+    write_run(tmp_path / "runs" / "one")
+    write_run(tmp_path / "runs" / ".Trash-1000")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    (copied / "a.csv").write_bytes((tmp_path / "runs" / "one" / "steps.csv").read_bytes())
+    (copied / "._a.csv").write_bytes((copied / "a.csv").read_bytes())
+    assert [view.name for view in open_views([tmp_path / "runs", copied])] == ["one", "copied"]
+
+
+def test_what_is_left_out_of_many_is_said(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "good")
+    failed = {**RECORD, "status": "failed", "message": "disk full"}
+    write_run(runs / "early", steps=0, accuracies=(), record=failed)
+    (runs / "earlier").mkdir()
+    (runs / "earlier" / "run.json").write_text(json.dumps({**RECORD, "status": "running"}))
+    write_run(runs / "plain", steps=0, accuracies=(), record=None)
+    write_run(runs / "worse")
+    path = runs / "worse" / "steps.csv"
+    path.write_text(path.read_text().replace(",16,8,1,", ",16,eight,1,", 3))
+    told = []
+    assert [view.name for view in open_views([runs], told.append)] == ["good"]
+    assert told[:3] == [
+        "earlier holds no rows (status running) and was left out.",
+        "early holds no rows (status failed: disk full) and was left out.",
+        "plain holds no rows and was left out.",
+    ]
+    assert told[3].startswith(
+        f"worse was left out, as it cannot be read: {path} line 2, column 7 (micro_batch): ex"
+    )
+    with pytest.raises(DataError, match=r"run.json: holds no rows yet"):
+        open_views([runs / "earlier"])
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -35,10 +35,11 @@ def report(request: ReportRequest) -> Sequence[Path]:
         StorageError: if something cannot be written.
     """
     _expect_no_collision(request)
-    views = open_views(request.folders)
+    left_out: list[str] = []
+    views = open_views(request.folders, left_out.append)
     package, notices = package_section(views, request.artifact)
     now = datetime.datetime.now().astimezone().isoformat(" ", timespec="minutes")
-    content = compose(views, now, package, notices)
+    content = compose(views, now, package, (*left_out, *notices))
     written: list[Path] = []
     if request.output is not None:
         page = render(content, svg)
