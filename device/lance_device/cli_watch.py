@@ -32,10 +32,12 @@ SERVE = click.option(
 
 
 @contextlib.contextmanager
-def serving_if_asked(serve: tuple[str, int] | None, run: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """Serve the page of a run while the block lasts, if `--serve` was given."""
+def serving_if_asked(
+    serve: tuple[str, int] | None, run: Path, note: Callable[[str], None]
+) -> Iterator[str | None]:
+    """Serve the page of a run while the block lasts, if `--serve` was given; gives where."""
     if serve is None:
-        yield
+        yield None
         return
     from lance_device.serve import Address, serving  # brings http.server: 7 MiB that other runs spare
 
@@ -43,7 +45,7 @@ def serving_if_asked(serve: tuple[str, int] | None, run: Path, note: Callable[[s
     with serving(address, run) as found:
         open_to = "" if address.is_loopback else ", for whoever reaches this address: it has no password"
         note(f"the run's page is at http://{found}/{open_to}")
-        yield
+        yield f"http://{found}/"
 
 
 @click.command()
@@ -67,14 +69,18 @@ def watch(context: click.Context, run: Path, every: float, serve: tuple[str, int
 
     Reads the run's folder and changes nothing; it may be started before the run or after its end. Exit codes: 0
     the run finished, 10 it was stopped, 11 it failed, 12 its process is gone, 130 Ctrl-C (the run goes on).
+    With --serve the page stays after the run's end, until Ctrl-C; the exit code is then that of the run.
     """
     from lance_device.following import Follower
     from lance_device.live import Live
-    from lance_device.watch import EXIT_CODES, ending
+    from lance_device.watch import EXIT_CODES, ending, until_ctrl_c
     from lance_device.watch import watch as follow
 
     follower, live = Follower(run), Live(sys.stderr)
-    with serving_if_asked(serve, run, live.note):
+    with serving_if_asked(serve, run, live.note) as page:
         state = follow(follower, live, every)
-    click.echo(ending(follower, state))
+        click.echo(ending(follower, state))
+        if page is not None:
+            live.note(f"the run has ended; its page stays at {page} until Ctrl-C")
+            until_ctrl_c()
     context.exit(EXIT_CODES[state])

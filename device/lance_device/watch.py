@@ -1,5 +1,6 @@
 """`lance-device watch`: what `train` shows, from another shell."""
 
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -30,6 +31,13 @@ def watch(follower: Follower, live: Live, every_s: float, wait: Callable[[float]
             wait(every_s)
     except KeyboardInterrupt:
         raise Interrupted(f"no longer watching {follower.path}; the run goes on") from None
+
+
+def until_ctrl_c(wait: Callable[[float], None] = time.sleep) -> None:
+    """Do nothing, so that what else goes on can go on."""
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            wait(3600.0)
 
 
 def _show(follower: Follower, sight: Sight, live: Live, told: int | None) -> int | None:
