@@ -7,6 +7,8 @@ with bounds on its size and duration, so memory is bounded and training goes on 
 import contextlib
 import datetime
 import ipaddress
+import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from lance_edge.report.plots import Section
 REFRESH_S = 10
 FRESH_S = 2.0  # for which a page is given again instead of made anew
 REQUEST_SECONDS, REQUEST_BYTES = 5.0, 16 << 10
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+NOT_OURS = b"not a name of this machine: ask by its IP address, or start with --serve NAME:PORT\n"
 NO_PACKAGE = Section(
     "Ranks and spectra",
     "What calibration found of each trained layer.",
@@ -58,11 +60,33 @@ class Address:
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
-            return self.host == "localhost"
+            return self.host.lower() == "localhost"
 
     def __str__(self) -> str:
         """`127.0.0.1:8080`."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def answers_to(self, asked: str) -> bool:
+        """Whether the `Host` of a request is this machine: any IP address, or a name that is its own.
+
+        A site whose name was made to lead here (DNS rebinding) sends that name, and must not read the page in a
+        browser.
+        """
+        parts = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:]+?)\.?)(?::[0-9]*)?", asked.strip().lower())
+        if parts is None:
+            return False
+        try:
+            ipaddress.ip_address(parts[1] or parts[2])
+        except ValueError:
+            return parts[2] in {self.host.lower(), *own_names()}
+        return True
+
+
+def own_names() -> tuple[str, ...]:
+    """What this machine is called, in lower case, without asking any name server."""
+    name = socket.gethostname().lower()
+    first = name.partition(".")[0]
+    return ("localhost", name, first, f"{first}.local")
 
 
 class RunPages:
@@ -117,8 +141,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page, for the one path that there is."""
-        if not self._is_meant_for_us():
-            return self._answer(HTTPStatus.MISDIRECTED_REQUEST, b"not a name of this server\n")
+        if not self.server.address.answers_to(self.headers.get("Host", "localhost")):
+            return self._answer(HTTPStatus.MISDIRECTED_REQUEST, NOT_OURS)
         if self.path != "/":
             return self._answer(HTTPStatus.NOT_FOUND, b"there is one page: /\n")
         try:
@@ -131,13 +155,6 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.METHOD_NOT_ALLOWED, b"GET only\n")
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse  # noqa: N815
-
-    def _is_meant_for_us(self) -> bool:
-        """On loopback: no other site, whose name was made to lead here, may read the page in a browser."""
-        if not self.server.address.is_loopback:
-            return True
-        host = self.headers.get("Host", "localhost")
-        return any(host == name or host.startswith(f"{name}:") for name in LOCAL_NAMES)
 
     def _answer(self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)

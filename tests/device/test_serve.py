@@ -4,13 +4,14 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import threading
 import time
 import urllib.request
 
 import pytest
-from device_harness import lance_device, refused, spawn, started, train, train_words
+from device_harness import lance_device, refused, spawn, train, train_words
 from report_rows import RECORD, step_rows, write_rows, write_run
 
 from lance_device import serve
@@ -101,12 +102,33 @@ def test_no_path_beyond_the_page(address, path):
     assert answer.endswith(b"\r\n\r\nthere is one page: /\n")
 
 
+EVIL = (
+    "evil.example",
+    "evil.example:8080",
+    "localhost.evil.example",
+    "pi.evil.example",
+    "1.2.3.4.evil.example",
+    "[::1",
+    "",
+)
+
+
 def test_other_sites_cannot_read_the_page_in_a_browser(address):
     """A name of theirs that leads to 127.0.0.1 (DNS rebinding) arrives as the Host of the request."""
-    for host in ("evil.example", "evil.example:8080", "localhost.evil.example"):
-        assert ask(address, Host=host)[0].status == 421
-    for host in ("localhost", "localhost:9999", "127.0.0.1:1", "[::1]:8080"):
-        assert ask(address, Host=host)[0].status == 200
+    for host in EVIL:
+        response, body = ask(address, Host=host)
+        assert response.status == 421
+        assert body == (b"not a name of this machine: ask by its IP address, or start with --serve NAME:PORT\n")
+    for host in (
+        "localhost",
+        "LOCALHOST",
+        "localhost:9999",
+        "127.0.0.1:1",
+        "[::1]:8080",
+        "localhost.",
+        "127.0.0.2",
+    ):
+        assert ask(address, Host=host)[0].status == 200, host
     headers = ask(address)[0].headers
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert "script-src" not in headers["Content-Security-Policy"]
@@ -174,8 +196,32 @@ def test_it_listens_on_loopback_unless_told_otherwise(run):
     assert not Address("0.0.0.0", 1).is_loopback
     assert not Address("pi.local", 1).is_loopback
     assert str(Address("::1", 80)) == "[::1]:80"
+    assert Address("LocalHost", 1).is_loopback
+
+
+def test_to_others_it_answers_by_address_and_by_its_own_names(run, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "Pi.fritz.box")
     with serving(Address("0.0.0.0", 0), run) as found:
-        assert ask(found, Host="pi.local")[0].status == 200  # asked for by whatever name leads here
+        for host in (
+            "pi",
+            "pi.local",
+            "PI.fritz.box:8080",
+            "192.168.1.20:8080",
+            "[fe80::1]",
+            "localhost",
+            "0.0.0.0",
+        ):
+            assert ask(found, Host=host)[0].status == 200, host
+        for host in EVIL:
+            assert ask(found, Host=host)[0].status == 421, host
+
+
+def test_it_answers_at_the_address_that_it_announces(run):
+    with serving(Address("127.0.0.2", 0), run) as found:
+        page = urllib.request.urlopen(f"http://{found}/", timeout=20)
+        assert page.status == 200
+    assert Address("board.example", 80).answers_to("board.example")
+    assert not Address("board.example", 80).answers_to("other.example")
 
 
 def test_a_taken_port_is_an_error_before_the_run(package, images, tmp_path):
@@ -226,9 +272,19 @@ def test_without_serve_no_server_is_imported(package, images, tmp_path):
     assert output.splitlines()[-1] == "False"
 
 
-def test_watch_serves_a_finished_run_until_it_has_told_of_it(package, images, tmp_path):
-    out = tmp_path / "run"
-    started(train(package, images, out, "--steps", 2))
-    result = lance_device("watch", out, "--serve", 0)
-    assert result.exit_code == 0
-    assert "the run's page is at http://127.0.0.1:" in result.stderr
+@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("interrupted", 10)])
+def test_watch_serves_a_run_that_has_ended_until_ctrl_c(tmp_path, status, code):
+    out = write_run(tmp_path / "run", record={**RECORD, "status": status})
+    process = spawn("watch", out, "--serve", 0)
+    lines = iter(process.stderr.readline, "")
+    said = next(line for line in lines if "the run has ended" in line)
+    found = re.fullmatch(
+        r"the run has ended; its page stays at (http://127\.0\.0\.1:\d+/) until Ctrl-C", said.strip()
+    )
+    for _ in range(2):
+        assert b"<figure " in urllib.request.urlopen(found[1], timeout=20).read()
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert output.startswith(f"{out}: {status} after 20 of 20 steps in ")
