@@ -19,7 +19,7 @@ from lance_device.bench_report import KILLED, about_load, warnings_of
 from lance_device.board import choose_board
 from lance_device.live import Reporter
 from lance_device.measure import RowLog, write_rows
-from lance_device.run_record import describe_machine, describe_software, file_sha256, now_utc, write_record
+from lance_device.run_record import describe_machine, describe_package, describe_software, now_utc, write_record
 from lance_device.stop import StopRequest, stop_on_signals
 from lance_edge.bench_rows import BenchRow, BenchSummaryRow, Setting, summarise_bench
 from lance_edge.boards import Board
@@ -59,7 +59,7 @@ def bench(request: BenchRequest, reporter: Reporter) -> BenchResult:
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     with Bundle(request.artifact) as bundle:
         jobs = plan_jobs(request, bundle.manifest, run_id)
-        identity = bundle.sha256
+        package = describe_package(bundle)
         if request.data is not None:
             open_batch(
                 jobs[0], bundle.manifest
@@ -67,7 +67,7 @@ def bench(request: BenchRequest, reporter: Reporter) -> BenchResult:
     folder = BenchFolder(request.out)
     folder.claim()
     board = choose_board(request.board)
-    record = {"run_id": run_id, **_describe(request, jobs, identity, board)}
+    record = {"run_id": run_id, **_describe(request, jobs, package, board)}
     write_record(folder.record, {**record, "status": "running"})
     _announce(jobs, board, reporter)
     if request.data is None and any(job.method == "hosvd" for job in jobs):
@@ -202,15 +202,13 @@ def _announce(jobs: tuple[Job, ...], board: Board, reporter: Reporter) -> None:
         reporter.note(f"warning: {busy}")
 
 
-def _describe(request: BenchRequest, jobs: tuple[Job, ...], identity: str, board: Board) -> dict[str, Any]:
+def _describe(
+    request: BenchRequest, jobs: tuple[Job, ...], package: dict[str, Any], board: Board
+) -> dict[str, Any]:
     return {
         "started": now_utc(),
         "kind": "benchmark",
-        "artifact": {
-            "path": str(request.artifact),
-            "identity_sha256": identity,
-            "file_sha256": file_sha256(request.artifact),
-        },
+        "artifact": package,
         "data": None if request.data is None else str(request.data),
         "arguments": list(request.arguments),
         "options": {name: value for name, value in asdict(request).items() if name != "arguments"},

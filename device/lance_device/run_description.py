@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from lance_device.run_record import describe_machine, describe_software, file_sha256, now_utc, read_record
+from lance_device.run_record import describe_machine, describe_package, describe_software, now_utc, read_record
 from lance_device.run_setup import Run, TrainRequest
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import Dataset
@@ -20,11 +20,7 @@ def describe_run(
         "run_id": run.run_id,
         "started": earlier.get("started", now_utc()),
         "resumed": [*earlier.get("resumed", []), here] if run.is_resumed else [],
-        "artifact": {
-            "path": str(request.artifact),
-            "identity_sha256": bundle.sha256,
-            "file_sha256": file_sha256(request.artifact),
-        },
+        "artifact": describe_package(bundle),
         "data": {
             "path": str(request.data),
             "train_sha256": run.data_sha256,

@@ -13,6 +13,7 @@ import psutil
 
 from lance_device.machine import cpu_entries, describe_self, governor
 from lance_device.session import SESSION_CONFIG, SESSION_OPTIONS, runtime_version
+from lance_edge.bundle import Bundle
 from lance_edge.errors import DataError
 from lance_edge.files import atomic_writer, file_digest
 
@@ -46,6 +47,16 @@ def describe_software() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "unknown"
     return {"versions": versions, "session_options": {**SESSION_OPTIONS, **SESSION_CONFIG}}
+
+
+def describe_package(bundle: Bundle) -> dict[str, Any]:
+    """Which package, by its digests; what its network reads, without the batch."""
+    return {
+        "path": str(bundle.path),
+        "identity_sha256": bundle.sha256,
+        "file_sha256": file_sha256(bundle.path),
+        "input_shape": list(bundle.manifest.preprocessing.sample_shape),
+    }
 
 
 def file_sha256(path: Path) -> str:

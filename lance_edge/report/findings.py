@@ -18,7 +18,7 @@ def findings_of(views: Sequence[View]) -> tuple[str, ...]:
     ordered = sorted(results, key=lambda r: (r.view.is_benchmark, -r.setting.layers, -_steps(r)))
     texts: dict[tuple[str, str], str] = {}
     for result in ordered:
-        yardstick = _yardstick(result, results)
+        yardstick = yardstick_of(result, results)
         if yardstick is not None:
             texts.setdefault((result.view.name, result.setting.method), _finding(result, yardstick))
     return tuple(texts.values())[:MOST]
@@ -28,7 +28,7 @@ def _steps(result: Result) -> int:
     return 0 if result.step is None else result.step.n
 
 
-def _yardstick(result: Result, results: Sequence[Result]) -> Result | None:
+def yardstick_of(result: Result, results: Sequence[Result]) -> Result | None:
     """Backpropagation in the like setting: in the same benchmark, or in another run; `None` if in several."""
     if result.setting.method == YARDSTICK:
         return None
@@ -80,6 +80,8 @@ def _speed(result: Result, yardstick: Result) -> str:
 
 def _accuracy(result: Result, yardstick: Result) -> str:
     own, other = result.view.test_accuracy, yardstick.view.test_accuracy
+    if {result.view.status, yardstick.view.status} != {"finished"}:
+        return ""  # one that has not ended may still learn
     digests = {view.fact("data", "train_sha256") for view in (result.view, yardstick.view)}
     if own is None or other is None or len(digests) != 1:
         return ""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from lance_edge.bench_rows import LARGE_SPREAD
+from lance_edge.report.findings import yardstick_of
 from lance_edge.report.names import distinct, method_name, runs_of
 from lance_edge.report.results import Result, results_of
 from lance_edge.report.views import View
@@ -10,6 +11,7 @@ from lance_edge.units import count
 
 MOST_NAMED = 3
 FEWEST_STEPS = 5
+ALIKE_IN_RATIOS = {"inputs of": ("artifact", "input_shape"), "onnxruntime": ("versions", "onnxruntime")}
 
 Notice = Callable[[Sequence[View]], str | None]
 
@@ -27,6 +29,21 @@ def _about_machines(views: Sequence[View]) -> str | None:
         f"Measured on {len(labels)} machines ({'; '.join(labels)}): times of one say nothing of another, so"
         " ratios are taken within each of them only."
     )
+
+
+def _about_ratios(views: Sequence[View]) -> str | None:
+    results = results_of(views)
+    pairs = [(result.view, result.baseline) for result in results if result.baseline is not None]
+    pairs += [(r.view, other.view) for r in results if (other := yardstick_of(r, results)) is not None]
+    texts = [
+        f"{view.name} and {other.name} have {name} {view.fact_text(*path)} and {other.fact_text(*path)}"
+        for view, other in (sorted(pair, key=views.index) for pair in pairs)
+        for name, path in ALIKE_IN_RATIOS.items()
+        if None not in (mine := view.fact(*path), theirs := other.fact(*path)) and mine != theirs
+    ]
+    if not texts:
+        return None
+    return f"Ratios do not compare the methods alone: {_listed(distinct(texts))}."
 
 
 def _about_status(views: Sequence[View]) -> str | None:
@@ -99,6 +116,7 @@ def _listed(names: Sequence[str]) -> str:
 
 NOTICES: tuple[Notice, ...] = (
     _about_machines,
+    _about_ratios,
     _about_throttling,
     _about_spread,
     _about_few_steps,

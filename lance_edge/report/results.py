@@ -16,13 +16,19 @@ NAMES = ("runs", "benchmarks")
 
 @dataclass(frozen=True)
 class Result:
-    """A setting of a run or benchmark; `ratio` is its step's median over LANCE's in the like setting."""
+    """A setting of a run or benchmark.
+
+    Attributes:
+        ratio: of its step's median to LANCE's in the like setting.
+        baseline: where that LANCE was measured; `None` without a ratio.
+    """
 
     view: View
     setting: Setting
     costs: Costs
     step: SummaryRow | None
     ratio: float | None
+    baseline: View | None
 
     @property
     def spread(self) -> float | None:
@@ -39,14 +45,14 @@ def results_of(views: Sequence[View]) -> tuple[Result, ...]:
         for setting, costs in view.measured().items()
     ]
     return tuple(
-        Result(view, setting, costs, step, _ratio(step, _baselines(view, setting, found)))
+        Result(view, setting, costs, step, *_ratio(step, _baselines(view, setting, found)))
         for view, setting, costs, step in found
     )
 
 
 def _baselines(
     view: View, setting: Setting, found: Sequence[tuple[View, Setting, Costs, SummaryRow | None]]
-) -> list[SummaryRow]:
+) -> list[tuple[View, SummaryRow]]:
     """LANCE in the like setting, same network and machine; in the same measurement if it is there."""
     alike = [
         (other, step)
@@ -57,15 +63,17 @@ def _baselines(
         and other.machine.key == view.machine.key
         and other.model == view.model
     ]
-    own = [step for other, step in alike if other is view]
-    return own or [step for _, step in alike]
+    return [(other, step) for other, step in alike if other is view] or alike
 
 
-def _ratio(step: SummaryRow | None, baselines: list[SummaryRow]) -> float | None:
-    """`None` without a baseline, and where it could be one of several."""
-    if step is None or len(baselines) != 1 or not baselines[0].p50_ms:
-        return None
-    return step.p50_ms / baselines[0].p50_ms
+def _ratio(
+    step: SummaryRow | None, baselines: list[tuple[View, SummaryRow]]
+) -> tuple[float | None, View | None]:
+    """And to what; `None` without a baseline, and where it could be one of several."""
+    if step is None or len(baselines) != 1:
+        return None, None
+    ((view, baseline),) = baselines
+    return (step.p50_ms / baseline.p50_ms, view) if baseline.p50_ms else (None, None)
 
 
 def result_tables(views: Sequence[View]) -> tuple[Table, ...]:

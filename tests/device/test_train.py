@@ -146,6 +146,7 @@ def test_run_json_tells_what_one_needs_to_repeat_it(finished, package):
     assert record["ended"] >= record["started"]
     with Bundle(package.path) as bundle:
         assert record["artifact"]["identity_sha256"] == bundle.sha256
+        assert record["artifact"]["input_shape"] == list(bundle.manifest.preprocessing.sample_shape)
 
 
 def test_checkpoints_hold_weights_momentum_and_meta(finished):

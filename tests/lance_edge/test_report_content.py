@@ -160,6 +160,35 @@ def test_findings_compare_like_with_like(tmp_path):
     assert f"takes as long (to within the spread, {spread:.0%}), is as accurate" in finding
 
 
+def test_an_accuracy_is_compared_only_where_both_runs_have_ended(tmp_path):
+    lance = write_run(tmp_path / "lance", accuracies=(0.7,))
+    for status in ("running", "interrupted", "failed", None):
+        record = None if status is None else {**RECORD, "status": status}
+        bp = write_run(tmp_path / f"{status}", "bp", accuracies=(0.75,), record=record)
+        assert "accurate" not in " ".join(findings_of(open_views([lance, bp])))
+    assert (
+        "less accurate"
+        in findings_of(open_views([lance, write_run(tmp_path / "bp", "bp", accuracies=(0.9,))]))[0]
+    )
+
+
+def test_what_else_differs_within_a_ratio_is_said(tmp_path):
+    shape = {**RECORD, "artifact": {**RECORD["artifact"], "input_shape": [3, 64, 64]}}
+    small = {**shape, "artifact": {**RECORD["artifact"], "input_shape": [3, 32, 32]}}
+    older = {**shape, "versions": {"onnxruntime": "1.20.0"}}
+    lance = write_run(tmp_path / "lance", record=shape)
+    said = notices_of(open_views([lance, write_run(tmp_path / "bp", "bp", record=small)]))
+    text = "Ratios do not compare the methods alone: lance and bp have inputs of [3, 64, 64] and [3, 32, 32]"
+    assert said == (f"{text}.",)
+    (notice,) = notices_of(open_views([lance, write_run(tmp_path / "old", "bp", record=older)]))
+    assert "lance and old have onnxruntime 1.31.1 and 1.20.0." in notice
+    bp, asi = write_run(tmp_path / "a", "bp", record=shape), write_run(tmp_path / "b", "asi", record=older)
+    (notice,) = notices_of(open_views([bp, asi]))  # a finding without LANCE
+    assert "a and b have onnxruntime 1.31.1 and 1.20.0." in notice
+    assert notices_of(open_views([lance, write_run(tmp_path / "same", "bp", record=shape)])) == ()
+    assert notices_of(open_views([lance, write_run(tmp_path / "unknown", "bp")])) == ()  # says no shape
+
+
 def test_ratios_are_plain_numbers(tmp_path):
     lance = write_run(tmp_path / "lance", accuracies=(0.7,), activation_bytes=320)
     bp = write_run(tmp_path / "bp", "bp", accuracies=(0.7,))
