@@ -46,9 +46,16 @@ class BenchSummaryRow:
     """One phase of one setting, over all trials but their warm-ups.
 
     Attributes:
-        peak_rss_kib: the highest of the phase.
+        method, layers, micro_batch, cached: the setting, as in `steps.csv`.
+        phase: as in `steps.csv`.
+        n: rows that were counted.
+        mean_ms, std_ms: mean and standard deviation, in milliseconds.
+        min_ms, max_ms: the shortest and the longest, in milliseconds.
+        p50_ms, p90_ms, p99_ms: percentiles, in milliseconds; the 50th is the median.
         spread: standard deviation of the phase's latencies over their mean.
         ratio_to_lance: of the medians; `None` where LANCE was not measured in this setting.
+        peak_rss_kib: peak of resident memory in KiB, the highest of the phase.
+        activation_bytes, saved_bytes: as in `steps.csv`, the highest of the phase, in bytes.
     """
 
     method: str

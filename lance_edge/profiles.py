@@ -34,18 +34,29 @@ class StepRow:
     """One phase of one training step (`steps.csv`).
 
     Attributes:
+        run_id: of the run, as in `run.json`: when it began (UTC), and six random digits.
+        method: `lance`, `bp`, `asi` or `hosvd`.
+        model: the network's name in the package.
         layers: trained layers.
         energy: the package's energy threshold; `None` for a method that compresses nothing, or whose ranks a
             memory budget chose.
+        batch_size, micro_batch: images of a step, and of those that are in memory at a time.
+        threads: of ONNX Runtime.
         epoch, step: from 1; the epoch in which the step's first sample lies.
         warmup: the first step after the start of a process: kept, but not in summaries.
-        latency_ms: wall time, summed over the micro-batches.
-        rss_kib, peak_rss_kib: resident memory at the end of the phase, and its peak during the phase.
+        phase: `data`, `prefix`, `forward`, `backward`, `update`; `step`, their sum; `eval`, `checkpoint`,
+            `pause`.
+        latency_ms: wall time in milliseconds, summed over the micro-batches.
+        rss_kib, peak_rss_kib: resident memory in KiB at the end of the phase, and its peak during the phase.
         loss: mean cross-entropy over the batch; nan of a step that was not applied.
+        temperature_c: of the processor, in degrees Celsius.
+        arm_mhz: clock of the processor's cores, in MHz.
         throttled: the firmware's flags, as `vcgencmd get_throttled` prints them (`0x50000`).
         time_s: seconds of training so far, earlier parts of a resumed run included.
-        activation_bytes: the paper's figure: layer inputs, or cores and factors.
-        saved_bytes: measured: everything alive between forward and backward, statistics included.
+        samples: images that the phase worked on.
+        cached: features of the frozen part were read, not computed.
+        activation_bytes: the paper's figure, in bytes: layer inputs, or cores and factors.
+        saved_bytes: measured, in bytes: everything alive between forward and backward, statistics included.
     """
 
     run_id: str
@@ -79,6 +90,15 @@ class HistoryRow:
     """One evaluation (`history.csv`); losses are means, accuracies fractions of 1.
 
     `train_loss` and `train_accuracy` are running figures over the steps since the row before.
+
+    Attributes:
+        epoch, step: from 1, after which it was made.
+        learning_rate: of the step before.
+        train_loss, train_accuracy: mean cross-entropy, and fraction of 1, over the steps since the row before.
+        validation_accuracy, validation_loss: on the validation images; empty without any.
+        test_accuracy, test_loss: on the test images; empty without any.
+        best: it is the best so far, and `best.npz` is of it.
+        time_s: seconds of training so far, earlier parts of a resumed run included.
     """
 
     epoch: int
@@ -99,7 +119,15 @@ MOST_KEPT = 4096  # latencies of a phase that percentiles are taken from
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """Latency of one phase over all steps but the warm-ups (`summary.csv`)."""
+    """Latency of one phase over all steps but the warm-ups (`summary.csv`).
+
+    Attributes:
+        phase: as in `steps.csv`.
+        n: rows that were counted.
+        mean_ms, std_ms: mean and standard deviation, in milliseconds.
+        min_ms, max_ms: the shortest and the longest, in milliseconds.
+        p50_ms, p90_ms, p99_ms: percentiles, in milliseconds; the 50th is the median.
+    """
 
     phase: str
     n: int

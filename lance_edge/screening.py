@@ -28,6 +28,9 @@ class SkippedRow:
     """An image that is not used (`skipped.csv`).
 
     Attributes:
+        name: its path within the folder of images.
+        part: `train`, `validation` or `test`.
+        reason: why it cannot be read.
         step: 0 if it was never used, else the step in which it could no longer be read.
     """
 

@@ -18,7 +18,13 @@ from lance_edge.profiles import read_rows
 
 @dataclass(frozen=True)
 class SplitRow:
-    """One image (`split.csv`)."""
+    """One image (`split.csv`).
+
+    Attributes:
+        name: its path within the folder of images; of an array `part/number`.
+        label: the name of its class.
+        part: `train`, `validation` or `test`.
+    """
 
     name: str
     label: str

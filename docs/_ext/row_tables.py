@@ -19,12 +19,16 @@ class Rows(Directive):
     def run(self):
         module, _, name = self.arguments[0].rpartition(".")
         kind = getattr(importlib.import_module(module), name)
-        described = descriptions(inspect.getdoc(kind) or "")
-        hints = typing.get_type_hints(kind)
-        columns = [
-            (one.name, holds(hints[one.name]), described.get(one.name, "")) for one in dataclasses.fields(kind)
-        ]
-        return [table([("column", "holds", "meaning"), *columns])]
+        return [table([("column", "holds", "meaning"), *columns_of(kind)])]
+
+
+def columns_of(kind):
+    """`(column, what it holds, meaning)` of every field; meanings of inherited ones stand in the base class."""
+    described = {}
+    for one in reversed(kind.__mro__):
+        described |= descriptions(inspect.cleandoc(one.__doc__ or "")) if dataclasses.is_dataclass(one) else {}
+    hints = typing.get_type_hints(kind)
+    return [(one.name, holds(hints[one.name]), described.get(one.name, "")) for one in dataclasses.fields(kind)]
 
 
 def descriptions(doc):
