@@ -27,7 +27,12 @@ def bp_activation_bytes(layer: Layer, batch_size: int) -> int:
 
 
 def core_bytes(ranks: Sequence[int]) -> int:
-    """The core `[r0, r1, ...]`, in bytes."""
+    """The core `[r0, r1, ...]`, in bytes.
+
+    Examples:
+        >>> core_bytes((16, 4, 2, 2))  # 256 float32
+        1024
+    """
     return FLOAT32_BYTES * math.prod(ranks)
 
 
@@ -39,7 +44,12 @@ def factor_bytes(layer: Layer, batch_size: int, ranks: Sequence[int]) -> int:
 
 
 def is_batch_whole(batch_size: int, ranks: Sequence[int]) -> bool:
-    """Whether the batch mode is kept whole, without a factor."""
+    """Whether the batch mode is kept whole, without a factor.
+
+    Examples:
+        >>> is_batch_whole(16, (16, 4, 2, 2)), is_batch_whole(16, (8, 4, 2, 2))
+        (True, False)
+    """
     return ranks[0] == batch_size
 
 

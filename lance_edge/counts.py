@@ -8,7 +8,14 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "
 
 
 def parse_counts(text: str) -> tuple[int, ...]:
-    """`2,4,6-8` to `(2, 4, 6, 7, 8)`, ascending, each once; empty for what is not understood."""
+    """`2,4,6-8` to `(2, 4, 6, 7, 8)`, ascending, each once; empty for what is not understood.
+
+    Examples:
+        >>> parse_counts("8,2-4,3")
+        (2, 3, 4, 8)
+        >>> parse_counts("4-2")
+        ()
+    """
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(rf"(\d{{1,{MOST}}})(?:-(\d{{1,{MOST}}}))?", part.strip(), re.ASCII)
@@ -19,7 +26,12 @@ def parse_counts(text: str) -> tuple[int, ...]:
 
 
 def parse_bytes(text: str) -> int | None:
-    """`512MiB`, `1.5 GB` or `4096` in bytes, rounded down; `None` for what is not understood."""
+    """`512MiB`, `1.5 GB` or `4096` in bytes, rounded down; `None` for what is not understood.
+
+    Examples:
+        >>> parse_bytes("1.5 KiB"), parse_bytes("2GB")
+        (1536, 2000000000)
+    """
     match = re.fullmatch(r"([0-9.]+) ?([KMG]?i?B|)", text.strip(), re.ASCII)
     try:
         number = float(match[1]) if match is not None else math.nan

@@ -21,6 +21,12 @@ def rank_for_energy(eigenvalues: NDArray[np.float64], energy: float) -> int:
         eigenvalues: `[n]`, descending, not negative.
         energy: ε, above 0 and at most 1.
 
+    Examples:
+        >>> rank_for_energy(np.array([6.0, 3.0, 1.0]), 0.9)
+        2
+        >>> rank_for_energy(np.array([6.0, 3.0, 0.0]), 1.0)
+        2
+
     Raises:
         LanceError: if `energy` is out of range.
         ValueError: if there are no eigenvalues.
@@ -43,6 +49,10 @@ def energy_kept(eigenvalues: NDArray[np.float64], rank: int) -> float:
     Args:
         eigenvalues: `[n]`, descending, not negative.
         rank: 0 to n.
+
+    Examples:
+        >>> energy_kept(np.array([6.0, 3.0, 1.0]), 2)
+        0.9
 
     Raises:
         ValueError: if `rank` is out of range.

@@ -45,7 +45,12 @@ def gradient_name(parameter: str) -> str:
 
 
 def projection_name(layer: str, mode: int) -> str:
-    """The projection of one mode of a layer's input: `[n_mode, r_mode]`, orthonormal columns."""
+    """The projection of one mode of a layer's input: `[n_mode, r_mode]`, orthonormal columns.
+
+    Examples:
+        >>> projection_name("blocks.3.conv", 1)
+        'blocks.3.conv/U1'
+    """
     return f"{layer}/U{mode}"
 
 

@@ -8,7 +8,12 @@ Style = Literal["solid", "dashed", "dotted", "points"]
 
 
 def slug(text: str) -> str:
-    """Any text as part of a figure's name: `Bench 9/a` is `bench-9-a`; `unnamed` where nothing is left."""
+    """Any text as part of a figure's name; `unnamed` where nothing is left of it.
+
+    Examples:
+        >>> slug("Bench 9/a"), slug("?")
+        ('bench-9-a', 'unnamed')
+    """
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
 
 
