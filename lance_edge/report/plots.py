@@ -1,9 +1,11 @@
 """Figures as data: what is drawn, whoever draws it.  Every axis says its unit."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+Value = str | int | float | None
 Style = Literal["solid", "dashed", "dotted", "points"]
 
 
@@ -130,11 +132,17 @@ Plot = LinePlot | BarPlot
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a heading; `name` is that of a file with its data."""
+    """Rows of text under a heading.
+
+    Attributes:
+        name: of a file with its data.
+        data: the same for programs: columns with their units, of plain values; `None` where nothing is known.
+    """
 
     name: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    data: Mapping[str, Sequence[Value]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

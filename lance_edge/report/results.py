@@ -1,13 +1,13 @@
 """The figures of every run and setting in a table, with ratios that never leave a machine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lance_edge.bench_rows import BASELINE
 from lance_edge.profiles import SummaryRow
 from lance_edge.report.costs import Costs, Setting
 from lance_edge.report.names import features, method_name
-from lance_edge.report.plots import Table
+from lance_edge.report.plots import Table, Value
 from lance_edge.report.views import View
 from lance_edge.units import percent, size
 
@@ -83,6 +83,26 @@ def result_tables(views: Sequence[View]) -> tuple[Table, ...]:
     return tuple(_table(name, part) for name, part in zip(NAMES, parts, strict=True) if part)
 
 
+DATA: dict[str, Callable[[Result], Value]] = {
+    "run": lambda result: result.view.name,
+    "model": lambda result: result.view.model,
+    "method": lambda result: result.setting.method,
+    "layers": lambda result: result.setting.layers,
+    "batch_size": lambda result: result.setting.batch_size,
+    "micro_batch": lambda result: result.setting.micro_batch,
+    "threads": lambda result: result.setting.threads,
+    "cached": lambda result: int(result.setting.cached),
+    "test_accuracy": lambda result: result.view.test_accuracy,
+    "steps": lambda result: None if result.step is None else result.step.n,
+    "step_p50_ms": lambda result: None if result.step is None else result.step.p50_ms,
+    "step_spread": lambda result: result.spread,
+    "step_ratio_to_lance": lambda result: result.ratio,
+    "peak_rss_kib": lambda result: result.costs.peak_rss_kib,
+    "activation_bytes": lambda result: result.costs.activation_bytes,
+    "saved_bytes": lambda result: result.costs.saved_bytes,
+}
+
+
 def _table(name: str, results: Sequence[Result]) -> Table:
     columns: list[tuple[str, list[str]]] = [
         ("run", [result.view.name for result in results]),
@@ -101,7 +121,8 @@ def _table(name: str, results: Sequence[Result]) -> Table:
     ]
     said = [(label, cells) for label, cells in columns if set(cells) != {"-"}]
     rows = tuple(zip(*(cells for _, cells in said), strict=True))
-    return Table(name, tuple(label for label, _ in said), rows)
+    data = {column: [value(result) for result in results] for column, value in DATA.items()}
+    return Table(name, tuple(label for label, _ in said), rows, data)
 
 
 def _bytes(kib: int | None) -> int | None:

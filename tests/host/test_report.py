@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import statistics
 from html.parser import HTMLParser
 
 import numpy as np
@@ -122,7 +123,18 @@ def test_csv_alone_gives_the_data_of_each_figure(folders, tmp_path):
     times = rows_of(tmp_path / "data" / "step-time-bench.csv")
     assert times[0][:3] == ["trained layers", "bar", "data: time, ms a step"]
     assert len(times) == 1 + 3 * 4
-    assert {row[1] for row in rows_of(tmp_path / "data" / "runs.csv")[1:]} == {"LANCE", "BP"}
+    header, lance, bp = rows_of(tmp_path / "data" / "runs.csv")
+    assert dict(zip(header, lance, strict=True)) == {
+        "run": "lance", "model": "tiny", "method": "lance", "layers": "2", "batch_size": "16",
+        "micro_batch": "8", "threads": "1", "cached": "0", "test_accuracy": "0.75", "steps": "19",
+        "step_p50_ms": "10.5",
+        "step_spread": lance[header.index("step_spread")], "step_ratio_to_lance": "1", "peak_rss_kib": "102420",
+        "activation_bytes": "4096", "saved_bytes": "8192",
+    }  # fmt: skip
+    taken = [(1.0, 1.02)[step % 2] for step in range(2, 21)]
+    spread = statistics.stdev(taken) / statistics.mean(taken)
+    assert float(lance[header.index("step_spread")]) == pytest.approx(spread)
+    assert dict(zip(header, bp, strict=True))["activation_bytes"] == "409600"
     assert len(rows_of(tmp_path / "data" / "benchmarks.csv")) == 1 + 3 * 4
 
 
@@ -241,6 +253,10 @@ def test_ranks_and_spectra_are_those_of_the_package(photo_package, tmp_path):
     (table,) = section.tables
     assert [row[0] for row in table.rows] == [plan.layer for plan in variant.layers]
     assert table.rows[0][2].startswith(f"{plan.ranks[1]} of ")
+    assert table.data["channels_rank"][0] == plan.ranks[1]
+    assert table.data["activation_bytes"][0] == plan.activation_bytes
+    assert table.data["least_energy_kept"][0] == min(plan.energy_kept)
+    assert {len(values) for values in table.data.values()} == {len(variant.layers)}
     curve = next(line for line in section.plots[1].lines if line.label.startswith("channels"))
     assert curve.y[-1] == pytest.approx(100)
     rank = plan.ranks[1]

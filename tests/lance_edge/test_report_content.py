@@ -289,6 +289,36 @@ def test_the_page_is_well_formed_and_escapes_what_it_was_given(tmp_path):
     assert "run &lt;b&gt;" in page
 
 
+def test_the_page_says_where_and_with_what_it_was_measured(tmp_path):
+    page = render(compose(open_views([write_run(tmp_path / "run")]), "now"), lambda plot: "<svg></svg>")
+    found = dict(re.findall(r"<tr><td[^>]*><span>([^<]*)</span></td><td[^>]*><span>([^<]*)</span>", page))
+    assert found["machine"] == "Raspberry Pi 4 Model B Rev 1.5, 4 cores, 4 GiB, aarch64"
+    assert found["system"] == "Linux 6.12"
+    assert found["command"] == "lance-device train --artifact pkg.tar --out run"
+    assert found["package"] == "pkg.tar"
+    assert found["package identity (SHA-256)"] == "0" * 64
+    assert found["data"] == "photos"
+    assert found["images"] == "160 train, 20 validation, 40 test"
+    assert found["versions"] == "onnxruntime 1.31.1"
+    assert found["options"] == "method lance, epochs 2, lr 0.05"
+    assert found["peak memory is"] == "VmHWM, reset per phase"
+
+
+def test_the_figure_of_memory_has_the_peak_and_the_end_of_each_step(tmp_path):
+    plot = plots_of([write_run(tmp_path / "run", steps=3)])["memory-time"]
+    assert [(line.label, line.x, line.y) for line in plot.lines] == [
+        ("run, peak (VmHWM)", (2.0, 4.0, 6.0), tuple((102_400 + step) / 1024 for step in (1, 2, 3))),
+        ("run, at the end", (2.0, 4.0, 6.0), (96.0, 96.0, 96.0)),
+    ]
+    assert "(reset before each phase, so it falls again)" in plot.caption
+    rising = write_run(
+        tmp_path / "rising", steps=3, record={**RECORD, "peak_rss_source": "ru_maxrss, only rises"}
+    )
+    assert "the highest since the process began" in plots_of([rising])["memory-time"].caption
+    unknown = plots_of([write_run(tmp_path / "unknown", steps=3, rss_kib=None, peak_rss_kib=None)])
+    assert "memory-time" not in unknown
+
+
 def test_empty_parts_say_how_they_would_be_filled(tmp_path):
     bench = render(
         compose(open_views([write_benchmark(tmp_path / "bench")]), "now"), lambda plot: "<svg></svg>"

@@ -14,14 +14,17 @@ Rows = Iterable[tuple[object, ...]]
 
 
 def write_csv(report: Report, folder: Path) -> list[Path]:
-    """A file for each figure, and for each table; the axes' labels with their units are the headers.
+    """A file for each figure, and for each table; values are plain, and their units stand in the headers.
 
     Raises:
         StorageError: if they cannot be written.
     """
     shown = (table for section in report.sections if section.plots for table in section.tables)
     tables = (*report.results, *shown)
-    written = [_write_table(folder / f"{table.name}.csv", table.header, table.rows) for table in tables]
+    written = [
+        _write_table(folder / f"{table.name}.csv", table.data, zip(*table.data.values(), strict=True))
+        for table in tables
+    ]
     for plot in _plots(report):
         header, rows = _bar_rows(plot) if isinstance(plot, BarPlot) else _line_rows(plot)
         written.append(_write_table(folder / f"{plot.name}.csv", header, rows))
@@ -82,4 +85,4 @@ def _write_table(path: Path, header: Iterable[str], rows: Rows) -> Path:
 
 
 def _cell(value: object) -> object:
-    return format(value, ".9g") if isinstance(value, float) else value
+    return "" if value is None else format(value, ".9g") if isinstance(value, float) else value

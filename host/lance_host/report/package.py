@@ -11,7 +11,7 @@ from lance_edge.errors import ArtifactError
 from lance_edge.manifest import Layer, LayerPlan, Variant
 from lance_edge.report.colours import MODES
 from lance_edge.report.names import method_name
-from lance_edge.report.plots import Bar, BarGroup, BarPlot, Line, LinePlot, Plot, Section, Table
+from lance_edge.report.plots import Bar, BarGroup, BarPlot, Line, LinePlot, Plot, Section, Table, Value
 from lance_edge.report.views import View
 
 SPECTRA = "spectra.npz"
@@ -130,7 +130,22 @@ def _rank_table(plans: Sequence[LayerPlan], layers: dict[str, Layer], batch_size
         kept = f"{min(plan.energy_kept):.0%}" if plan.energy_kept else "-"
         padding = [""] * (most - len(cells))
         rows.append((plan.layer, *cells, *padding, kept, f"{plan.activation_bytes / 1024:.1f} KiB"))
-    return Table("layers", ("layer", *names, "least energy kept", "activation bytes"), tuple(rows))
+    header = ("layer", *names, "least energy kept", "activation bytes")
+    return Table("layers", header, tuple(rows), _rank_data(plans, layers, batch_size, names))
+
+
+def _rank_data(
+    plans: Sequence[LayerPlan], layers: dict[str, Layer], batch_size: int, names: Sequence[str]
+) -> dict[str, list[Value]]:
+    """The same as plain numbers; a layer without a mode has no rank there."""
+    data: dict[str, list[Value]] = {"layer": [plan.layer for plan in plans]}
+    for mode, name in enumerate(name.replace(" ", "_") for name in names):
+        kept = [(plan.ranks, _sizes(layers[plan.layer], batch_size)) for plan in plans]
+        data[f"{name}_rank"] = [ranks[mode] if mode < len(ranks) else None for ranks, _ in kept]
+        data[f"{name}_size"] = [sizes[mode] if mode < len(ranks) else None for ranks, sizes in kept]
+    data["least_energy_kept"] = [min(plan.energy_kept, default=None) for plan in plans]
+    data["activation_bytes"] = [plan.activation_bytes for plan in plans]
+    return data
 
 
 def _rank_bars(plans: Sequence[LayerPlan], layers: dict[str, Layer], batch_size: int) -> BarPlot:
