@@ -19,7 +19,11 @@ from lance_host.cli import cli
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = os.environ.get("LANCE_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs chromium or Chrome: apt-get install chromium")
+NO_BROWSER = (
+    "no chromium and no Chrome: nobody looked at the pages of lance-host report and --serve; apt-get install"
+    " chromium, or name a browser in LANCE_BROWSER"
+)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
 WIDTHS = {"desktop": 1280, "phone": 390}
 SMALLEST_TEXT_PX = 9.5  # of a figure on a phone
 READABLE = 4.5  # contrast of text and ground: WCAG 2.1, success criterion 1.4.3
