@@ -1,6 +1,7 @@
 """What a reproduction asks for and writes: options, published values, rows, tables, messages."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -12,7 +13,14 @@ from lance_host.reproduce import device, plots
 from lance_host.reproduce.cells import Cells, read_seconds
 from lance_host.reproduce.claims import reproduce
 from lance_host.reproduce.findings import Cell, Finding, caption, cell_text, markdown_table, write_csv
-from lance_host.reproduce.material import AbsentError, class_names, find_data, find_weights, sized_data
+from lance_host.reproduce.material import (
+    AbsentError,
+    Material,
+    class_names,
+    find_data,
+    find_weights,
+    sized_data,
+)
 from lance_host.reproduce.paper import published
 from lance_host.reproduce.plots import Axes, Panel, draw_lines, draw_stacks
 from lance_host.reproduce.study import PRESETS, Study, check, counts, named_values
@@ -211,6 +219,30 @@ def test_a_record_that_is_torn_is_no_finished_run(study):
     assert not cells_module.is_finished(study.out)
     (study.out / "run.json").write_text('{"status": "finished"}')
     assert cells_module.is_finished(study.out)
+
+
+def test_another_micro_batch_is_another_cell(study, tmp_path, monkeypatch):
+    """Saved bytes depend on it; on threads nothing does."""
+    started = []
+    monkeypatch.setattr(cells_module, "run_device", lambda words, *_: started.append(words))
+    material = Material("mcunet", None, "c.10", tmp_path)
+    folders = set()
+    for size, threads in ((64, 1), (64, 2), (8, 2)):
+        monkeypatch.setattr(cells_module, "MICRO_BATCH", size)
+        cells = Cells(dataclasses.replace(study, threads=threads))
+        folders.add(cells.run(material, tmp_path / "package.tar", 0, method="lance", layers=2))
+    assert len(folders) == 2
+    assert [(words["micro_batch"], words["threads"]) for words in started] == [(64, 1), (64, 2), (8, 2)]
+
+
+def test_every_cell_has_a_log_of_its_own(study, tmp_path, monkeypatch):
+    logs = []
+    monkeypatch.setattr(cells_module, "run_device", lambda words, command, log, say: logs.append(log))
+    material, package = Material("mcunet", None, "c1.0", tmp_path), tmp_path / "mcunet-c1.0-0-x.tar"
+    for layers in (2, 4):
+        Cells(study).run(material, package, 0, method="lance", layers=layers)
+        Cells(study).bench(package, layers=layers)
+    assert len(set(logs)) == 4
 
 
 def test_options_of_the_device():
