@@ -153,7 +153,7 @@ def test_a_cell_that_fails_is_a_row_and_the_others_stand(study, figure2, monkeyp
     monkeypatch.setattr(cells_module, "run_device", fail)
     only = dataclasses.replace(study, datasets=("photos",))
     with pytest.raises(
-        ReproduceError, match=r"table2.md: 1 cells failed, their rows say why; the others stand"
+        ReproduceError, match=r"table2.md: 1 cell failed, with a row that says why; the others stand"
     ):
         reproduce("table2", only)
     found = {(row["method"], row["layers"], row["quantity"]): row for row in rows(study, "table2")}

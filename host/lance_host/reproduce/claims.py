@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lance_host.reproduce.table2 import draw_accuracy, table2
 from lance_host.reproduce.table8 import table8
 from lance_host.reproduce.theory import draw_descent, theory
 from lance_host.reproduce.trained import FAILED
+from lance_host.text import count
 
 QUICK_NOTE = (
     " A quick study shows that everything runs, and what it costs; its accuracies are those of a few images and"
@@ -94,13 +95,22 @@ def reproduce(name: str, study: Study) -> str:
     _write(study.out / f"{name}.md", text)
     _write(study.out / f"{name}.json", json.dumps(_record(name, study, seconds), indent=1, default=str) + "\n")
     claim.draw(study.out / f"{name}.png", findings)
-    failed = sum((one.note or "").startswith(FAILED) for one in findings if one.quantity == "accuracy_percent")
+    failed = len(failed_cells(findings))
     if failed:
         raise ReproduceError(
-            f"{study.out / name}.md: {failed} cells failed, their rows say why; the others stand. Correct the"
-            " cause and run the same command again"
+            f"{study.out / name}.md: {count(failed, 'cell')} failed, with a row that says why; the others stand."
+            " Correct the cause and run the same command again"
         )
     return table
+
+
+def failed_cells(findings: Sequence[Finding]) -> set[tuple[object, ...]]:
+    """The cells of which something failed: a run, a benchmark, an angle."""
+    return {
+        (one.model, one.dataset, one.method, one.layers, one.setting)
+        for one in findings
+        if (one.note or "").startswith(FAILED)
+    }
 
 
 def circumstances(study: Study, claim: Claim, seconds: float) -> str:

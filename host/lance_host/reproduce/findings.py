@@ -71,6 +71,10 @@ class Cell:
     layers: int | None = None
     setting: str = ""
 
+    def __str__(self) -> str:
+        layers = "" if self.layers is None else f"{self.layers} layers"
+        return " ".join(filter(None, (self.model, self.dataset, self.method, layers, self.setting)))
+
     def found(self, quantity: str, values: Sequence[float], note: str | None = None) -> Finding:
         """The finding of one quantity, of which each seed gave a value; without any, `note` says why."""
         printed = published(
