@@ -40,7 +40,7 @@ def rows(study, claim):
 
 
 def bench_row(method, layers, phase):
-    names = {name: 1 for name in columns(BenchSummaryRow)}
+    names = dict.fromkeys(columns(BenchSummaryRow), 1)
     return BenchSummaryRow(**{**names, "method": method, "layers": layers, "phase": phase, "cached": True})
 
 
@@ -50,7 +50,9 @@ def test_one_benchmark_that_fails_leaves_the_others(study, tmp_path, monkeypatch
             raise DataError("no luck today")
         folder = tmp_path / f"bench-{words['layers']}"
         folder.mkdir()
-        found = [bench_row(one, words["layers"], phase) for one in words["methods"].split(",") for phase in PHASES]
+        found = [
+            bench_row(one, words["layers"], phase) for one in words["methods"].split(",") for phase in PHASES
+        ]
         with (folder / "summary.csv").open("w", newline="") as file:
             csv.writer(file).writerows([columns(BenchSummaryRow), *map(texts, found)])
         return folder
@@ -75,7 +77,7 @@ def angles_of(wrong):
 
 def test_an_epoch_whose_angle_fails_leaves_the_others(study, monkeypatch):
     monkeypatch.setattr(fig2, "plan_angles", angles_of("epoch-0003.npz"))
-    with pytest.raises(ReproduceError, match="fig2.md: 2 cells failed"):
+    with pytest.raises(ReproduceError, match=r"fig2.md: 2 cells failed"):
         reproduce("fig2", study)
     angles = [row for row in rows(study, "fig2") if row["quantity"] == "angle_deg" and row["layers"] == "4"]
     assert [bool(row["measured"]) for row in angles] == [epoch != 3 for epoch in range(6)]
@@ -84,7 +86,7 @@ def test_an_epoch_whose_angle_fails_leaves_the_others(study, monkeypatch):
 
 def test_an_angle_that_fails_is_said_beside_the_accuracy(study, monkeypatch):
     monkeypatch.setattr(fig4, "plan_angles", angles_of("last.npz"))
-    with pytest.raises(ReproduceError, match="fig4.md: 3 cells failed"):
+    with pytest.raises(ReproduceError, match=r"fig4.md: 3 cells failed"):
         reproduce("fig4", study)
     found = {row["quantity"]: row for row in rows(study, "fig4") if row["setting"] == "ε 0.5"}
     assert (found["accuracy_percent"]["measured"], found["angle_deg"]["measured"]) == ("50", "")
@@ -112,7 +114,7 @@ def test_pretraining_that_fails_is_a_row_of_every_cell(study, tmp_path, monkeypa
     monkeypatch.setattr(table1, "pretrain", fail)
     monkeypatch.setattr(table1, "class_names", lambda study, dataset: ("a", "b", "c", "d"))
     monkeypatch.setattr(table1, "sized_data", lambda study, dataset, classes, label: tmp_path)
-    with pytest.raises(ReproduceError, match="table1.md: 18 cells failed"):  # imagenet and photos, 9 each
+    with pytest.raises(ReproduceError, match=r"table1.md: 18 cells failed"):  # imagenet and photos, 9 each
         reproduce("table1", study)
     assert {row["note"] for row in rows(study, "table1")} == {"failed: cannot be trained from nothing"}
 

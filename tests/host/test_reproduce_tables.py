@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -185,6 +187,47 @@ def test_arrays_are_cut_too(study, tmp_path, dtype):
     for suffix in ("", "_test"):  # every sample carries the number of its old class
         old = arrays[f"x{suffix}"].reshape(len(arrays[f"y{suffix}"]), -1)[:, 0]
         np.testing.assert_array_equal(np.array([1, 3])[arrays[f"y{suffix}"]], old)
+
+
+def flat_images(place, value, mtime_ns=None):
+    y = np.repeat(np.arange(2), 4)
+    np.savez(
+        place,
+        x=np.full((8, 8, 8, 3), value, np.uint8),
+        y=y,
+        x_test=np.full((8, 8, 8, 3), value, np.uint8),
+        y_test=y,
+    )
+    if mtime_ns is not None:
+        os.utime(place, ns=(mtime_ns, mtime_ns))
+    return place
+
+
+def test_another_place_or_another_content_is_another_data_set(study, tmp_path):
+    def cut(place):
+        return sized_data(dataclasses.replace(study, places={"c": place}), "c")
+
+    first, second = (
+        flat_images(tmp_path / f"{name}.npz", value, 10**18) for name, value in (("a", 1), ("b", 2))
+    )
+    assert [np.load(cut(place))["x"].max() for place in (first, second)] == [1, 2]
+    before = cut(first)
+    assert cut(first) == before
+    flat_images(first, 3)
+    assert np.load(cut(first))["x"].max() == 3
+
+
+def test_a_package_is_of_the_images_that_are_there(study, photos, tmp_path, monkeypatch):
+    """Of all images, which are not cut: the place is the same, the images are not."""
+    calibrated = []
+    monkeypatch.setattr(cells_module, "calibrate", lambda request, feedback: calibrated.append(request.output))
+    place = tmp_path / "photos"
+    shutil.copytree(photos, place)
+    material = Material("mcunet", None, "photos", place)
+    before = Cells(study).package(material, 0, layers="2")
+    assert Cells(study).package(material, 0, layers="2") == before
+    next(place.rglob("*.jpg")).unlink()
+    assert Cells(study).package(material, 0, layers="2") != before
 
 
 # --- cells ---

@@ -18,7 +18,7 @@ from lance_edge.files import atomic_writer
 from lance_edge.input_spec import Split
 from lance_host.build import calibrate
 from lance_host.reproduce.device import run_device
-from lance_host.reproduce.material import WHOLE, Material
+from lance_host.reproduce.material import WHOLE, Material, data_stamp
 from lance_host.reproduce.study import Study
 from lance_host.request import Feedback, Request
 
@@ -34,10 +34,12 @@ class Cells:
 
     Attributes:
         used: names of the pieces of work that were asked for, done now or before; their times are a claim's.
+        stamps: of data sets, by place; tens of thousands of files are looked at once a claim.
     """
 
     study: Study
     used: list[str] = field(default_factory=list)
+    stamps: dict[Path, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -57,7 +59,9 @@ class Cells:
             split=WHOLE,
         )
         request = replace(request, **options)
-        name = f"{_label(material)}-{seed}-{digest(_identity(request))}.tar"
+        if material.data not in self.stamps:
+            self.stamps[material.data] = data_stamp(material.data)
+        name = f"{_label(material)}-{seed}-{digest(_identity(request, self.stamps[material.data]))}.tar"
         path = self.study.out / "packages" / name
         self.used.append(name)
         if path.exists():
@@ -169,16 +173,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def _identity(request: Request) -> dict[str, Any]:
-    """Everything of a request that decides the package; of a file of weights its content, not its place."""
+def _identity(request: Request, data: str) -> dict[str, Any]:
+    """Everything of a request that decides the package; of a file of weights its content, not its place.
+
+    Args:
+        data: the stamp of the images.
+    """
     values = {name: value for name, value in vars(request).items() if name not in ("output", "threads")}
-    weights, data = request.weights, request.data
+    weights = request.weights
     if isinstance(weights, str) and Path(weights).is_file():
         values["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     split: Split = request.split
     return {
         **values,
-        "data": None if data is None else str(data.absolute()),
+        "data": data,
         "split": vars(split),
         "budgets": dict(request.budgets),
     }
