@@ -98,8 +98,8 @@ def reproduce(name: str, study: Study) -> str:
     failed = len(failed_cells(findings))
     if failed:
         raise ReproduceError(
-            f"{study.out / name}.md: {count(failed, 'cell')} failed, with a row that says why; the others stand."
-            " Correct the cause and run the same command again"
+            f"{study.out / name}.md: {count(failed, 'cell')} failed, with a row that says why; the others"
+            " stand. Correct the cause and run the same command again"
         )
     return table
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from lance_edge.bench_rows import BenchSummaryRow
 from lance_edge.profiles import STEP_PHASES, read_rows
 from lance_host.reproduce.cells import Cells
-from lance_host.reproduce.findings import MIB, Cell, Finding
+from lance_host.reproduce.findings import MIB, Cell, Finding, by_pair
 from lance_host.reproduce.material import Material, find_material
-from lance_host.reproduce.plots import Axes, draw_stacks
+from lance_host.reproduce.plots import Axes, Stacks, draw_stacks
 from lance_host.reproduce.study import counts
 from lance_host.reproduce.trained import HEAD_ONLY, guarded
 
@@ -80,11 +80,13 @@ def _findings(material: Material, row: BenchSummaryRow) -> list[Finding]:
 
 
 def draw_phases(path: Path, findings: list[Finding]) -> None:
-    """A stacked bar for each method and number of layers."""
-    bars: dict[str, dict[str, float]] = {}
-    for one in findings:
-        phase = one.setting.removeprefix(PHASE)
-        if one.measured is not None and phase in STEP_PHASES and one.quantity == "step_ms":
-            bars.setdefault(f"{one.layers} {one.method}", {})[phase] = one.measured
-    axes = Axes("A training step, features cached", "layers and method", "median of each phase, ms")
-    draw_stacks(path, axes, bars)
+    """A stacked bar for each method and number of layers; a plane for each network and data set."""
+    stacks = []
+    for title, own in by_pair(findings, "A training step, features cached").items():
+        bars: dict[tuple[str, int], dict[str, float]] = {}
+        for one in own:
+            phase = one.setting.removeprefix(PHASE)
+            if one.measured is not None and phase in STEP_PHASES and one.layers is not None:
+                bars.setdefault((one.method, one.layers), {})[phase] = one.measured
+        stacks.append(Stacks(Axes(title, "layers and method", "median of each phase, ms"), bars))
+    draw_stacks(path, *stacks)

@@ -93,6 +93,14 @@ class Cell:
         )
 
 
+def by_pair(findings: Iterable[Finding], title: str) -> dict[str, list[Finding]]:
+    """The findings of each network and data set, by the title of their picture; it names both if there are more."""
+    pairs: dict[tuple[str, str], list[Finding]] = {}
+    for one in findings:
+        pairs.setdefault((one.model, one.dataset), []).append(one)
+    return {title if len(pairs) == 1 else f"{title}, {', '.join(pair)}": own for pair, own in pairs.items()}
+
+
 def write_csv(path: Path, findings: Iterable[Finding]) -> None:
     """Write all findings, atomically."""
     buffer = io.StringIO()
