@@ -17,7 +17,15 @@ from lance_host.reproduce import device, plots
 from lance_host.reproduce.cells import Cells, read_seconds
 from lance_host.reproduce.claims import reproduce
 from lance_host.reproduce.fig5 import draw_phases
-from lance_host.reproduce.findings import Cell, Finding, caption, cell_text, markdown_table, write_csv
+from lance_host.reproduce.findings import (
+    Cell,
+    Finding,
+    caption,
+    cell_text,
+    comparable,
+    markdown_table,
+    write_csv,
+)
 from lance_host.reproduce.material import (
     AbsentError,
     Material,
@@ -29,7 +37,7 @@ from lance_host.reproduce.material import (
 from lance_host.reproduce.paper import published
 from lance_host.reproduce.plots import Axes, Panel, Stacks, draw_lines, draw_stacks
 from lance_host.reproduce.study import PRESETS, Study, check, counts, named_values
-from lance_host.reproduce.table2 import draw_accuracy
+from lance_host.reproduce.table2 import budget_plans, draw_accuracy
 from lance_host.reproduce.trained import method_plans
 
 # As the paper prints them, typed once more: (data set, method, layers) -> accuracy in %.
@@ -75,6 +83,30 @@ def test_a_claim_without_numbers_says_so(claim):
     found = Cell(claim, "mcunet", "cifar10", "lance", 4).found("accuracy_percent", [50.0])
     assert found.published is None
     assert caption([found]).startswith("No published number of this claim is at hand (Apolinario and Roy")
+
+
+@pytest.mark.parametrize(
+    ("options", "accuracy", "size", "reasons"),
+    [
+        ({}, 75.85, 11.72, []),
+        ({"preset": "quick"}, None, 11.72, ["preset quick, not paper"]),
+        ({"lr": 0.1}, None, 11.72, ["lr 0.1, not 0.05"]),
+        ({"batch_size": 16}, None, None, ["batch size 16, not 128"]),
+    ],
+)
+def test_published_numbers_stand_beside_their_like_alone(options, accuracy, size, reasons, tmp_path):
+    study = Study(out=tmp_path, **options)
+    cell = Cell("table2", "mcunet", "cifar10", "bp", 2)
+    findings = [cell.found("accuracy_percent", [60.0]), cell.found("activation_mib", [11.0])]
+    kept, differences = comparable(findings, study)
+    assert [one.published for one in kept] == [accuracy, size]
+    assert differences == reasons
+    assert all(reason in caption(kept, differences) for reason in reasons)
+    assert ("In brackets what was published" in caption(kept, differences)) == (size is not None)
+    budgets = budget_plans(Cells(study), "mcunet", "cifar10")
+    assert len(budgets) == (2 if size else 0)  # LANCE within the published bytes, of batches of 128
+    small = Cell("table8", "mcunet", "any", "bp", 2, "batch 4").found("activation_mib", [0.2])
+    assert comparable([small], study) == ([small], [])  # which has batches of its own
 
 
 def test_a_finding_is_the_mean_over_seeds_with_its_spread(tmp_path):

@@ -16,7 +16,7 @@ from lance_host.reproduce.fig2 import draw_angles, fig2
 from lance_host.reproduce.fig3 import draw_ablation, fig3
 from lance_host.reproduce.fig4 import draw_energy, fig4
 from lance_host.reproduce.fig5 import draw_phases, fig5
-from lance_host.reproduce.findings import Finding, caption, markdown_table, write_csv
+from lance_host.reproduce.findings import Finding, caption, comparable, markdown_table, write_csv
 from lance_host.reproduce.plots import require_matplotlib
 from lance_host.reproduce.study import Study, check
 from lance_host.reproduce.table1 import table1
@@ -83,11 +83,11 @@ def reproduce(name: str, study: Study) -> str:
     require_matplotlib()
     claim, cells = CLAIMS[name], Cells(study)
     with cells.timed(name):
-        findings = claim.find(cells)
+        findings, differences = comparable(claim.find(cells), study)
     study.out.mkdir(parents=True, exist_ok=True)
     write_csv(study.out / f"{name}.csv", findings)
     note = QUICK_NOTE if claim.on_images and study.preset == "quick" else ""
-    table = f"{markdown_table(findings)}\n\n{caption(findings)}{note}"
+    table = f"{markdown_table(findings)}\n\n{caption(findings, differences)}{note}"
     if not cells.used:  # a claim without cells
         cells.used.append(name)
     seconds = cells.seconds

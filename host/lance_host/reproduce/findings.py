@@ -4,12 +4,12 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lance_edge.files import atomic_writer
 from lance_edge.profiles import cells, columns
-from lance_host.reproduce.paper import published, source
+from lance_host.reproduce.paper import Published, published, source
 
 # Name in the CSV -> heading, and the digits behind the point.
 QUANTITIES = {
@@ -75,11 +75,13 @@ class Cell:
         layers = "" if self.layers is None else f"{self.layers} layers"
         return " ".join(filter(None, (self.model, self.dataset, self.method, layers, self.setting)))
 
+    def printed(self, quantity: str) -> Published | None:
+        """What was published for it; `None` where nothing is at hand."""
+        return published(self.claim, quantity, self.model, self.dataset, self.method, self.layers, self.setting)
+
     def found(self, quantity: str, values: Sequence[float], note: str | None = None) -> Finding:
         """The finding of one quantity, of which each seed gave a value; without any, `note` says why."""
-        printed = published(
-            self.claim, quantity, self.model, self.dataset, self.method, self.layers, self.setting
-        )
+        printed = self.printed(quantity)
         return Finding(
             **vars(self),
             quantity=quantity,
@@ -91,6 +93,18 @@ class Cell:
             source=printed.source if printed else None,
             note=note,
         )
+
+
+def comparable(findings: Iterable[Finding], study: object) -> tuple[list[Finding], list[str]]:
+    """The findings without the published numbers that this study's cannot be compared with, and why not."""
+    kept, reasons = [], dict[str, None]()
+    for one in findings:
+        cell = Cell(*(getattr(one, field.name) for field in fields(Cell)))
+        printed = cell.printed(one.quantity)
+        differences = printed.differences(study) if printed else []
+        reasons.update(dict.fromkeys(differences))
+        kept.append(replace(one, published=None, relation=None, source=None) if differences else one)
+    return kept, list(reasons)
 
 
 def by_pair(findings: Iterable[Finding], title: str) -> dict[str, list[Finding]]:
@@ -148,8 +162,16 @@ def cell_text(finding: Finding) -> str:
     return text
 
 
-def caption(findings: Sequence[Finding]) -> str:
-    """What the brackets are; a claim without published numbers says so."""
+def caption(findings: Sequence[Finding], differences: Sequence[str] = ()) -> str:
+    """What the brackets are, and what is not in them; a claim without published numbers says so.
+
+    Args:
+        differences: to the published study, for which numbers were left out.
+    """
+    left_out = f"Published numbers are left out where they cannot be compared ({'; '.join(differences)})."
     if any(finding.published is not None for finding in findings):
-        return f"In brackets what was published: {source()}: all images, 50 epochs."
+        text = f"In brackets what was published: {source()}: all images, 50 epochs."
+        return f"{text} {left_out}" if differences else text
+    if differences:
+        return f"{left_out} Source: {source()}."
     return f"No published number of this claim is at hand ({source()})."

@@ -35,7 +35,7 @@ def budget_plans(cells: Cells, model: str, dataset: str) -> list[Plan]:
     plans = []
     for layers in cells.study.layers:
         printed = published("table2", "activation_mib", model, dataset, "lance", layers)
-        if printed is not None:
+        if printed is not None and not printed.differences(cells.study):
             budgets = {"lance": int(printed.value * MIB)}
             package = {
                 "layers": str(layers),
