@@ -9,6 +9,7 @@ import pytest
 
 from lance_edge.errors import DataError, Interrupted
 from lance_host.reproduce import cells as cells_module
+from lance_host.reproduce import theory
 from lance_host.reproduce.cells import EVALUATIONS, Cells
 from lance_host.reproduce.claims import CLAIMS, ReproduceError, reproduce
 from lance_host.reproduce.material import find_material
@@ -83,7 +84,9 @@ def test_every_file_of_a_claim_is_there(study, figure2):
     record = json.loads((study.out / "fig2.json").read_text())
     assert record["study"]["preset"] == "quick"
     assert record["seconds"] > 0
+    assert (record["seeds"], record["micro_batch"], record["threads"]) == ([0], [8], [1])
     text = (study.out / "fig2.md").read_text()
+    assert "seeds 0; micro-batch 8; threads 1;" in text
     assert "A quick study shows that everything runs" in text
     assert f"{TINY.train_images} training images, {TINY.epochs} epochs" in text
     assert (study.out / "fig2.png").read_bytes().startswith(b"\x89PNG")
@@ -176,9 +179,13 @@ def test_claims_of_the_command_line_are_those_of_the_table(lance_host):
         assert f"lance-host reproduce {name} " in result.stdout
 
 
-def test_theory_from_the_command_line(lance_host, tmp_path):
-    result = lance_host("reproduce", "theory", "--out", tmp_path / "out")
+def test_theory_from_the_command_line(lance_host, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(theory, "draw_lines", lambda path, panel: drawn.append(panel.series))
+    result = lance_host("reproduce", "theory", "--out", tmp_path / "out", "--seeds", "3,4")
     assert result.exit_code == 0, result.output
+    assert "seeds 3;" in (tmp_path / "out" / "theory.md").read_text()
+    assert json.loads((tmp_path / "out" / "theory.json").read_text())["seeds"] == [3]
     with (tmp_path / "out" / "theory.csv").open(newline="") as file:
         found = {
             (row["method"], row["setting"], row["quantity"]): float(row["measured"])
@@ -186,6 +193,11 @@ def test_theory_from_the_command_line(lance_host, tmp_path):
         }
     made = "one step at 1/L on a target made for it"
     assert found["channels", made, "loss_change_percent"] < 0 < found["all modes", made, "loss_change_percent"]
+    for method in ("channels", "all modes"):  # the picture shows what the table says
+        after = dict(drawn[0][f"{method} projected"])
+        assert after[0] == 1
+        assert 100 * (after[1] - 1) == pytest.approx(found[method, made, "loss_change_percent"], rel=1e-6)
+        assert found[method, f"{theory.DESCENT}20", "loss_ratio"] == pytest.approx(after[20])
     own = "random targets, subspaces of this batch"
     assert found["channels", own, "rises_percent"] == 0 < found["all modes", own, "rises_percent"]
 

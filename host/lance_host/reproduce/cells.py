@@ -47,6 +47,18 @@ class Cells:
         known = read_seconds(self.study.out / "cells.json")
         return sum(known.get(name, 0.0) for name in dict.fromkeys(self.used))
 
+    def run_options(self) -> dict[str, list[int]]:
+        """`micro_batch` and `threads` of the runs and benchmarks that were asked for, by their records."""
+        found: dict[str, set[int]] = {"micro_batch": set(), "threads": set()}
+        for name in self.used:
+            for kind in ("runs", "benchmarks"):
+                record = read_run_json(self.study.out / kind / name)
+                stated = {**record.get("options", {}), **{key: record[key] for key in found if key in record}}
+                for key, values in found.items():
+                    if isinstance(stated.get(key), int):
+                        values.add(stated[key])
+        return {key: sorted(values) for key, values in found.items() if values}
+
     def package(self, material: Material, seed: int, **options: Any) -> Path:
         """The package of a calibration; `options` are fields of `Request`."""
         request = Request(
@@ -156,10 +168,10 @@ def read_seconds(path: Path) -> dict[str, float]:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run or benchmark went to its end."""
-    return bool(read_record(folder).get("status") == "finished")
+    return bool(read_run_json(folder).get("status") == "finished")
 
 
-def read_record(folder: Path) -> Mapping[str, Any]:
+def read_run_json(folder: Path) -> Mapping[str, Any]:
     """The `run.json` of a folder; empty where there is none, or a torn one."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))

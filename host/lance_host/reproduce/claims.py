@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Claim:
     Attributes:
         on_images: whether anything is trained.
         epochs: which length of the preset its runs have.
+        one_seed: whether it takes the first seed alone.
     """
 
     title: str
@@ -47,6 +48,11 @@ class Claim:
     draw: Callable[[Path, list[Finding]], None]
     on_images: bool = True
     epochs: str = "epochs"
+    one_seed: bool = False
+
+    def seeds(self, study: Study) -> tuple[int, ...]:
+        """Those of a study that it takes."""
+        return study.seeds[:1] if self.one_seed else study.seeds
 
 
 CLAIMS = {
@@ -61,9 +67,13 @@ CLAIMS = {
     "fig2": Claim("Angle between LANCE's gradient and backpropagation's", fig2, draw_angles),
     "fig3": Claim("Ablation of the energy threshold and the calibration batches", fig3, draw_ablation),
     "fig4": Claim("Angle, memory and accuracy over the energy threshold", fig4, draw_energy),
-    "fig5": Claim("Time of a training step over the number of layers", fig5, draw_phases),
+    "fig5": Claim("Time of a training step over the number of layers", fig5, draw_phases, one_seed=True),
     "theory": Claim(
-        "Descent with exact channel projectors, and when it breaks", theory, draw_descent, on_images=False
+        "Descent with exact channel projectors, and when it breaks",
+        theory,
+        draw_descent,
+        on_images=False,
+        one_seed=True,
     ),
 }
 
@@ -91,9 +101,11 @@ def reproduce(name: str, study: Study) -> str:
     if not cells.used:  # a claim without cells
         cells.used.append(name)
     seconds = cells.seconds
-    text = f"# {claim.title} ({name})\n\n{circumstances(study, claim, seconds)}\n\n{table}\n"
+    text = (
+        f"# {claim.title} ({name})\n\n{circumstances(study, claim, seconds, cells.run_options())}\n\n{table}\n"
+    )
     _write(study.out / f"{name}.md", text)
-    _write(study.out / f"{name}.json", json.dumps(_record(name, study, seconds), indent=1, default=str) + "\n")
+    _write(study.out / f"{name}.json", json.dumps(_record(name, cells, seconds), indent=1, default=str) + "\n")
     claim.draw(study.out / f"{name}.png", findings)
     failed = len(failed_cells(findings))
     if failed:
@@ -113,8 +125,8 @@ def failed_cells(findings: Sequence[Finding]) -> set[tuple[object, ...]]:
     }
 
 
-def circumstances(study: Study, claim: Claim, seconds: float) -> str:
-    """One line: preset, seeds, machine, time."""
+def circumstances(study: Study, claim: Claim, seconds: float, run_options: Mapping[str, Sequence[int]]) -> str:
+    """One line: preset, seeds, micro-batch, threads, machine, time."""
     size = study.size
     images = "all images" if size.train_images is None else f"{size.train_images} training images"
     length = (
@@ -122,9 +134,12 @@ def circumstances(study: Study, claim: Claim, seconds: float) -> str:
         if claim.on_images
         else "Float64, "
     )
-    seeds = ", ".join(map(str, study.seeds))
+    seeds = ", ".join(map(str, claim.seeds(study)))
+    options = "".join(
+        f"; {name.replace('_', '-')} {', '.join(map(str, values))}" for name, values in run_options.items()
+    )
     time = f"{seconds / 60:.1f} minutes for all cells"
-    return f"{length}seeds {seeds}; {machine()}; {time}; lance-edge {__version__}."
+    return f"{length}seeds {seeds}{options}; {machine()}; {time}; lance-edge {__version__}."
 
 
 def machine() -> str:
@@ -139,13 +154,14 @@ def machine() -> str:
     )
 
 
-def _record(name: str, study: Study, seconds: float) -> dict[str, object]:
+def _record(name: str, cells: Cells, seconds: float) -> dict[str, object]:
+    study = cells.study
     asked = {key: value for key, value in vars(study).items() if key != "say"}
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     versions = {"lance-edge": __version__, "python": platform.python_version()}
     return {
         **{"claim": name, "written": when, "seconds": round(seconds, 1), "machine": machine()},
-        **{"versions": versions, "study": asked},
+        **{"versions": versions, "seeds": CLAIMS[name].seeds(study), **cells.run_options(), "study": asked},
     }
 
 

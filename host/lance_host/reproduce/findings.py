@@ -27,6 +27,7 @@ QUANTITIES = {
     "ascents_percent": ("first directions that ascend, %", 2),
     "rises_percent": ("steps in which the loss rises, %", 1),
     "worst_error": ("worst relative error", 1),
+    "loss_ratio": ("loss, first = 1", 4),
     "loss_change_percent": ("loss after one step, change in %", 4),
 }
 MIB = 2**20
@@ -96,7 +97,7 @@ class Cell:
 
 
 def comparable(findings: Iterable[Finding], study: object) -> tuple[list[Finding], list[str]]:
-    """The findings without the published numbers that this study's cannot be compared with, and why not."""
+    """The findings without published numbers that this study cannot be compared with, and why not."""
     kept, reasons = [], dict[str, None]()
     for one in findings:
         cell = Cell(*(getattr(one, field.name) for field in fields(Cell)))
