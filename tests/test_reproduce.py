@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from lance_edge.errors import DataError, Interrupted
+from lance_edge.profiles import STEP_PHASES
 from lance_host.reproduce import cells as cells_module
 from lance_host.reproduce import theory
 from lance_host.reproduce.cells import EVALUATIONS, Cells
@@ -28,7 +29,7 @@ TINY = dataclasses.replace(
     gradient_batches=1,
     energies=(0.5, 0.9),
     calibrations=(1,),
-    bench_layers="1",
+    bench_layers="1,2",
     bench_steps=1,
     pretrain_epochs=1,
 )
@@ -235,3 +236,40 @@ def test_the_other_claims_run(claim, study):
     reproduce(claim, dataclasses.replace(study, datasets=("four",), places=places))
     measured = [row for row in rows(study, claim) if row["measured"]]
     assert {row["method"] for row in measured} >= {"head only", "lance"}
+    CHECKS.get(claim, lambda rows: None)(measured)
+
+
+def check_small_batches(measured):
+    """Pointwise layers are counted, whose inputs plain backpropagation keeps: twice as much of twice the batch."""
+    kept = {
+        (row["setting"], row["layers"]): float(row["measured"])
+        for row in measured
+        if row["quantity"] == "activation_mib" and row["method"] == "bp"
+    }
+    # Inputs of the 96-pixel network's last two pointwise convolutions, 3 x 3 maps, float32.
+    for layers in "12":
+        assert kept["batch 8", layers] == pytest.approx(2 * kept["batch 4", layers], rel=1e-3)
+    assert 0 < kept["batch 4", "1"] < kept["batch 4", "2"]
+
+
+def check_energies(measured):
+    sizes = [
+        float(row["measured"])
+        for row in measured
+        if row["quantity"] == "activation_mib" and row["setting"].startswith("ε")
+    ]
+    assert len(sizes) == len(TINY.energies)
+    assert sizes == sorted(set(sizes))  # more energy, more bytes
+
+
+def check_phases(measured):
+    times = {(row["layers"], row["method"], row["setting"]) for row in measured if row["quantity"] == "step_ms"}
+    phases = {"", *(f"phase {name}" for name in STEP_PHASES)}
+    assert len(STEP_PHASES) == 5
+    for layers, methods in (("0", ["head only"]), ("1", ["lance", "bp"]), ("2", ["lance", "bp"])):
+        for method in methods:
+            assert {setting for *key, setting in times if key == [layers, method]} == phases
+    assert {layers for layers, *_ in times} == {"0", "1", "2"}
+
+
+CHECKS = {"table8": check_small_batches, "fig3": check_energies, "fig4": check_energies, "fig5": check_phases}

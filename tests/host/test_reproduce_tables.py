@@ -5,6 +5,7 @@ import dataclasses
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lance_edge.errors import DataError, LanceError, PlatformError
 from lance_edge.profiles import STEP_PHASES, columns
 from lance_edge.report.colours import METHODS, PHASES, PLAIN, shade
 from lance_host.reproduce import cells as cells_module
-from lance_host.reproduce import device, plots
+from lance_host.reproduce import device, fig3, plots
 from lance_host.reproduce.cells import Cells, read_seconds
 from lance_host.reproduce.claims import reproduce
 from lance_host.reproduce.fig5 import draw_phases
@@ -38,7 +39,7 @@ from lance_host.reproduce.paper import published
 from lance_host.reproduce.plots import Axes, Panel, Stacks, draw_lines, draw_stacks
 from lance_host.reproduce.study import PRESETS, Study, check, counts, named_values
 from lance_host.reproduce.table2 import budget_plans, draw_accuracy
-from lance_host.reproduce.trained import method_plans
+from lance_host.reproduce.trained import lance_plan, method_plans, shared_plans
 
 # As the paper prints them, typed once more: (data set, method, layers) -> accuracy in %.
 PRINTED = {
@@ -338,6 +339,49 @@ def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
         device.run_device(words, "train", tmp_path / "run.log", said.append)
     assert "none.tar" in (tmp_path / "run.log").read_text()
     assert said[-1].startswith("  error: ")
+
+
+def test_figures_take_the_lance_runs_of_table_2(study, tmp_path, monkeypatch):
+    """Hours of the full preset: the same calibration, the same options, the same cell."""
+    monkeypatch.setattr(cells_module, "calibrate", lambda request, feedback: None)
+    monkeypatch.setattr(cells_module, "run_device", lambda *_: None)
+    cells, material = Cells(study), Material("mcunet", None, "c", tmp_path)
+
+    def place(plan):
+        package = cells.package(material, 0, **plan.package)
+        return cells.run(material, package, 0, method=plan.method, layers=plan.layers, **plan.words)
+
+    own = place(shared_plans(study, "table2", "mcunet", "c", study.methods)[5])
+    assert "-lance-4-" in own.name
+    assert own == place(shared_plans(study, "fig2", "mcunet", "c", ("lance",))[-1])
+    assert own == place(lance_plan(study, "fig4", "mcunet", "c", "ε 0.7", energy=0.7))
+    assert own == place(lance_plan(study, "fig3", "mcunet", "c", "N 15", energy=0.7, batches=15))
+    assert own != place(lance_plan(study, "fig3", "mcunet", "c", "N 4", energy=0.7, batches=4))
+
+
+def test_calibration_batches_are_those_that_were_taken(study, tmp_path, monkeypatch):
+    """Of 500 images there are 3 batches of 128, whether 4 or 15 were asked for."""
+
+    class Package:
+        def __init__(self, path):
+            number = min(int(path.name), 500 // 128)
+            self.manifest = SimpleNamespace(calibration_batches=number)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(fig3, "Bundle", Package)
+    monkeypatch.setattr(fig3, "find_material", lambda *_: Material("mcunet", None, "c", tmp_path))
+    monkeypatch.setattr(Cells, "package", lambda self, m, seed, **options: tmp_path / str(options["batches"]))
+    monkeypatch.setattr(fig3, "run_plans", lambda cells, model, dataset, plans: plans)
+    plans = fig3.fig3(Cells(dataclasses.replace(study, datasets=("c",))))
+    over_n = [
+        (plan.cell.setting, plan.package["batches"]) for plan in plans if plan.cell.setting.startswith("N")
+    ]
+    assert over_n == [("N 1", 1), ("N 3", 15)]
 
 
 # --- pictures ---

@@ -18,10 +18,7 @@ def fig2(cells: Cells) -> list[Finding]:
     """An angle for each epoch, from the same weights and batches; accuracies of LANCE and the head alone."""
     study, findings = cells.study, list[Finding]()
     for model, dataset in study.pairs:
-        plans = [
-            plan if plan.method == "bp" else replace(plan, words={"keep_every": 1})
-            for plan in shared_plans(study, "fig2", model, dataset, ("lance",))
-        ]
+        plans = shared_plans(study, "fig2", model, dataset, ("lance",))
         findings += _pair(cells, model, dataset, plans)
     return findings
 

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from lance_host.reproduce.angles import plan_angles
 from lance_host.reproduce.cells import Cells
-from lance_host.reproduce.findings import Cell, Finding
+from lance_host.reproduce.findings import Finding
 from lance_host.reproduce.material import Material, find_material
 from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
-from lance_host.reproduce.study import Study
-from lance_host.reproduce.trained import Plan, did_run, guarded, run_plan, shared_plans
+from lance_host.reproduce.trained import Plan, did_run, guarded, lance_plan, run_plan, shared_plans
 
 FILES = {"start_angle_deg": None, "angle_deg": "last.npz"}  # of the run: whose weights
 
@@ -21,7 +20,10 @@ def fig4(cells: Cells) -> list[Finding]:
     for model, dataset in study.pairs:
         shared = shared_plans(study, "fig4", model, dataset, ("bp",))
         ends = [plan for plan in shared if plan.layers in (0, layers)]
-        plans = [_plan(study, model, dataset, energy) for energy in study.size.energies]
+        plans = [
+            lance_plan(study, "fig4", model, dataset, f"ε {energy:g}", energy=energy)
+            for energy in study.size.energies
+        ]
         findings += _pair(cells, model, dataset, [*ends, *plans])
     return findings
 
@@ -39,12 +41,6 @@ def _pair(cells: Cells, model: str, dataset: str, plans: Sequence[Plan]) -> list
         return findings
 
     return guarded(cells.study, [plan.cell for plan in plans], ("accuracy_percent",), work)
-
-
-def _plan(study: Study, model: str, dataset: str, energy: float) -> Plan:
-    layers = study.layers[-1]
-    package = {"layers": str(layers), "methods": ("lance",), "energy": energy, "batch_size": study.batch_size}
-    return Plan(Cell("fig4", model, dataset, "lance", layers, f"ε {energy:g}"), package, "lance", layers)
 
 
 def _angles(cells: Cells, material: Material, plan: Plan) -> list[Finding]:

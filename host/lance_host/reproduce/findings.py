@@ -38,6 +38,8 @@ class Finding:
     """One number of one cell; a row of `<claim>.csv`.
 
     Attributes:
+        quantity: `activation_mib` and `saved_mib` are means over the steps of a run, in figure 5 the largest of
+            a benchmark, as in reports; with HOSVD, whose ranks change from step to step, the two differ.
         layers: trained layers without the head; `None` where that says nothing.
         setting: what else varies: `batch 4`, `ε 0.7`.
         measured: mean over the seeds; `None` where the cell could not be run, and `note` says why.
@@ -109,7 +111,7 @@ def comparable(findings: Iterable[Finding], study: object) -> tuple[list[Finding
 
 
 def by_pair(findings: Iterable[Finding], title: str) -> dict[str, list[Finding]]:
-    """The findings of each network and data set, by the title of their picture; it names both if there are more."""
+    """The findings of each network and data set, by their picture's title; it names both if there are more."""
     pairs: dict[tuple[str, str], list[Finding]] = {}
     for one in findings:
         pairs.setdefault((one.model, one.dataset), []).append(one)

@@ -7,7 +7,7 @@ from lance_host.reproduce.cells import Cells
 from lance_host.reproduce.findings import MIB, Cell, Finding, by_pair
 from lance_host.reproduce.paper import published
 from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
-from lance_host.reproduce.trained import Plan, method_plans, run_plans
+from lance_host.reproduce.trained import Plan, run_plans, shared_plans
 
 AXES = Axes("", "activations, MiB", "test accuracy, %", log_x=True)
 LEAST_MIB = 1e-3  # where the head alone, which keeps none, stands on a logarithmic axis
@@ -17,15 +17,7 @@ def table2(cells: Cells) -> list[Finding]:
     """A row for each method and number of layers; LANCE also with its ranks within the published bytes."""
     findings = []
     for model, dataset in cells.study.pairs:
-        plans = method_plans(
-            "table2",
-            model,
-            dataset,
-            cells.study.methods,
-            cells.study.layers,
-            "",
-            batch_size=cells.study.batch_size,
-        )
+        plans = shared_plans(cells.study, "table2", model, dataset, cells.study.methods)
         findings += run_plans(cells, model, dataset, plans + budget_plans(cells, model, dataset))
     return findings
 

@@ -1,7 +1,7 @@
 """Cells that are a training run for each seed: what the tables and figures 3 and 4 are made of."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lance_edge.bundle import Bundle
@@ -61,9 +61,24 @@ def method_plans(
 
 
 def shared_plans(study: Study, claim: str, model: str, dataset: str, methods: Sequence[str]) -> list[Plan]:
-    """The head alone, and some methods, for a figure: from the package of table 2, whose runs serve both."""
+    """The head alone, and some methods: the cells of table 2, whose packages and runs serve the figures too.
+
+    LANCE keeps the weights of every epoch, which figure 2 reads.
+    """
     plans = method_plans(claim, model, dataset, study.methods, study.layers, "", batch_size=study.batch_size)
-    return [plan for plan in plans if plan.cell.method in (HEAD_ONLY, *methods)]
+    words = {"lance": {"keep_every": 1}}
+    return [
+        replace(plan, words=words.get(plan.method, {}))
+        for plan in plans
+        if plan.cell.method in (HEAD_ONLY, *methods)
+    ]
+
+
+def lance_plan(study: Study, claim: str, model: str, dataset: str, setting: str, **options: object) -> Plan:
+    """LANCE with the most layers and other options of its package; with those of table 2, it is that cell."""
+    plan = shared_plans(study, claim, model, dataset, ("lance",))[-1]
+    package = {**plan.package, **options}
+    return replace(plan, cell=replace(plan.cell, setting=setting), package=package)
 
 
 def run_plans(cells: Cells, model: str, dataset: str, plans: Sequence[Plan]) -> list[Finding]:
