@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from lance_host.reproduce.study import DEFAULT_DATASETS
+
 PATH = click.Path(path_type=Path)
 
 # Name -> what its help says; `lance_host.reproduce.claims` has what it does.
@@ -34,7 +36,9 @@ OPTIONS = (
     ),
     click.option("--quick", is_flag=True, help="The same as --preset quick."),
     click.option("--models", default="mcunet", show_default=True, help="Networks, with commas."),
-    click.option("--datasets", default="cifar10,cifar100", show_default=True, help="Data sets, with commas."),
+    click.option(
+        "--datasets", default=",".join(DEFAULT_DATASETS), show_default=True, help="Data sets, with commas."
+    ),
     click.option("--data", multiple=True, metavar="NAME=PLACE", help="Where a data set is: folder or .npz."),
     click.option(
         "--data-root",

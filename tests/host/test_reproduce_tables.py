@@ -1,22 +1,45 @@
 """What a reproduction asks for and writes: options, published values, rows, tables, messages."""
 
 import csv
+import dataclasses
+import os
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lance_edge.errors import DataError, LanceError, PlatformError
-from lance_edge.profiles import columns
+from lance_edge.profiles import STEP_PHASES, columns
+from lance_edge.report.colours import METHODS, PHASES, PLAIN, shade
 from lance_host.reproduce import cells as cells_module
-from lance_host.reproduce import device, plots
+from lance_host.reproduce import device, fig3, plots
 from lance_host.reproduce.cells import Cells, read_seconds
 from lance_host.reproduce.claims import reproduce
-from lance_host.reproduce.findings import Cell, Finding, caption, cell_text, markdown_table, write_csv
-from lance_host.reproduce.material import AbsentError, class_names, find_data, find_weights, sized_data
+from lance_host.reproduce.fig5 import draw_phases
+from lance_host.reproduce.findings import (
+    Cell,
+    Finding,
+    caption,
+    cell_text,
+    comparable,
+    markdown_table,
+    write_csv,
+)
+from lance_host.reproduce.material import (
+    AbsentError,
+    Material,
+    class_names,
+    find_data,
+    find_weights,
+    sized_data,
+)
 from lance_host.reproduce.paper import published
-from lance_host.reproduce.plots import Axes, Panel, draw_lines, draw_stacks
+from lance_host.reproduce.plots import Axes, Panel, Stacks, draw_lines, draw_stacks
 from lance_host.reproduce.study import PRESETS, Study, check, counts, named_values
-from lance_host.reproduce.trained import method_plans
+from lance_host.reproduce.table2 import budget_plans, draw_accuracy
+from lance_host.reproduce.trained import lance_plan, method_plans, shared_plans
 
 # As the paper prints them, typed once more: (data set, method, layers) -> accuracy in %.
 PRINTED = {
@@ -61,6 +84,30 @@ def test_a_claim_without_numbers_says_so(claim):
     found = Cell(claim, "mcunet", "cifar10", "lance", 4).found("accuracy_percent", [50.0])
     assert found.published is None
     assert caption([found]).startswith("No published number of this claim is at hand (Apolinario and Roy")
+
+
+@pytest.mark.parametrize(
+    ("options", "accuracy", "size", "reasons"),
+    [
+        ({}, 75.85, 11.72, []),
+        ({"preset": "quick"}, None, 11.72, ["preset quick, not paper"]),
+        ({"lr": 0.1}, None, 11.72, ["lr 0.1, not 0.05"]),
+        ({"batch_size": 16}, None, None, ["batch size 16, not 128"]),
+    ],
+)
+def test_published_numbers_stand_beside_their_like_alone(options, accuracy, size, reasons, tmp_path):
+    study = Study(out=tmp_path, **options)
+    cell = Cell("table2", "mcunet", "cifar10", "bp", 2)
+    findings = [cell.found("accuracy_percent", [60.0]), cell.found("activation_mib", [11.0])]
+    kept, differences = comparable(findings, study)
+    assert [one.published for one in kept] == [accuracy, size]
+    assert differences == reasons
+    assert all(reason in caption(kept, differences) for reason in reasons)
+    assert ("In brackets what was published" in caption(kept, differences)) == (size is not None)
+    budgets = budget_plans(Cells(study), "mcunet", "cifar10")
+    assert len(budgets) == (2 if size else 0)  # LANCE within the published bytes, of batches of 128
+    small = Cell("table8", "mcunet", "any", "bp", 2, "batch 4").found("activation_mib", [0.2])
+    assert comparable([small], study) == ([small], [])  # which has batches of its own
 
 
 def test_a_finding_is_the_mean_over_seeds_with_its_spread(tmp_path):
@@ -179,6 +226,47 @@ def test_arrays_are_cut_too(study, tmp_path, dtype):
         np.testing.assert_array_equal(np.array([1, 3])[arrays[f"y{suffix}"]], old)
 
 
+def flat_images(place, value, mtime_ns=None):
+    y = np.repeat(np.arange(2), 4)
+    np.savez(
+        place,
+        x=np.full((8, 8, 8, 3), value, np.uint8),
+        y=y,
+        x_test=np.full((8, 8, 8, 3), value, np.uint8),
+        y_test=y,
+    )
+    if mtime_ns is not None:
+        os.utime(place, ns=(mtime_ns, mtime_ns))
+    return place
+
+
+def test_another_place_or_another_content_is_another_data_set(study, tmp_path):
+    def cut(place):
+        return sized_data(dataclasses.replace(study, places={"c": place}), "c")
+
+    first, second = (
+        flat_images(tmp_path / f"{name}.npz", value, 10**18) for name, value in (("a", 1), ("b", 2))
+    )
+    assert [np.load(cut(place))["x"].max() for place in (first, second)] == [1, 2]
+    before = cut(first)
+    assert cut(first) == before
+    flat_images(first, 3)
+    assert np.load(cut(first))["x"].max() == 3
+
+
+def test_a_package_is_of_the_images_that_are_there(study, photos, tmp_path, monkeypatch):
+    """Of all images, which are not cut: the place is the same, the images are not."""
+    calibrated = []
+    monkeypatch.setattr(cells_module, "calibrate", lambda request, feedback: calibrated.append(request.output))
+    place = tmp_path / "photos"
+    shutil.copytree(photos, place)
+    material = Material("mcunet", None, "photos", place)
+    before = Cells(study).package(material, 0, layers="2")
+    assert Cells(study).package(material, 0, layers="2") == before
+    next(place.rglob("*.jpg")).unlink()
+    assert Cells(study).package(material, 0, layers="2") != before
+
+
 # --- cells ---
 
 
@@ -213,6 +301,30 @@ def test_a_record_that_is_torn_is_no_finished_run(study):
     assert cells_module.is_finished(study.out)
 
 
+def test_another_micro_batch_is_another_cell(study, tmp_path, monkeypatch):
+    """Saved bytes depend on it; on threads nothing does."""
+    started = []
+    monkeypatch.setattr(cells_module, "run_device", lambda words, *_: started.append(words))
+    material = Material("mcunet", None, "c.10", tmp_path)
+    folders = set()
+    for size, threads in ((64, 1), (64, 2), (8, 2)):
+        monkeypatch.setattr(cells_module, "MICRO_BATCH", size)
+        cells = Cells(dataclasses.replace(study, threads=threads))
+        folders.add(cells.run(material, tmp_path / "package.tar", 0, method="lance", layers=2))
+    assert len(folders) == 2
+    assert [(words["micro_batch"], words["threads"]) for words in started] == [(64, 1), (64, 2), (8, 2)]
+
+
+def test_every_cell_has_a_log_of_its_own(study, tmp_path, monkeypatch):
+    logs = []
+    monkeypatch.setattr(cells_module, "run_device", lambda words, command, log, say: logs.append(log))
+    material, package = Material("mcunet", None, "c1.0", tmp_path), tmp_path / "mcunet-c1.0-0-x.tar"
+    for layers in (2, 4):
+        Cells(study).run(material, package, 0, method="lance", layers=layers)
+        Cells(study).bench(package, layers=layers)
+    assert len(set(logs)) == 4
+
+
 def test_options_of_the_device():
     words = {"eval_every": 5, "resume": True, "threads": None, "quiet": False, "lr": 0.05}
     assert device.options(words) == ["--eval-every", "5", "--resume", "--lr", "0.05"]
@@ -229,6 +341,49 @@ def test_a_run_that_fails_is_named_with_its_last_words(tmp_path):
     assert said[-1].startswith("  error: ")
 
 
+def test_figures_take_the_lance_runs_of_table_2(study, tmp_path, monkeypatch):
+    """Hours of the full preset: the same calibration, the same options, the same cell."""
+    monkeypatch.setattr(cells_module, "calibrate", lambda request, feedback: None)
+    monkeypatch.setattr(cells_module, "run_device", lambda *_: None)
+    cells, material = Cells(study), Material("mcunet", None, "c", tmp_path)
+
+    def place(plan):
+        package = cells.package(material, 0, **plan.package)
+        return cells.run(material, package, 0, method=plan.method, layers=plan.layers, **plan.words)
+
+    own = place(shared_plans(study, "table2", "mcunet", "c", study.methods)[5])
+    assert "-lance-4-" in own.name
+    assert own == place(shared_plans(study, "fig2", "mcunet", "c", ("lance",))[-1])
+    assert own == place(lance_plan(study, "fig4", "mcunet", "c", "ε 0.7", energy=0.7))
+    assert own == place(lance_plan(study, "fig3", "mcunet", "c", "N 15", energy=0.7, batches=15))
+    assert own != place(lance_plan(study, "fig3", "mcunet", "c", "N 4", energy=0.7, batches=4))
+
+
+def test_calibration_batches_are_those_that_were_taken(study, tmp_path, monkeypatch):
+    """Of 500 images there are 3 batches of 128, whether 4 or 15 were asked for."""
+
+    class Package:
+        def __init__(self, path):
+            number = min(int(path.name), 500 // 128)
+            self.manifest = SimpleNamespace(calibration_batches=number)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(fig3, "Bundle", Package)
+    monkeypatch.setattr(fig3, "find_material", lambda *_: Material("mcunet", None, "c", tmp_path))
+    monkeypatch.setattr(Cells, "package", lambda self, m, seed, **options: tmp_path / str(options["batches"]))
+    monkeypatch.setattr(fig3, "run_plans", lambda cells, model, dataset, plans: plans)
+    plans = fig3.fig3(Cells(dataclasses.replace(study, datasets=("c",))))
+    over_n = [
+        (plan.cell.setting, plan.package["batches"]) for plan in plans if plan.cell.setting.startswith("N")
+    ]
+    assert over_n == [("N 1", 1), ("N 3", 15)]
+
+
 # --- pictures ---
 
 
@@ -237,11 +392,57 @@ def test_pictures_have_what_they_are_given(tmp_path):
     axes = Axes("title", "x", "y", log_x=True, log_y=True, bound=(3.0, "bound"))
     draw_lines(tmp_path / "a.png", Panel(axes, {"lance": [(1, 2), (2, 3)], "lance, published": [(1, 1)]}))
     draw_lines(tmp_path / "b.png", Panel(axes, {"lance": [(1, 2), (2, 9)], "lance, published": [(1, 1)]}))
-    draw_stacks(tmp_path / "c.png", Axes("t", "x", "y"), {"2 bp": {"data": 1.0, "update": 2.0}})
+    draw_stacks(tmp_path / "c.png", Stacks(Axes("t", "x", "y"), {("bp", 2): {"data": 1.0, "update": 2.0}}))
     draw_lines(tmp_path / "again.png", Panel(axes, {"lance": [(1, 2), (2, 3)], "lance, published": [(1, 1)]}))
     images = {path.stem: path.read_bytes() for path in tmp_path.glob("*.png")}
     assert images["a"] == images["again"] != images["b"]
     assert all(data.startswith(b"\x89PNG") and len(data) > 5000 for data in images.values())
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figure of each picture, instead of a file."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda path, figure: figures.append(figure))
+    return figures
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path, drawn):
+    draw_lines(tmp_path / "a.png", Panel(Axes("$a_1$", "x$", "$y$"), {"lance, $5_$": [(1, 2)]}))
+    (plane,) = drawn[0].axes
+    texts = [plane.title, plane.xaxis.label, plane.yaxis.label, *plane.get_legend().get_texts()]
+    assert not any(text.get_parse_math() for text in texts)
+
+
+def test_each_data_set_has_a_plane_of_its_own(tmp_path, drawn):
+    findings, times = [], []
+    for dataset, value in (("c10", 1.0), ("c100", 2.0)):
+        cell = Cell("table2", "net", dataset, "lance", 2)
+        findings += [cell.found("accuracy_percent", [value]), cell.found("activation_mib", [value])]
+        times += [replace(cell, setting="phase data").found("step_ms", [value])]
+    draw_accuracy(tmp_path / "a.png", findings)
+    draw_phases(tmp_path / "b.png", times)
+    draw_phases(tmp_path / "c.png", times[:1])
+    accuracies, phases, alone = drawn
+    assert [list(plane.lines[0].get_ydata()) for plane in accuracies.axes] == [[1.0], [2.0]]
+    assert [plane.patches[0].get_height() for plane in phases.axes] == [1.0, 2.0]
+    titles = [plane.get_title() for figure in drawn for plane in figure.axes]
+    assert [title.partition(", net, ")[2] for title in titles] == ["c10", "c100", "c10", "c100", ""]
+    assert len(alone.axes) == 1
+
+
+def test_a_phase_has_the_colour_of_the_reports(tmp_path, drawn):
+    """Colour is the method, strength the phase."""
+    bars = {("lance", 2): dict.fromkeys(STEP_PHASES, 1.0), ("head only", 0): dict.fromkeys(STEP_PHASES, 1.0)}
+    draw_stacks(tmp_path / "a.png", Stacks(Axes("", "", ""), bars))
+    from matplotlib.colors import to_hex
+
+    found = [to_hex(patch.get_facecolor()) for patch in drawn[0].axes[0].patches]
+    for number, phase in enumerate(STEP_PHASES):
+        expected = [shade(colour, PHASES[phase]) for colour in (METHODS["lance"], PLAIN)]
+        assert found[2 * number : 2 * number + 2] == expected
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == list(STEP_PHASES)
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):

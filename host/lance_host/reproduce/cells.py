@@ -18,13 +18,14 @@ from lance_edge.files import atomic_writer
 from lance_edge.input_spec import Split
 from lance_host.build import calibrate
 from lance_host.reproduce.device import run_device
-from lance_host.reproduce.material import WHOLE, Material
+from lance_host.reproduce.material import WHOLE, Material, data_stamp
 from lance_host.reproduce.study import Study
 from lance_host.request import Feedback, Request
 
 CACHE_SIZE = "8GiB"  # features of the 50,000 images of CIFAR, mirrored and not, take 3
 EVALUATIONS = 10  # of a run: each passes all test images
 MICRO_BATCH = 64  # a workstation has the memory; cached steps take two thirds of their time at 8
+STATES = ("last.npz", "previous.npz", "best.npz")  # of a run: with any of them it is gone on with
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,30 @@ class Cells:
 
     Attributes:
         used: names of the pieces of work that were asked for, done now or before; their times are a claim's.
+        stamps: of data sets, by place; tens of thousands of files are looked at once a claim.
     """
 
     study: Study
     used: list[str] = field(default_factory=list)
+    stamps: dict[Path, str] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
         """What all that was asked for took, earlier calls included."""
         known = read_seconds(self.study.out / "cells.json")
         return sum(known.get(name, 0.0) for name in dict.fromkeys(self.used))
+
+    def run_options(self) -> dict[str, list[int]]:
+        """`micro_batch` and `threads` of the runs and benchmarks that were asked for, by their records."""
+        found: dict[str, set[int]] = {"micro_batch": set(), "threads": set()}
+        for name in self.used:
+            for kind in ("runs", "benchmarks"):
+                record = read_run_json(self.study.out / kind / name)
+                stated = {**record.get("options", {}), **{key: record[key] for key in found if key in record}}
+                for key, values in found.items():
+                    if isinstance(stated.get(key), int):
+                        values.add(stated[key])
+        return {key: sorted(values) for key, values in found.items() if values}
 
     def package(self, material: Material, seed: int, **options: Any) -> Path:
         """The package of a calibration; `options` are fields of `Request`."""
@@ -56,7 +71,9 @@ class Cells:
             split=WHOLE,
         )
         request = replace(request, **options)
-        name = f"{_label(material)}-{seed}-{digest(_identity(request))}.tar"
+        if material.data not in self.stamps:
+            self.stamps[material.data] = data_stamp(material.data)
+        name = f"{_label(material)}-{seed}-{digest(_identity(request, self.stamps[material.data]))}.tar"
         path = self.study.out / "packages" / name
         self.used.append(name)
         if path.exists():
@@ -71,7 +88,7 @@ class Cells:
         """The folder of a finished training run; `words` are options of `lance-device train`."""
         epochs = words.get("epochs", self.study.size.epochs)
         own = {"epochs": epochs, "eval_every": max(1, epochs // EVALUATIONS), "seed": seed, "lr": self.study.lr}
-        words = {**own, **words}
+        words = {**own, "micro_batch": MICRO_BATCH, **words}
         method = f"{words.get('method') or 'default'}-{words.get('layers', '')}"
         name = f"{_label(material)}-{seed}-{method}-{digest([package.name, words])}"
         folder = self.study.out / "runs" / name
@@ -79,18 +96,18 @@ class Cells:
         if is_finished(folder):
             return folder
         self.study.say(f"training {name}")
+        goes_on = any((folder / state).exists() for state in STATES)  # and keeps the threads that it has
         places = {
             "artifact": package,
             "data": material.data,
             "out": folder,
             "resume_or_start": True,
-            "threads": self.study.threads,
+            "threads": None if goes_on else self.study.threads,
             "cache_dir": self.study.out / "features",
             "cache_size": CACHE_SIZE,
-            "micro_batch": MICRO_BATCH,
         }
         with self.timed(name):
-            run_device({**places, **words}, "train", folder.with_suffix(".log"), self.study.say)
+            run_device({**places, **words}, "train", folder.with_name(f"{name}.log"), self.study.say)
         return folder
 
     def bench(self, package: Path, **words: Any) -> Path:
@@ -107,7 +124,7 @@ class Cells:
         self.study.say(f"measuring {name}")
         with self.timed(name):
             places = {"artifact": package, "out": folder, "threads": self.study.threads}
-            run_device({**places, **words}, "bench", folder.with_suffix(".log"), self.study.say)
+            run_device({**places, **words}, "bench", folder.with_name(f"{name}.log"), self.study.say)
         return folder
 
     def numbers(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -151,10 +168,10 @@ def read_seconds(path: Path) -> dict[str, float]:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run or benchmark went to its end."""
-    return bool(read_record(folder).get("status") == "finished")
+    return bool(read_run_json(folder).get("status") == "finished")
 
 
-def read_record(folder: Path) -> Mapping[str, Any]:
+def read_run_json(folder: Path) -> Mapping[str, Any]:
     """The `run.json` of a folder; empty where there is none, or a torn one."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -168,16 +185,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def _identity(request: Request) -> dict[str, Any]:
-    """Everything of a request that decides the package; of a file of weights its content, not its place."""
+def _identity(request: Request, data: str) -> dict[str, Any]:
+    """Everything of a request that decides the package; of a file of weights its content, not its place.
+
+    Args:
+        data: the stamp of the images.
+    """
     values = {name: value for name, value in vars(request).items() if name not in ("output", "threads")}
-    weights, data = request.weights, request.data
+    weights = request.weights
     if isinstance(weights, str) and Path(weights).is_file():
         values["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
     split: Split = request.split
     return {
         **values,
-        "data": None if data is None else str(data.absolute()),
+        "data": data,
         "split": vars(split),
         "budgets": dict(request.budgets),
     }

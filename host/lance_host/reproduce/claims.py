@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from lance_host.reproduce.fig2 import draw_angles, fig2
 from lance_host.reproduce.fig3 import draw_ablation, fig3
 from lance_host.reproduce.fig4 import draw_energy, fig4
 from lance_host.reproduce.fig5 import draw_phases, fig5
-from lance_host.reproduce.findings import Finding, caption, markdown_table, write_csv
+from lance_host.reproduce.findings import Finding, caption, comparable, markdown_table, write_csv
 from lance_host.reproduce.plots import require_matplotlib
 from lance_host.reproduce.study import Study, check
 from lance_host.reproduce.table1 import table1
@@ -24,6 +24,7 @@ from lance_host.reproduce.table2 import draw_accuracy, table2
 from lance_host.reproduce.table8 import table8
 from lance_host.reproduce.theory import draw_descent, theory
 from lance_host.reproduce.trained import FAILED
+from lance_host.text import count
 
 QUICK_NOTE = (
     " A quick study shows that everything runs, and what it costs; its accuracies are those of a few images and"
@@ -39,6 +40,7 @@ class Claim:
     Attributes:
         on_images: whether anything is trained.
         epochs: which length of the preset its runs have.
+        one_seed: whether it takes the first seed alone.
     """
 
     title: str
@@ -46,6 +48,11 @@ class Claim:
     draw: Callable[[Path, list[Finding]], None]
     on_images: bool = True
     epochs: str = "epochs"
+    one_seed: bool = False
+
+    def seeds(self, study: Study) -> tuple[int, ...]:
+        """Those of a study that it takes."""
+        return study.seeds[:1] if self.one_seed else study.seeds
 
 
 CLAIMS = {
@@ -60,9 +67,13 @@ CLAIMS = {
     "fig2": Claim("Angle between LANCE's gradient and backpropagation's", fig2, draw_angles),
     "fig3": Claim("Ablation of the energy threshold and the calibration batches", fig3, draw_ablation),
     "fig4": Claim("Angle, memory and accuracy over the energy threshold", fig4, draw_energy),
-    "fig5": Claim("Time of a training step over the number of layers", fig5, draw_phases),
+    "fig5": Claim("Time of a training step over the number of layers", fig5, draw_phases, one_seed=True),
     "theory": Claim(
-        "Descent with exact channel projectors, and when it breaks", theory, draw_descent, on_images=False
+        "Descent with exact channel projectors, and when it breaks",
+        theory,
+        draw_descent,
+        on_images=False,
+        one_seed=True,
     ),
 }
 
@@ -82,29 +93,40 @@ def reproduce(name: str, study: Study) -> str:
     require_matplotlib()
     claim, cells = CLAIMS[name], Cells(study)
     with cells.timed(name):
-        findings = claim.find(cells)
+        findings, differences = comparable(claim.find(cells), study)
     study.out.mkdir(parents=True, exist_ok=True)
     write_csv(study.out / f"{name}.csv", findings)
     note = QUICK_NOTE if claim.on_images and study.preset == "quick" else ""
-    table = f"{markdown_table(findings)}\n\n{caption(findings)}{note}"
+    table = f"{markdown_table(findings)}\n\n{caption(findings, differences)}{note}"
     if not cells.used:  # a claim without cells
         cells.used.append(name)
     seconds = cells.seconds
-    text = f"# {claim.title} ({name})\n\n{circumstances(study, claim, seconds)}\n\n{table}\n"
+    text = (
+        f"# {claim.title} ({name})\n\n{circumstances(study, claim, seconds, cells.run_options())}\n\n{table}\n"
+    )
     _write(study.out / f"{name}.md", text)
-    _write(study.out / f"{name}.json", json.dumps(_record(name, study, seconds), indent=1, default=str) + "\n")
+    _write(study.out / f"{name}.json", json.dumps(_record(name, cells, seconds), indent=1, default=str) + "\n")
     claim.draw(study.out / f"{name}.png", findings)
-    failed = sum((one.note or "").startswith(FAILED) for one in findings if one.quantity == "accuracy_percent")
+    failed = len(failed_cells(findings))
     if failed:
         raise ReproduceError(
-            f"{study.out / name}.md: {failed} cells failed, their rows say why; the others stand. Correct the"
-            " cause and run the same command again"
+            f"{study.out / name}.md: {count(failed, 'cell')} failed, with a row that says why; the others"
+            " stand. Correct the cause and run the same command again"
         )
     return table
 
 
-def circumstances(study: Study, claim: Claim, seconds: float) -> str:
-    """One line: preset, seeds, machine, time."""
+def failed_cells(findings: Sequence[Finding]) -> set[tuple[object, ...]]:
+    """The cells of which something failed: a run, a benchmark, an angle."""
+    return {
+        (one.model, one.dataset, one.method, one.layers, one.setting)
+        for one in findings
+        if (one.note or "").startswith(FAILED)
+    }
+
+
+def circumstances(study: Study, claim: Claim, seconds: float, run_options: Mapping[str, Sequence[int]]) -> str:
+    """One line: preset, seeds, micro-batch, threads, machine, time."""
     size = study.size
     images = "all images" if size.train_images is None else f"{size.train_images} training images"
     length = (
@@ -112,9 +134,12 @@ def circumstances(study: Study, claim: Claim, seconds: float) -> str:
         if claim.on_images
         else "Float64, "
     )
-    seeds = ", ".join(map(str, study.seeds))
+    seeds = ", ".join(map(str, claim.seeds(study)))
+    options = "".join(
+        f"; {name.replace('_', '-')} {', '.join(map(str, values))}" for name, values in run_options.items()
+    )
     time = f"{seconds / 60:.1f} minutes for all cells"
-    return f"{length}seeds {seeds}; {machine()}; {time}; lance-edge {__version__}."
+    return f"{length}seeds {seeds}{options}; {machine()}; {time}; lance-edge {__version__}."
 
 
 def machine() -> str:
@@ -129,13 +154,14 @@ def machine() -> str:
     )
 
 
-def _record(name: str, study: Study, seconds: float) -> dict[str, object]:
+def _record(name: str, cells: Cells, seconds: float) -> dict[str, object]:
+    study = cells.study
     asked = {key: value for key, value in vars(study).items() if key != "say"}
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     versions = {"lance-edge": __version__, "python": platform.python_version()}
     return {
         **{"claim": name, "written": when, "seconds": round(seconds, 1), "machine": machine()},
-        **{"versions": versions, "study": asked},
+        **{"versions": versions, "seeds": CLAIMS[name].seeds(study), **cells.run_options(), "study": asked},
     }
 
 

@@ -1,15 +1,16 @@
 """Figure 4: gradient angle, activation memory and accuracy over the energy threshold ε."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from lance_edge.errors import Interrupted, LanceError, StorageError
 from lance_host.reproduce.angles import plan_angles
 from lance_host.reproduce.cells import Cells
-from lance_host.reproduce.findings import Cell, Finding
-from lance_host.reproduce.material import AbsentError, Material, find_material
+from lance_host.reproduce.findings import Finding
+from lance_host.reproduce.material import Material, find_material
 from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
-from lance_host.reproduce.study import Study
-from lance_host.reproduce.trained import Plan, run_plan, shared_plans
+from lance_host.reproduce.trained import Plan, did_run, guarded, lance_plan, run_plan, shared_plans
+
+FILES = {"start_angle_deg": None, "angle_deg": "last.npz"}  # of the run: whose weights
 
 
 def fig4(cells: Cells) -> list[Finding]:
@@ -19,33 +20,40 @@ def fig4(cells: Cells) -> list[Finding]:
     for model, dataset in study.pairs:
         shared = shared_plans(study, "fig4", model, dataset, ("bp",))
         ends = [plan for plan in shared if plan.layers in (0, layers)]
-        plans = [_plan(study, model, dataset, energy) for energy in study.size.energies]
-        try:
-            material = find_material(study, model, dataset)
-        except AbsentError as reason:
-            findings += [plan.cell.found("accuracy_percent", (), str(reason)) for plan in ends + plans]
-            continue
-        findings += [one for plan in ends + plans for one in run_plan(cells, material, plan)]
-        findings += [one for plan in plans for one in _angles(cells, material, plan)]
+        plans = [
+            lance_plan(study, "fig4", model, dataset, f"ε {energy:g}", energy=energy)
+            for energy in study.size.energies
+        ]
+        findings += _pair(cells, model, dataset, [*ends, *plans])
     return findings
 
 
-def _plan(study: Study, model: str, dataset: str, energy: float) -> Plan:
-    layers = study.layers[-1]
-    package = {"layers": str(layers), "methods": ("lance",), "energy": energy, "batch_size": study.batch_size}
-    return Plan(Cell("fig4", model, dataset, "lance", layers, f"ε {energy:g}"), package, "lance", layers)
+def _pair(cells: Cells, model: str, dataset: str, plans: Sequence[Plan]) -> list[Finding]:
+    """Of one network and data set."""
+
+    def work() -> list[Finding]:
+        material, findings = find_material(cells.study, model, dataset), list[Finding]()
+        for plan in plans:
+            found = run_plan(cells, material, plan)
+            findings += found
+            if plan.method == "lance" and did_run(found):
+                findings += _angles(cells, material, plan)
+        return findings
+
+    return guarded(cells.study, [plan.cell for plan in plans], ("accuracy_percent",), work)
 
 
 def _angles(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
-    """With the weights that all ε begin with, and those that each ends with; none of a cell that failed."""
-    try:
-        start = [plan_angles(cells, material, plan, seed, None)["mean_deg"] for seed in cells.study.seeds]
-        end = [plan_angles(cells, material, plan, seed, "last.npz")["mean_deg"] for seed in cells.study.seeds]
-    except (Interrupted, StorageError):
-        raise
-    except LanceError:
-        return []  # the cell's row says why
-    return [plan.cell.found("start_angle_deg", start), plan.cell.found("angle_deg", end)]
+    """With the weights that all ε begin with, and those that each ends with."""
+
+    def work() -> list[Finding]:
+        found = []
+        for quantity, file in FILES.items():
+            angles = [plan_angles(cells, material, plan, seed, file) for seed in cells.study.seeds]
+            found.append(plan.cell.found(quantity, [one["mean_deg"] for one in angles]))
+        return found
+
+    return guarded(cells.study, [plan.cell], tuple(FILES), work)
 
 
 ENERGY_AXIS = "ε"

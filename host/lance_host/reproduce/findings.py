@@ -4,12 +4,12 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from lance_edge.files import atomic_writer
 from lance_edge.profiles import cells, columns
-from lance_host.reproduce.paper import published, source
+from lance_host.reproduce.paper import Published, published, source
 
 # Name in the CSV -> heading, and the digits behind the point.
 QUANTITIES = {
@@ -27,6 +27,7 @@ QUANTITIES = {
     "ascents_percent": ("first directions that ascend, %", 2),
     "rises_percent": ("steps in which the loss rises, %", 1),
     "worst_error": ("worst relative error", 1),
+    "loss_ratio": ("loss, first = 1", 4),
     "loss_change_percent": ("loss after one step, change in %", 4),
 }
 MIB = 2**20
@@ -37,6 +38,8 @@ class Finding:
     """One number of one cell; a row of `<claim>.csv`.
 
     Attributes:
+        quantity: `activation_mib` and `saved_mib` are means over the steps of a run, in figure 5 the largest of
+            a benchmark, as in reports; with HOSVD, whose ranks change from step to step, the two differ.
         layers: trained layers without the head; `None` where that says nothing.
         setting: what else varies: `batch 4`, `ε 0.7`.
         measured: mean over the seeds; `None` where the cell could not be run, and `note` says why.
@@ -71,11 +74,17 @@ class Cell:
     layers: int | None = None
     setting: str = ""
 
+    def __str__(self) -> str:
+        layers = "" if self.layers is None else f"{self.layers} layers"
+        return " ".join(filter(None, (self.model, self.dataset, self.method, layers, self.setting)))
+
+    def printed(self, quantity: str) -> Published | None:
+        """What was published for it; `None` where nothing is at hand."""
+        return published(self.claim, quantity, self.model, self.dataset, self.method, self.layers, self.setting)
+
     def found(self, quantity: str, values: Sequence[float], note: str | None = None) -> Finding:
         """The finding of one quantity, of which each seed gave a value; without any, `note` says why."""
-        printed = published(
-            self.claim, quantity, self.model, self.dataset, self.method, self.layers, self.setting
-        )
+        printed = self.printed(quantity)
         return Finding(
             **vars(self),
             quantity=quantity,
@@ -87,6 +96,26 @@ class Cell:
             source=printed.source if printed else None,
             note=note,
         )
+
+
+def comparable(findings: Iterable[Finding], study: object) -> tuple[list[Finding], list[str]]:
+    """The findings without published numbers that this study cannot be compared with, and why not."""
+    kept, reasons = [], dict[str, None]()
+    for one in findings:
+        cell = Cell(*(getattr(one, field.name) for field in fields(Cell)))
+        printed = cell.printed(one.quantity)
+        differences = printed.differences(study) if printed else []
+        reasons.update(dict.fromkeys(differences))
+        kept.append(replace(one, published=None, relation=None, source=None) if differences else one)
+    return kept, list(reasons)
+
+
+def by_pair(findings: Iterable[Finding], title: str) -> dict[str, list[Finding]]:
+    """The findings of each network and data set, by their picture's title; it names both if there are more."""
+    pairs: dict[tuple[str, str], list[Finding]] = {}
+    for one in findings:
+        pairs.setdefault((one.model, one.dataset), []).append(one)
+    return {title if len(pairs) == 1 else f"{title}, {', '.join(pair)}": own for pair, own in pairs.items()}
 
 
 def write_csv(path: Path, findings: Iterable[Finding]) -> None:
@@ -136,8 +165,16 @@ def cell_text(finding: Finding) -> str:
     return text
 
 
-def caption(findings: Sequence[Finding]) -> str:
-    """What the brackets are; a claim without published numbers says so."""
+def caption(findings: Sequence[Finding], differences: Sequence[str] = ()) -> str:
+    """What the brackets are, and what is not in them; a claim without published numbers says so.
+
+    Args:
+        differences: to the published study, for which numbers were left out.
+    """
+    left_out = f"Published numbers are left out where they cannot be compared ({'; '.join(differences)})."
     if any(finding.published is not None for finding in findings):
-        return f"In brackets what was published: {source()}: all images, 50 epochs."
+        text = f"In brackets what was published: {source()}: all images, 50 epochs."
+        return f"{text} {left_out}" if differences else text
+    if differences:
+        return f"{left_out} Source: {source()}."
     return f"No published number of this claim is at hand ({source()})."

@@ -1,5 +1,7 @@
 """The networks and images that a study can have: what is not there is a row that says so, never an error."""
 
+import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,6 +110,24 @@ def sized_data(study: Study, dataset: str, classes: Sequence[str] | None = None,
         raise AbsentError(f"no usable images: {error}") from None
 
 
+def data_stamp(place: Path) -> str:
+    """Eight digits that change with a data set's place, and with the name, size or time of any of its files."""
+    place = place.absolute()
+    files = [place]
+    if place.is_dir():
+        walk = os.walk(place, followlinks=True)
+        files = [Path(folder, name) for folder, _, names in walk for name in names]
+    seen = hashlib.sha256(str(place).encode("utf-8", "surrogateescape"))
+    for path in sorted(files):
+        try:
+            found = path.stat()
+        except OSError:  # a dangling link: whoever opens it says so
+            continue
+        text = f"{path.relative_to(place)} {found.st_size} {found.st_mtime_ns}\n"
+        seen.update(text.encode("utf-8", "surrogateescape"))
+    return seen.hexdigest()[:8]
+
+
 def class_names(study: Study, dataset: str) -> tuple[str, ...]:
     """The classes of a data set.
 
@@ -123,7 +143,8 @@ def class_names(study: Study, dataset: str) -> tuple[str, ...]:
 def _cut(study: Study, path: Path, dataset: str, classes: Sequence[str] | None, label: str) -> Path:
     """A folder of links (of an `.npz`, an `.npz`): made once, by renaming what is complete."""
     size, suffix = study.size, path.suffix if path.is_file() else ""
-    name = "-".join(filter(None, (dataset, label, str(size.train_images or ""), str(size.test_images or ""))))
+    sizes = (str(size.train_images or ""), str(size.test_images or ""))
+    name = "-".join(filter(None, (dataset, label, *sizes, data_stamp(path))))
     cut = study.out.absolute() / "data" / f"{name}{suffix}"
     if cut.exists():
         return cut
@@ -134,7 +155,7 @@ def _cut(study: Study, path: Path, dataset: str, classes: Sequence[str] | None, 
         "train": _some(whole.train, labels, size.train_images),
         "test": _some(whole.test, labels, size.test_images),
     }
-    part_file = cut.with_name(f".{cut.stem}-part{suffix}")
+    part_file = cut.with_name(f".part-{cut.name}")
     cut.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(whole.train, FilePart):
         shutil.rmtree(part_file, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 from lance_edge.errors import DataError
 from lance_edge.manifest import Manifest, Variant
@@ -19,14 +19,13 @@ class Outcome:
 
     Attributes:
         accuracy_percent: of the test images, with the last weights: no test image chose an epoch.
-        activation_mib, saved_mib: means over the steps.
-        step_ms: median, first steps of a process left out.
+        activation_mib, saved_mib: means over the steps; a report gives the largest, which with HOSVD, whose
+            ranks change from step to step, is more.
     """
 
     accuracy_percent: float
     activation_mib: float
     saved_mib: float
-    step_ms: float
 
 
 def read_outcome(folder: Path) -> Outcome:
@@ -43,7 +42,6 @@ def read_outcome(folder: Path) -> Outcome:
         accuracy_percent=100 * history[-1].test_accuracy,
         activation_mib=fmean(row.activation_bytes for row in steps) / MIB,
         saved_mib=fmean(row.saved_bytes for row in steps) / MIB,
-        step_ms=median([row.latency_ms for row in steps if not row.warmup] or [steps[0].latency_ms]),
     )
 
 

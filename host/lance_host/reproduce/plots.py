@@ -1,25 +1,19 @@
 """The pictures of a reproduction, as PNG."""
 
+import contextlib
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lance_edge.errors import PlatformError
 from lance_edge.files import atomic_writer
-from lance_edge.report.colours import METHODS, PLAIN
+from lance_edge.report.colours import METHODS, PHASES, PLAIN, shade
 
-# A method has the colour of the reports; phases and what else there is: Okabe and Ito 2008.
-PHASES = {
-    "data": "#cc79a7",
-    "prefix": "#bbbbbb",
-    "forward": "#56b4e9",
-    "backward": "#e69f00",
-    "update": "#009e73",
-}
-COLOURS = {**METHODS, **PHASES, "head only": PLAIN}
+# Methods and phases have the colours of the reports; what else there is: Okabe and Ito 2008.
+COLOURS = {**METHODS, "head only": PLAIN}
 OTHERS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 Point = tuple[float, float]
@@ -50,14 +44,30 @@ class Panel:
     joined: bool = True
 
 
+@dataclass(frozen=True)
+class Stacks:
+    """A plane of stacked bars.
+
+    Attributes:
+        bars: `(method, number of layers)` to heights by phase.
+    """
+
+    axes: Axes
+    bars: Mapping[tuple[str, int], Mapping[str, float]]
+
+
 def draw_lines(path: Path, *panels: Panel) -> None:
     """Points `(x, y)` of each series, joined by lines or not; panels stand above each other.
 
     Raises:
         PlatformError: if matplotlib is not installed.
     """
-    figure = _figure(len(panels))
-    for plane, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+    with _drawing(path, len(panels)) as planes:
+        _draw_lines(planes, panels)
+
+
+def _draw_lines(planes: Sequence[Any], panels: Sequence[Panel]) -> None:
+    for plane, panel in zip(planes, panels, strict=True):
         for number, (name, points) in enumerate(panel.series.items()):
             xs, ys = [x for x, _ in points], [y for _, y in points]
             style = {"linestyle": "-" if panel.joined else "", "color": _colour(name, number)}
@@ -65,26 +75,32 @@ def draw_lines(path: Path, *panels: Panel) -> None:
             marker = "s" if "within" in name else "o"
             plane.plot(xs, ys, marker=marker, label=name, **style, **hollow)
         _dress(plane, panel.axes)
-    _save(path, figure)
 
 
-def draw_stacks(path: Path, axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
-    """A stacked bar for each name: heights by part.
+def draw_stacks(path: Path, *stacks: Stacks) -> None:
+    """A bar for each method and number of layers, its phases stacked; planes stand above each other.
+
+    As in a report, colour is the method and strength the phase.
 
     Raises:
         PlatformError: if matplotlib is not installed.
     """
-    figure = _figure(1)
-    plane = figure.add_subplot()
-    names = list(bars)
+    with _drawing(path, len(stacks)) as planes:
+        for plane, one in zip(planes, stacks, strict=True):
+            _draw_stack(plane, one)
+
+
+def _draw_stack(plane: Any, stacks: Stacks) -> None:
+    names = [f"{layers} {method}" for method, layers in stacks.bars]
     bottoms = [0.0] * len(names)
-    for number, part in enumerate(dict.fromkeys(part for heights in bars.values() for part in heights)):
-        heights = [bars[name].get(part, 0.0) for name in names]
-        plane.bar(names, heights, bottom=bottoms, label=part, color=_colour(part, number))
+    for phase, strength in PHASES.items():
+        heights = [heights.get(phase, 0.0) for heights in stacks.bars.values()]
+        colours = [shade(_colour(method, 0), strength) for method, _ in stacks.bars]
+        plane.bar(names, heights, bottom=bottoms, color=colours)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+        plane.bar([], [], label=phase, color=shade(PLAIN, strength))  # a key for every method
     plane.tick_params(axis="x", rotation=90, labelsize=7)
-    _dress(plane, axes)
-    _save(path, figure)
+    _dress(plane, stacks.axes)
 
 
 def _colour(name: str, number: int) -> str:
@@ -107,11 +123,18 @@ def require_matplotlib() -> None:
         )
 
 
-def _figure(panels: int) -> Any:
+@contextlib.contextmanager
+def _drawing(path: Path, panels: int) -> Iterator[Sequence[Any]]:
+    """Planes above each other, saved when the block ends; a `$` in a name is a `$`."""
     require_matplotlib()
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(7.0, 4.2 if panels == 1 else 2.4 * panels), dpi=130, layout="constrained")
+    with rc_context({"text.parse_math": False}):
+        height = 4.2 if panels == 1 else 2.4 * max(panels, 1)
+        figure = Figure(figsize=(7.0, height), dpi=130, layout="constrained")
+        yield list(figure.subplots(max(panels, 1), squeeze=False)[:panels, 0])
+        _save(path, figure)
 
 
 def _dress(plane: Any, axes: Axes) -> None:

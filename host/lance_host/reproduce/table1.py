@@ -3,12 +3,14 @@
 The paper does this with ImageNet; where that is not there, any data set of classes shows the same.
 """
 
+from collections.abc import Sequence
+
 from lance_edge.errors import DataError
 from lance_host.reproduce.cells import Cells, digest
 from lance_host.reproduce.findings import Finding
 from lance_host.reproduce.material import AbsentError, Material, class_names, sized_data
 from lance_host.reproduce.pretrain import Pretraining, pretrain
-from lance_host.reproduce.trained import method_plans, run_plan
+from lance_host.reproduce.trained import Plan, guarded, method_plans, run_plan
 
 PAPERS = "imagenet"
 LEAST_CLASSES = 4  # two of each half
@@ -29,14 +31,18 @@ def table1(cells: Cells) -> list[Finding]:
                 batch_size=study.batch_size,
                 resolution=study.size.pretrain_size,
             )
-            try:
-                material = _second_half(cells, model, dataset)
-            except AbsentError as reason:
-                study.say(f"{model} on {dataset}: {reason}")
-                findings += [plan.cell.found("accuracy_percent", (), str(reason)) for plan in plans]
-                continue
-            findings += [one for plan in plans for one in run_plan(cells, material, plan)]
+            findings += _pair(cells, model, dataset, plans)
     return findings
+
+
+def _pair(cells: Cells, model: str, dataset: str, plans: Sequence[Plan]) -> list[Finding]:
+    """Of one network and data set: pretraining, then every plan."""
+
+    def work() -> list[Finding]:
+        material = _second_half(cells, model, dataset)
+        return [finding for plan in plans for finding in run_plan(cells, material, plan)]
+
+    return guarded(cells.study, [plan.cell for plan in plans], ("accuracy_percent",), work)
 
 
 def _second_half(cells: Cells, model: str, dataset: str) -> Material:
@@ -44,6 +50,7 @@ def _second_half(cells: Cells, model: str, dataset: str) -> Material:
 
     Raises:
         AbsentError: if the data set is not there, or has too few classes.
+        LanceError: if pretraining fails.
     """
     study = cells.study
     names = class_names(study, dataset)

@@ -29,6 +29,8 @@ SHAPE, OUTPUTS, ENERGY = (16, 12, 5, 5), 6, 0.7
 POINTS, STEPS, TARGETS = 100, 400, 1000
 PATHS, PATH_STEPS = 30, 100
 EXACT = 1e-10  # float64 rounding in sums of some thousand terms, relative; measured: below 1e-13
+STEPS_SHOWN = (0, 1, 2, 5, 10, 15, 20)  # of the descent on the target that is made against all modes
+DESCENT = "on a target made against batch and space, step "
 ROUNDING = 1e-12  # of a loss near its minimum
 CASES: dict[str, tuple[int, ...]] = {
     "channels": (),
@@ -176,7 +178,8 @@ def _break(cells: Cells, a: Activation, bases: list[Matrix]) -> list[Finding]:
             inner = float((problem.gradient(w) * found).sum())
             expect(abs(inner - value) < EXACT * abs(value), "<g, g~> = the eigenvalue", f"{inner}, {value}")
     cells.study.say(f"a target on which all modes ascend: <g, g~> = {value:.3e}")
-    return findings
+    findings += _descent(problem, p, None, "channels")
+    return findings + _descent(problem, p, q, "all modes")
 
 
 def _frequencies(a: Activation, bases: list[Matrix], seed: int) -> list[Finding]:
@@ -228,21 +231,24 @@ def rising_steps(x: Matrix, p: Matrix, q: Matrix | None, seed: int) -> float:
     return 100 * rises / (PATHS * PATH_STEPS)
 
 
+def _descent(problem: Quadratic, p: Matrix, projection: Matrix | None, name: str) -> list[Finding]:
+    """The loss on the way down at 1/L from W = 0, the first being 1."""
+    w, rate = np.zeros((1, len(p))), 1 / problem.smoothness(np.eye(len(p)))
+    first, findings = problem.loss(w), list[Finding]()
+    for step in range(max(STEPS_SHOWN) + 1):
+        if step in STEPS_SHOWN:
+            loss = problem.loss(w) / first
+            findings.append(_cell(name, f"{DESCENT}{step}").found("loss_ratio", [loss]))
+        w = w - rate * problem.lance_gradient(w, p, projection)
+    return findings
+
+
 def draw_descent(path: Path, findings: list[Finding]) -> None:
     """Loss over steps, from one start: channels alone, and all modes on the target made against them."""
-    a = activation(SHAPE, 0)
-    bases = subspaces([a], ENERGY)
-    x, p = channels_by_samples(a), projector(bases[1])
-    q = batch_and_space(bases, CASES["all modes"])
-    problem = Quadratic(x, -x.shape[1] * steepest_ascent(x, p, q)[1])
-    rate = 1 / problem.smoothness(np.eye(len(p)))
     series: dict[str, list[Point]] = {}
-    for name, projection in (("channels projected", None), ("all modes projected", q)):
-        w = np.zeros((1, len(p)))
-        losses = [problem.loss(w)]
-        for _ in range(20):
-            w = w - rate * problem.lance_gradient(w, p, projection)
-            losses.append(problem.loss(w))
-        series[name] = [(step, loss / losses[0]) for step, loss in enumerate(losses)]
+    for one in findings:
+        if one.quantity == "loss_ratio" and one.measured is not None:
+            step = float(one.setting.removeprefix(DESCENT))
+            series.setdefault(f"{one.method} projected", []).append((step, one.measured))
     axes = Axes("A target made against batch and space", "step", "loss, first = 1")
     draw_lines(path, Panel(axes, series))

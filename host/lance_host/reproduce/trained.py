@@ -1,7 +1,7 @@
 """Cells that are a training run for each seed: what the tables and figures 3 and 4 are made of."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lance_edge.bundle import Bundle
@@ -61,34 +61,68 @@ def method_plans(
 
 
 def shared_plans(study: Study, claim: str, model: str, dataset: str, methods: Sequence[str]) -> list[Plan]:
-    """The head alone, and some methods, for a figure: from the package of table 2, whose runs serve both."""
+    """The head alone, and some methods: the cells of table 2, whose packages and runs serve the figures too.
+
+    LANCE keeps the weights of every epoch, which figure 2 reads.
+    """
     plans = method_plans(claim, model, dataset, study.methods, study.layers, "", batch_size=study.batch_size)
-    return [plan for plan in plans if plan.cell.method in (HEAD_ONLY, *methods)]
+    words = {"lance": {"keep_every": 1}}
+    return [
+        replace(plan, words=words.get(plan.method, {}))
+        for plan in plans
+        if plan.cell.method in (HEAD_ONLY, *methods)
+    ]
+
+
+def lance_plan(study: Study, claim: str, model: str, dataset: str, setting: str, **options: object) -> Plan:
+    """LANCE with the most layers and other options of its package; with those of table 2, it is that cell."""
+    plan = shared_plans(study, claim, model, dataset, ("lance",))[-1]
+    package = {**plan.package, **options}
+    return replace(plan, cell=replace(plan.cell, setting=setting), package=package)
 
 
 def run_plans(cells: Cells, model: str, dataset: str, plans: Sequence[Plan]) -> list[Finding]:
     """The findings of all plans on one network and data set; what cannot be run is a row that says why."""
-    try:
+
+    def work() -> list[Finding]:
         material = find_material(cells.study, model, dataset)
-    except AbsentError as reason:
-        cells.study.say(f"{model} on {dataset}: {reason}")
-        return [plan.cell.found(name, (), str(reason)) for plan in plans for name in QUANTITIES[:2]]
-    return [finding for plan in plans for finding in run_plan(cells, material, plan)]
+        return [finding for plan in plans for finding in run_plan(cells, material, plan)]
+
+    return guarded(cells.study, [plan.cell for plan in plans], QUANTITIES[:2], work)
 
 
 def run_plan(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
-    """The findings of one cell; one that fails is a row too, and the others go on.
+    """The findings of one cell; one that fails is a row too, and the others go on."""
+    return guarded(cells.study, [plan.cell], QUANTITIES[:2], lambda: _run_plan(cells, material, plan))
+
+
+def guarded(
+    study: Study, asked: Sequence[Cell], quantities: Sequence[str], work: Callable[[], list[Finding]]
+) -> list[Finding]:
+    """What `work` finds; if it fails, or something is absent, a row that says why for each cell and quantity.
+
+    Args:
+        asked: the cells that get no numbers without this work.
 
     Raises:
-        Interrupted, StorageError: which would meet all others as well.
+        Interrupted, StorageError: which would meet all other work as well.
     """
     try:
-        return _run_plan(cells, material, plan)
+        return work()
     except (Interrupted, StorageError):
         raise
+    except AbsentError as reason:
+        note = str(reason)
     except LanceError as error:
-        cells.study.say(f"{plan.cell.method}, {plan.layers} layers: {FAILED}{error}")
-        return [plan.cell.found(name, (), f"{FAILED}{error}") for name in QUANTITIES[:2]]
+        note = f"{FAILED}{error}"
+    first = asked[0]
+    study.say(f"{first if len(asked) == 1 else f'{first.model} on {first.dataset}'}: {note}")
+    return [cell.found(name, (), note) for cell in asked for name in quantities]
+
+
+def did_run(found: Sequence[Finding]) -> bool:
+    """Whether a cell has its numbers: what follows from a run that failed would only fail again."""
+    return all(one.measured is not None for one in found)
 
 
 def _run_plan(cells: Cells, material: Material, plan: Plan) -> list[Finding]:
