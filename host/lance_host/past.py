@@ -19,6 +19,7 @@ from lance_edge.manifest import Layer, Manifest, Task, TensorSpec
 from lance_edge.manifest_json import is_task_name
 from lance_edge.names import INPUTS_ROLE, WEIGHTS_MEMBER, activation_name, head_name
 from lance_host.compile import serialise
+from lance_host.layers import exactly
 from lance_host.merge import joined_graph, merged_state
 from lance_host.model_source import ProvidedWeights
 from lance_host.stages import bind
@@ -59,7 +60,7 @@ class Past:
     @property
     def layer_names(self) -> str:
         """The layers of the finished run as `--layers` takes them."""
-        return ",".join(layer.name for layer in self.layers) or "0"
+        return exactly(layer.name for layer in self.layers)
 
     @property
     def head(self) -> str:
