@@ -1,4 +1,4 @@
-"""Task after task with a plain `nn.Sequential`: layers whose names are numbers, batches whole, positions cut."""
+"""Task after task with a plain `nn.Sequential`: names that are numbers, batches whole, positions cut."""
 
 from pathlib import Path
 

@@ -154,10 +154,11 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _no_match(selection: str, pattern: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or list(names[-3:])
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or names[-3:]
+    written = ", ".join(map(_written, close)) or "features.*"
     return (
         f"--layers {selection}: expected a count such as 4, several such as 1-10 or 2,4, or pointwise:4, or"
-        f" all, or names such as {', '.join(map(_written, close)) or 'features.*'}; no layer is called {pattern!r}, or"
+        f" all, or names such as {written}; no layer is called {pattern!r}, or"
         " it takes no part: lance-host layers lists them"
     )
 

@@ -80,6 +80,6 @@ def candidate_table(
     notes = [
         "",
         f"Bytes: float32 inputs at a batch of {batch_size}. The classifier {trained}.",
-        "--layers: a count from the end, conv:K, linear:K, pointwise:K, names and globs (layer4.*, '[13]'), or all.",
+        "--layers: a count from the end, conv:K, linear:K, pointwise:K, names and globs (layer4.*), or all.",
     ]
     return "\n".join([*grid([names, *columns]), *notes])
