@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_edge.datasets import open_dataset
-from lance_edge.errors import LanceError
+from lance_edge.errors import ArtifactError, LanceError
 from lance_edge.images import load_batch
 from lance_edge.manifest import Mode
 from lance_edge.memory import Memory, empty_memory, extend_memory, read_memory, write_memory
@@ -85,7 +85,7 @@ def open_before(request: MemoryRequest, past: Past) -> Memory:
     earlier = [task.name for task in past.tasks[:-1]]
     if request.memory is None:
         if earlier:
-            raise LanceError(
+            raise ArtifactError(
                 f"--memory: the network learned {', '.join(earlier)} before {past.task}; give the memory of"
                 " that, or it will be forgotten"
             )
@@ -93,12 +93,12 @@ def open_before(request: MemoryRequest, past: Past) -> Memory:
     found = read_memory(request.memory)
     remembered = [task.name for task in found.tasks]
     if remembered != earlier:
-        raise LanceError(
+        raise ArtifactError(
             f"{request.memory}: remembers {', '.join(remembered) or 'no task'}, expected"
             f" {', '.join(earlier) or 'none'}, which the network learned before {past.task}; give that memory"
         )
     if request.mode not in (None, found.mode):
-        raise LanceError(f"{request.memory}: is of {found.mode} mode, not {request.mode}; leave --mode out")
+        raise ArtifactError(f"{request.memory}: is of {found.mode} mode, not {request.mode}; leave --mode out")
     return found
 
 
@@ -114,12 +114,12 @@ def measure(request: MemoryRequest, past: Past, mode: Mode, feedback: Feedback) 
         found = read_statistics(request.statistics)
         check_statistics(found, str(request.statistics), past)
         if found.mode != mode:
-            raise LanceError(
+            raise ArtifactError(
                 f"{request.statistics}: is of {found.mode} mode, the memory of {mode} mode; collect the"
                 f" statistics with --mode {mode}"
             )
         if found.classes != past.manifest.classes:
-            raise LanceError(
+            raise ArtifactError(
                 f"{request.statistics}: of the classes {', '.join(found.classes)}, expected those of"
                 f" {past.task}: {', '.join(past.manifest.classes)}; collect them from that task's images"
             )

@@ -7,7 +7,7 @@ memory knows what all earlier tasks need, and nothing but their weights and a ne
 from dataclasses import dataclass, replace
 
 from lance_edge.datasets import Dataset
-from lance_edge.errors import LanceError
+from lance_edge.errors import ArtifactError, LanceError
 from lance_edge.input_spec import ArrayInput
 from lance_edge.memory import Memory, memory_digest, read_memory
 from lance_edge.statistics import Statistics, read_statistics
@@ -69,7 +69,7 @@ def open_memory(request: Request, after: After, past: Past) -> Memory | None:
     memory = read_memory(after.memory)
     check_remembered(memory, str(after.memory), past)
     if memory.mode != request.mode:
-        raise LanceError(
+        raise ArtifactError(
             f"{after.memory}: is of {memory.mode} mode, not {request.mode}; use --mode {memory.mode}, or make"
             f" the memory with --mode {request.mode} from the first task on"
         )
@@ -84,18 +84,18 @@ def check_remembered(memory: Memory, where: str, past: Past) -> None:
     """
     learned, remembered = [task.name for task in past.tasks], [task.name for task in memory.tasks]
     if remembered != learned:
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: remembers {', '.join(remembered) or 'no task'}, and the network has learned"
             f" {', '.join(learned)}; extend the memory with lance-host memory after each task"
         )
     if memory.tasks[-1].checkpoint_sha256 not in ("", past.checkpoint_sha256):
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: remembers {past.task} as another checkpoint left it; give that checkpoint, or make the"
             " memory again from this one"
         )
     unknown = [layer.name for layer in past.layers if layer.name not in memory.layers]
     if unknown:
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: has nothing of layer {unknown[0]}; make the memory again from this checkpoint"
         )
 
@@ -119,7 +119,7 @@ def open_material(
     where, found = str(after.statistics), read_statistics(after.statistics)
     check_statistics(found, where, past)
     if found.mode != request.mode:
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: is of {found.mode} mode, not {request.mode}; collect the statistics with --mode"
             f" {request.mode}"
         )
@@ -149,13 +149,13 @@ def check_statistics(found: Statistics, where: str, past: Past) -> None:
     theirs = {"package": found.artifact_sha256, "checkpoint": found.checkpoint_sha256}
     for what, digest in own.items():
         if theirs[what] != digest:
-            raise LanceError(
+            raise ArtifactError(
                 f"{where}: collected with another {what} ({theirs[what][:12]}, not {digest[:12]}); collect the"
                 " statistics with what is given here"
             )
     missing = [layer.name for layer in past.layers if layer.name not in found.layers]
     if missing:
-        raise LanceError(f"{where}: has nothing of layer {missing[0]}; collect the statistics again")
+        raise ArtifactError(f"{where}: has nothing of layer {missing[0]}; collect the statistics again")
 
 
 # --- the network --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
-from lance_edge.errors import ArtifactError, LanceError, ModelError
+from lance_edge.errors import ArtifactError, CheckpointError, LanceError, ModelError
 from lance_edge.manifest import Layer, Manifest, Task, TensorSpec
 from lance_edge.manifest_json import is_task_name
 from lance_edge.names import INPUTS_ROLE, WEIGHTS_MEMBER, activation_name, head_name
@@ -141,11 +141,11 @@ def find_artifact(checkpoint: Path) -> Path:
     try:
         path = Path(json.loads((checkpoint.parent / "run.json").read_text("utf-8"))["artifact"]["path"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise LanceError(
+        raise CheckpointError(
             f"{checkpoint}: no run.json beside it says which package it belongs to; name that with --artifact"
         ) from None
     if not path.is_file():
-        raise LanceError(f"{path}: the package of this run is not there; name it with --artifact")
+        raise ArtifactError(f"{path}: the package of this run is not there; name it with --artifact")
     return path
 
 
