@@ -1,14 +1,13 @@
 """`manifest.json`: written, read, and checked for what the types leave open."""
 
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from lance_edge.errors import ArtifactError
 from lance_edge.input_spec import input_rules
 from lance_edge.manifest import SCHEMA_VERSION, Manifest, batch_multiple
-from lance_edge.names import projection_name
+from lance_edge.names import is_task_name, projection_name
 from lance_edge.records import RecordError, from_json, to_json
 
 # What schema 1 did not have, as a package without earlier tasks has it.
@@ -120,11 +119,6 @@ def _check_meaning(manifest: Manifest) -> None:
     broken = [expected for expected, holds in rules.items() if not holds]
     if broken:
         raise RecordError(f"expected {', '.join(broken)}")
-
-
-def is_task_name(name: str) -> bool:
-    """Whether it may name a task: letters, digits, `.`, `_` and `-`, the first no dot; at most 64."""
-    return re.fullmatch(r"[\w-][\w.-]{0,63}", name) is not None
 
 
 def _task_rules(manifest: Manifest) -> dict[str, bool]:

@@ -9,7 +9,7 @@ reads: C/groups k_h k_w in patch mode, C in channel mode, F of a linear layer.  
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from lance_edge.matrices import MatrixFile, open_matrices, open_member
 from lance_edge.names import MEMORY_MEMBER
 from lance_edge.records import from_json, to_json
 from lance_edge.sealed import write_sealed
+from lance_edge.subspace import check_threshold
 
 SCHEMA_VERSION = 1
 META = "meta"
 WHAT = "memory"
+FIRST_THRESHOLD, THRESHOLD_STEP, LAST_THRESHOLD = 0.97, 0.003, 0.999  # after the first task, and each further
 
 Float = NDArray[np.float32]
 
@@ -86,6 +88,11 @@ class Memory:
     tasks: tuple[LearnedTask, ...]
     layers: dict[str, LayerMemory]
 
+    @property
+    def column_bytes(self) -> int:
+        """Of the columns that are used; in the file, groups of fewer columns are padded with zeros."""
+        return sum(4 * layer.dimension * rank for layer in self.layers.values() for rank in layer.ranks)
+
 
 @dataclass(frozen=True)
 class _Meta:
@@ -103,6 +110,11 @@ def empty_layer(groups: int, dimension: int) -> LayerMemory:
 def empty_memory(mode: Mode, model: str) -> Memory:
     """Before the first task."""
     return Memory(mode, model, (), {})
+
+
+def published_threshold(tasks: int) -> float:
+    """ε_cl after so many earlier tasks, of the published protocol (arXiv 2509.21617, after GPM)."""
+    return min(FIRST_THRESHOLD + THRESHOLD_STEP * tasks, LAST_THRESHOLD)
 
 
 def extend_layer(layer: LayerMemory, covariance: NDArray[np.floating], threshold: float) -> LayerMemory:
@@ -133,7 +145,7 @@ def explained_share(layer: LayerMemory, covariance: NDArray[np.floating]) -> flo
 def extend_memory(
     memory: Memory,
     name: str,
-    covariances: Mapping[str, NDArray[np.floating]],
+    covariances: Mapping[str, NDArray[np.floating]] | Iterable[tuple[str, NDArray[np.floating]]],
     threshold: float,
     checkpoint_sha256: str = "",
 ) -> Memory:
@@ -141,7 +153,8 @@ def extend_memory(
 
     Args:
         name: of the task.
-        covariances: `[groups, D, D]` of every trained layer; one that the memory does not know starts empty.
+        covariances: `[groups, D, D]` of every trained layer, all at once or one after the other: then none is
+            kept.  A layer that the memory does not know starts empty.
         threshold: ε_cl.
         checkpoint_sha256: digest of the checkpoint file of the task.
 
@@ -150,11 +163,13 @@ def extend_memory(
     """
     if name in [task.name for task in memory.tasks]:
         raise LanceError(f"memory: task {name} is in it already; give the task another name with --task-name")
-    layers = dict(memory.layers)
-    for layer, covariance in covariances.items():
+    check_threshold(threshold)
+    layers, shares = dict(memory.layers), dict[str, float]()
+    for layer, covariance in covariances.items() if isinstance(covariances, Mapping) else covariances:
         before = layers.get(layer) or empty_layer(len(covariance), covariance.shape[-1])
         layers[layer] = extend_layer(before, covariance, threshold)
-    shares = {layer: explained_share(layers[layer], c) for layer, c in covariances.items()}
+        shares[layer] = explained_share(layers[layer], covariance)
+        del covariance  # before the next one is made
     ranks = {layer: one.ranks for layer, one in layers.items()}
     learned = LearnedTask(name, threshold, ranks, shares, checkpoint_sha256)
     return Memory(memory.mode, memory.model, (*memory.tasks, learned), layers)

@@ -1,5 +1,8 @@
 """Names with a fixed meaning: in the graphs' signatures, and of the arrays and members of a package."""
 
+import re
+from pathlib import Path
+
 # The dimension of a tensor that counts the samples of a micro-batch; a multiple of it is written "4*N".
 BATCH_DIM = "N"
 CLASSES_DIM = "classes"  # in `predict`, which serves the heads of all tasks
@@ -20,7 +23,20 @@ LOGITS = "logits"  # float32 [N, classes], output of forward and of predict
 WEIGHTS_MEMBER = "weights.npz"
 PROJECTIONS_MEMBER = "projections.npz"
 SPECTRA_MEMBER = "spectra.npz"
+FALLBACK_TASK = "task"  # the name of a task that nothing says a name for
+MEMORY_BATCHES = 11  # of a finished task's images, for its memory: the published protocol
+PROJECTION_BATCHES = 100  # of the next task's images, for its projections
 MEMORY_MEMBER = "memory.npz"  # what earlier tasks need of the layers, where there are any; see `memory.py`
+
+
+def is_task_name(name: str) -> bool:
+    """Whether it may name a task: letters, digits, `.`, `_` and `-`, the first no dot; at most 64."""
+    return re.fullmatch(r"[\w-][\w.-]{0,63}", name) is not None
+
+
+def task_name_after(data: Path) -> str:
+    """A task's name from where its images are; short enough for a number behind it."""
+    return re.sub(r"[^\w.-]+", "-", data.absolute().stem).lstrip(".")[:56] or FALLBACK_TASK
 
 
 def gradient_name(parameter: str) -> str:

@@ -5,7 +5,8 @@ second moment C `[D, D]` of a task's input (C = mean of x x^T), all is asked of 
 
 Workstation and board compute with these functions, so what they find is the same.  Up to 2,048 rows the
 eigenvectors are exact; beyond, they come from randomised subspace iteration (Halko, Martinsson and Tropp,
-arXiv 0909.4061), whose memory follows the number of vectors that are wanted, not D squared.
+arXiv 0909.4061), whose memory follows the number of vectors that are wanted, as long as these are few: where
+the energy needs more than a quarter of all rows, they are exact again.
 
 Source: GPM, arXiv 2103.09762, and LANCE, arXiv 2509.21617, continual learning.
 """
@@ -19,7 +20,11 @@ from numpy.typing import NDArray
 from lance_edge.energy import rank_for_energy
 from lance_edge.errors import LanceError, NumericalError
 
-DENSE_ROWS = 2048  # up to here an exact eigendecomposition; it takes three float64 matrices of D x D
+DENSE_ROWS = 2048  # up to here an exact eigendecomposition; it takes six float64 matrices of D x D
+# A random subspace takes some five matrices of D x columns and six power steps: with more columns than D / 4 it
+# would take the memory of the exact method, and more time.  To stop there and report what was kept is no way
+# out: earlier tasks were promised an energy, whatever the spectrum.
+LARGEST_PART = 4
 NOTHING = 1e-6  # of the energy: what float32 activations and moments cannot tell from zero
 OVERSAMPLING = 16  # further columns of a random subspace, which make the wanted ones accurate
 FIRST_COLUMNS = 64
@@ -41,6 +46,19 @@ class Directions:
     eigenvalues: Double
     vectors: Double
     energy: float
+
+
+def check_threshold(threshold: float) -> None:
+    """See that ε_cl is above 0 and at most 1.
+
+    Raises:
+        LanceError: if it is not.
+    """
+    if not 0.0 < threshold <= 1.0:
+        raise LanceError(
+            f"memory threshold: expected a number above 0 and at most 1, found {threshold:g}; the usual one is"
+            " 0.97"
+        )
 
 
 def explained(covariance: Matrix, memory: Matrix) -> float:
@@ -68,36 +86,13 @@ def extend(memory: Matrix, covariance: Matrix, threshold: float) -> Double:
         LanceError: if the threshold is out of range.
         NumericalError: if C is not finite.
     """
-    _check_share("memory threshold", threshold, "0.97")
+    check_threshold(threshold)
     total, inside = _trace(covariance), _inside(covariance, memory)
     missing = threshold * total - inside
     if missing <= NOTHING * total:
         return orthonormal(memory)
     found = outside(covariance, memory, missing)
     return orthonormal(np.hstack([memory, found.vectors[:, : _fewest(found.eigenvalues, missing)]]))
-
-
-def null_basis(covariance: Matrix, memory: Matrix, energy: float, whole_below: int = 0) -> Double:
-    """U `[D, r]` of the next task's input, orthonormal and with `U^T M = 0`.
-
-    The fewest directions outside of the memory that keep `energy` of what the task has there; r is 0 where
-    nothing is left.
-
-    Args:
-        covariance: C `[D, D]` of the next task.
-        memory: M `[D, m]`.
-        energy: ε, above 0 and at most 1.
-        whole_below: up to so many dimensions D, all of what is left (the published code has 80).
-
-    Raises:
-        LanceError: if `energy` is out of range.
-        NumericalError: if C is not finite.
-    """
-    _check_share("energy threshold", energy, "0.98")
-    left = _trace(covariance) - _inside(covariance, memory)
-    found = outside(covariance, memory, energy * left)
-    is_whole = len(covariance) <= whole_below
-    return found.vectors if is_whole else found.vectors[:, : null_rank(found, _trace(covariance), energy)]
 
 
 def null_rank(found: Directions, total: float, energy: float) -> int:
@@ -110,7 +105,7 @@ def null_rank(found: Directions, total: float, energy: float) -> int:
 def outside(covariance: Matrix, memory: Matrix, energy: float) -> Directions:
     """Directions outside of the memory, by descending energy: at least so many that they have `energy`.
 
-    Up to `DENSE_ROWS` rows all D - m of them.
+    Up to `DENSE_ROWS` rows, and where a quarter of the rows is too few, all D - m of them.
 
     Args:
         covariance: C `[D, D]`.
@@ -125,9 +120,8 @@ def outside(covariance: Matrix, memory: Matrix, energy: float) -> Directions:
             "second moment: expected finite values, found NaN or infinity; check weights and preprocessing"
         )
     left = max(0.0, _trace(covariance) - _inside(covariance, memory))
-    if len(covariance) <= DENSE_ROWS:
-        return _exact(covariance, memory, left)
-    return _randomised(covariance, memory, left, energy)
+    found = _randomised(covariance, memory, left, energy) if len(covariance) > DENSE_ROWS else None
+    return _exact(covariance, memory, left) if found is None else found
 
 
 def orthonormal(columns: Matrix) -> Double:
@@ -152,20 +146,24 @@ def _exact(covariance: Matrix, memory: Matrix, left: float) -> Directions:
     return Directions(np.maximum(values[::-1], 0.0), _signed(basis @ vectors[:, ::-1]), left)
 
 
-def _randomised(covariance: Matrix, memory: Matrix, left: float, energy: float) -> Directions:
-    """The leading directions, more at a time until they have the energy."""
+def _randomised(covariance: Matrix, memory: Matrix, left: float, energy: float) -> Directions | None:
+    """The leading directions, more at a time until they have the energy; `None` where that takes too many."""
     rows, inside = memory.shape
+    most = min(rows // LARGEST_PART, rows - inside)
     rng, columns = np.random.default_rng(0), FIRST_COLUMNS
     vectors = np.empty((rows, 0))
-    while True:
-        wanted = min(columns, rows - inside)
+    while most == rows - inside or energy <= left:
+        wanted = min(columns, most)
         more = min(wanted + OVERSAMPLING, rows - inside) - vectors.shape[1]
         vectors = _iterate(covariance, memory, np.hstack([vectors, rng.standard_normal((rows, more))]))
         values, turn = np.linalg.eigh(vectors.T @ _times(covariance, vectors))
         values, vectors = np.maximum(values[::-1], 0.0), vectors @ turn[:, ::-1]
         if values[:wanted].sum() >= energy or wanted == rows - inside:
             return Directions(values[:wanted], _signed(vectors[:, :wanted]), left)
+        if wanted == most:
+            break
         columns *= 2
+    return None
 
 
 def _iterate(covariance: Matrix, memory: Matrix, start: Double) -> Double:
@@ -220,10 +218,3 @@ def _fewest(eigenvalues: Double, energy: float) -> int:
     """The smallest k with `sum(λ[:k]) >= energy`, or all that are more than rounding."""
     found = float(eigenvalues.sum())
     return rank_for_energy(eigenvalues, min(1.0, energy / found)) if found > 0 and energy > 0 else 0
-
-
-def _check_share(what: str, value: float, usual: str) -> None:
-    if not 0.0 < value <= 1.0:
-        raise LanceError(
-            f"{what}: expected a number above 0 and at most 1, found {value:g}; the usual one is {usual}"
-        )

@@ -150,6 +150,36 @@ def test_other_memories_are_refused(story, refused, tmp_path):
     )
 
 
+def test_a_memory_of_other_dimensions(story, refused, tmp_path):
+    from device_harness import lance_device as on_board
+    from device_harness import refused as refused_on_board
+
+    other = LayerMemory(np.eye(5, 2, dtype=np.float32)[None], (2,))
+    (task,) = story.memory.tasks
+    tasks = (dataclasses.replace(task, ranks=task.ranks | {"hidden": (2,)}),)
+    layers = story.memory.layers | {"hidden": other}
+    path = tmp_path / "memory.npz"
+    write_memory(path, dataclasses.replace(story.memory, tasks=tasks, layers=layers))
+    expected = (
+        f"{path}: hidden has 1 groups of 5 dimensions, in the package 1 of 24 (patch mode); give the memory of"
+        " this network"
+    )
+    assert refused(*next_words(story, "--memory", path, "--data", story / "two.npz")) == expected
+    words = ("--artifact", story / "one.tar", "--checkpoint", story / "run1/last.npz", "--memory", path)
+    found = on_board("collect", *words, "--data", story / "two.npz", "-o", tmp_path / "stats.npz")
+    assert expected in refused_on_board(found, 3)
+
+
+def test_a_memory_of_another_network(story, refused, tmp_path):
+    path = tmp_path / "memory.npz"
+    write_memory(path, dataclasses.replace(story.memory, model="/else/where/other.py:make"))
+    words = next_words(story, "--memory", path, "--data", story / "two.npz")
+    message = f"{path}: of the network other.py:make, not net.py:grouped; give the memory of this one"
+    assert refused(*words) == message
+    words = memory_words(story, "run2", "--memory", path, "--data", story / "two.npz")
+    assert refused(*words) == message
+
+
 def test_layers_that_no_memory_knows(story, refused, lance_host, lance_device, tmp_path):
     """A first task that trains two layers leaves the others without a memory: they can never train."""
     model = f"{story.folder}/net.py:grouped"
@@ -222,7 +252,7 @@ def test_memories_that_cannot_be_made(story, refused, tmp_path):
     assert refused(*memory_words(story, "run1")) == (
         "--data or --stats: expected one of them, the finished task's images or their statistics"
     )
-    assert refused(*memory_words(story, "run2", *two)) == (
+    assert refused(*memory_words(story, "forgetful", *two)) == (
         "--memory: the network learned one before two; give the memory of that, or it will be forgotten"
     )
     memory = ("--memory", story / "memory.npz")
@@ -236,10 +266,38 @@ def test_memories_that_cannot_be_made(story, refused, tmp_path):
     assert refused(*memory_words(story, "run1", *one, "--mode", "channel")) == (
         "body.3: a grouped convolution has no protected subspace in channel mode; use --mode patch"
     )
+    assert refused(*memory_words(story, "run2", *two, "--mode", "channel")) == (
+        "the memory in the package: is of patch mode, not channel; leave --mode out"
+    )
+    less = {name: LayerMemory(-layer.bases, layer.ranks) for name, layer in story.memory.layers.items()}
+    write_memory(tmp_path / "less.npz", dataclasses.replace(story.memory, layers=less))
+    assert refused(*memory_words(story, "run2", *two, "--memory", tmp_path / "less.npz")) == (
+        f"{tmp_path / 'less.npz'}: is not the memory that two was trained beside, which its package holds;"
+        " leave --memory out"
+    )
     assert "classes" in refused(*memory_words(story, "run1", *two))
     assert refused(*memory_words(story, "run1", *one, "--threshold", 0)) == (
         "memory threshold: expected a number above 0 and at most 1, found 0; the usual one is 0.97"
     )
+
+
+def test_the_memory_of_the_package_is_taken_by_default(story, lance_host, tmp_path):
+    words = memory_words(story, "run2", "--data", story / "two.npz", "--threads", 1)
+    accomplished(lance_host(*words, "-o", tmp_path / "a.npz"))
+    accomplished(lance_host(*words, "--memory", story / "memory.npz", "-o", tmp_path / "b.npz"))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert [task.name for task in read_memory(tmp_path / "a.npz").tasks] == ["one", "two"]
+
+
+def test_options_of_a_memory_are_checked_before_any_image_is_measured(story, refused, lance_host, tmp_path):
+    words = memory_words(story, "run1", "--data", story / "nowhere.npz")
+    assert refused(*words, "--threshold", 1.5) == (
+        "memory threshold: expected a number above 0 and at most 1, found 1.5; the usual one is 0.97"
+    )
+    for flag, value in (("--seed", -1), ("--threads", -3), ("--batches", 0)):
+        result = lance_host(*words, flag, value, "-o", tmp_path / "never")
+        assert result.exit_code == 2, result.output
+        assert f"Invalid value for '{flag}': {value} is not in the range x>=" in result.stderr
 
 
 # --- without a single image ---------------------------------------------------------------------------
@@ -254,6 +312,8 @@ def test_statistics_make_the_same_memory_as_the_images(story, statistics, lance_
         assert found.tasks[0].explained[name] == pytest.approx(share, abs=1e-4)
         assert found.layers[name].ranks == expected.layers[name].ranks
     assert "one (threshold 0.9)" in said
+    with Bundle(story / "one.tar") as bundle:
+        assert (bundle.manifest.mode, found.mode) == ("channel", "patch")  # by default, whatever was compressed
 
 
 def test_statistics_make_the_next_package(story, statistics, lance_host, tmp_path):
@@ -263,6 +323,7 @@ def test_statistics_make_the_next_package(story, statistics, lance_host, tmp_pat
     with Bundle(tmp_path / "blind.tar") as blind, Bundle(story / "two.tar") as seen:
         assert (blind.manifest.task, blind.manifest.classes) == ("second", seen.manifest.classes)
         assert blind.manifest.batch_size == seen.manifest.batch_size
+        assert blind.manifest.mode == "patch"  # by default after an earlier task
         plans = [bundle.manifest.variant("lance").layers for bundle in (blind, seen)]
         assert [plan.layer for plan in plans[0]] == [plan.layer for plan in plans[1]]
         for found, expected in zip(*plans, strict=True):
@@ -301,6 +362,34 @@ def test_statistics_of_something_else(story, statistics, refused, lance_host, tm
     assert "warning: the statistics were collected without this memory, so batch and positions are" in said
 
 
+def test_statistics_of_other_shapes(story, statistics, refused, tmp_path):
+    """A moment of five features where the layer has 24 would become a memory that nothing fits."""
+    path, again = tmp_path / "stats.npz", "; collect the statistics again with this package"
+
+    def refusal(file, words, **matrices):
+        own = read_statistics(statistics / file)
+        write_statistics(path, dataclasses.replace(own, layers=own.layers | matrices))
+        return refused(*words, "--stats", path).removeprefix(f"{path}: ")
+
+    words = memory_words(story, "run1")
+    found = refusal("one.npz", words, hidden={1: np.eye(5)[None]})
+    assert found == f"hidden/C1: expected [1, 24, 24], found [1, 5, 5]{again}"
+    found = refusal("one.npz", words, hidden={1: np.eye(24)})
+    assert found == f"hidden/C1: expected [1, 24, 24], found [24, 24]{again}"
+    found = refusal("one.npz", words, hidden={0: np.eye(16)})
+    assert found == f"hidden/C1: expected [1, 24, 24], found nothing{again}"
+    found = refusal("one.npz", words, hidden={1: np.eye(24)[None], 7: np.eye(3)})
+    assert found == f"hidden/C7: expected no such mode, found [3, 3]{again}"
+    none = dataclasses.replace(read_statistics(statistics / "one.npz"), batch_size=-4)
+    write_statistics(path, none)
+    assert refused(*words, "--stats", path) == (
+        f"{path}: of 6 batches of -4 images, expected one or more of each; collect the statistics again"
+    )
+    words = next_words(story, "--memory", story / "memory.npz")
+    found = refusal("two.npz", words, hidden={0: np.eye(3), 1: np.eye(24)[None]})
+    assert found == f"hidden/C0: expected [16, 16], found [3, 3]{again}"
+
+
 # --- a network that has no room left ------------------------------------------------------------------
 
 
@@ -325,7 +414,7 @@ def test_a_full_memory_leaves_the_head_to_train(story, lance_host, lance_device,
     words = ("--data", story / "two.npz", "--out", tmp_path / "run", "--epochs", 1, "--threads", 1)
     lance_device("train", "--artifact", tmp_path / "head.tar", *words)
     table = accomplished(lance_host("inspect", tmp_path / "memory.npz"))
-    assert "No room for another task: 5 layers of 5, which would stay frozen." in table
+    assert "No room for another task: 5 layers of 5, which stay frozen or would." in table
     words = ("--checkpoint", tmp_path / "run/last.npz", "--data", story / "two.npz")
     words = (*words, "--memory", tmp_path / "memory.npz", "-o", tmp_path / "after.npz")
     accomplished(lance_host("memory", *words))

@@ -1,5 +1,6 @@
 """Task after task on the board alone, and what a workstation makes of the same tasks by two other ways."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 from continual_tasks import BATCH, CODE, LAYERS, task_arrays, write_tasks
 
+from lance_device import next_task as next_task_module
 from lance_device.classifier import all_heads
 from lance_device.features import Batch
 from lance_device.graphs import starting_parameters
 from lance_device.heads import find_task
 from lance_device.measure import PhaseMeter
+from lance_device.moments_pass import PassOptions
+from lance_device.next_task import NextTaskRequest
 from lance_device.probe import MemoryProbe
 from lance_device.step import training_step
 from lance_device.task_folder import TaskFolder
@@ -24,7 +28,8 @@ from lance_edge.accuracy_matrix import read_matrix
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
 from lance_edge.datasets import open_dataset
-from lance_edge.memory import drift, explained_share, packed_memory, read_memory
+from lance_edge.errors import NumericalError
+from lance_edge.memory import drift, empty_layer, explained_share, packed_memory, read_memory
 from lance_edge.names import WEIGHTS_MEMBER, projection_name
 from lance_edge.statistics import read_statistics
 
@@ -117,6 +122,46 @@ def test_three_ways_project_the_next_task_alike(story):
             kept.append(np.einsum("gdr,gde,ger->", basis, moment, basis) / total)
         assert kept == pytest.approx([kept[0]] * 3, abs=1e-4)
         assert kept[0] > 0
+
+
+def test_workstation_and_board_choose_the_same_images_whatever_the_seeds(lance_host, lance_device, tmp_path):
+    """Few batches, so that the choice matters; seed and split are the package's without being named."""
+    one, two = write_tasks(tmp_path)
+    (tmp_path / "net.py").write_text(CODE)
+    model = ("--model", f"{tmp_path}/net.py:grouped", "--threads", 1)
+    words = ("--layers", "all", "--batch-size", BATCH, "--mode", "patch", "--any-rank", "--data", one)
+    seeds = ("--seed", 7, "--split-seed", 3, "--validation", 0.3)
+
+    def accomplished(result):
+        assert result.exit_code == 0, (result.output, result.exception)
+
+    accomplished(lance_host("calibrate", *model, *words, *seeds, "--batches", 2, "-o", tmp_path / "one.tar"))
+    places = ("--artifact", tmp_path / "one.tar", "--data", one, "--threads", 1)
+    lance_device("train", *places, "--method", "bp", "--out", tmp_path / "run", "--epochs", 1)
+    after = ("--checkpoint", tmp_path / "run/last.npz", "--threads", 1)
+    protect = ("--data", one, "--threshold", THRESHOLD, "--batches", 1, "-o", tmp_path / "memory.npz")
+    accomplished(lance_host("memory", *after, *protect))
+    words = ("--memory", tmp_path / "memory.npz", "--data", two, "--batches", 1, "-o", tmp_path / "host.tar")
+    accomplished(lance_host("calibrate", *model[:2], *after, *words))
+    words = ("--checkpoint", tmp_path / "run/last.npz", "--next-data", two, "--threshold", THRESHOLD)
+    words = (*words, "--memory-batches", 1, "--batches", 1, "-o", tmp_path / "board.tar")
+    lance_device("next-task", *places, *words)
+
+    with Bundle(tmp_path / "host.tar") as host, Bundle(tmp_path / "board.tar") as board:
+        ways = [packed_memory(host), packed_memory(board)]
+        plans = [bundle.manifest.variant("lance").layers for bundle in (host, board)]
+        assert (host.manifest.seed, host.manifest.split) == (board.manifest.seed, board.manifest.split)
+        assert (host.manifest.seed, host.manifest.split.validation_fraction) == (7, 0.3)
+        assert host.manifest.mode == "patch"  # by default after a memory
+        spectra = [bundle.arrays("spectra.npz") for bundle in (host, board)]
+        for name in LAYERS:
+            np.testing.assert_allclose(
+                *(np.array(one[f"{name}/eigenvalues1"]) for one in spectra), rtol=1e-3, atol=1e-3
+            )
+    assert [plan.layer for plan in plans[0]] == [plan.layer for plan in plans[1]]
+    for name in LAYERS:
+        assert ways[0].layers[name].ranks == ways[1].layers[name].ranks
+        assert ways[0].tasks[-1].explained[name] == pytest.approx(ways[1].tasks[-1].explained[name], abs=1e-4)
 
 
 # --- the package of the board --------------------------------------------------------------------------
@@ -223,6 +268,27 @@ def test_what_cannot_follow_is_refused(story, tmp_path):
     assert "expected a name of letters, digits, dots and dashes, at most 64, other than one" in line
     line = refusal(*run1, "--data", story / "one.npz", "--next-data", story / "two.npz", "--task", "one")
     assert "other than one; give one with --task" in line
+
+
+def test_a_package_whose_gradients_touch_the_memory_is_refused(story, tmp_path, monkeypatch):
+    """Projections that were made beside an empty memory, as a fault would make them."""
+    whole = next_task_module.project
+
+    def beside_nothing(memory, *more):
+        layers = {name: empty_layer(layer.groups, layer.dimension) for name, layer in memory.layers.items()}
+        return whole(dataclasses.replace(memory, layers=layers), *more)
+
+    monkeypatch.setattr(next_task_module, "project", beside_nothing)
+    request = NextTaskRequest(
+        *(story / name for name in ("one.tar", "run1/last.npz", "one.npz", "two.npz")),
+        tmp_path / "two.tar", "two", PassOptions(threads=1, micro_batch=8), memory_batches=2, batches=2,
+    )  # fmt: skip
+    with pytest.raises(
+        NumericalError, match="of its length inside what earlier tasks need; please report"
+    ) as e:
+        next_task_module.next_task(request, lambda text: None)
+    assert str(e.value).startswith("body.0: a gradient of the new projections has ")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- a folder of tasks, and power cuts --------------------------------------------------------------------

@@ -17,7 +17,6 @@ from lance_device.optimizer import SGD
 from lance_device.probe import HealthProbe, MemoryProbe
 from lance_device.step import training_step
 from lance_device.step_graphs import StepOutcome
-from lance_device.stream import SampleStream
 from lance_edge.bench_rows import BenchRow, Setting
 from lance_edge.bundle import Bundle
 from lance_edge.datasets import open_dataset
@@ -25,6 +24,7 @@ from lance_edge.errors import DataError
 from lance_edge.images import Part
 from lance_edge.manifest import Manifest
 from lance_edge.profiles import PHASES
+from lance_edge.stream import SampleStream
 from lance_edge.units import count
 
 # The published recipe's, but for the rate: the same batch is trained on again and again.

@@ -1,6 +1,5 @@
 """The commands of learning task after task: `collect`, `next-task`."""
 
-import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from lance_device.cli_common import (
     require_runtime_within_memory,
 )
 from lance_device.cli_types import Number, byte_count
+from lance_edge.names import MEMORY_BATCHES, PROJECTION_BATCHES, task_name_after
 
 PASS_MEMORY = click.option(
     "--pass-memory",
@@ -47,7 +47,8 @@ PASS_MEMORY = click.option(
 @click.option(
     "--batches",
     type=click.IntRange(min=1),
-    help="Of images at most.  [default: 11, with --memory 100, as on the workstation]",
+    help=f"Of images at most.  [default: {MEMORY_BATCHES}, with --memory {PROJECTION_BATCHES}, as on the"
+    " workstation]",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Chooses the images.  [default: the package's]")
 @PASS_MEMORY
@@ -97,18 +98,22 @@ def collect(
         progress=_show_progress(),
     )
     request = CollectRequest(
-        artifact, checkpoint, data, output, task or task_after(data), options, memory, batches, seed, strict
+        artifact,
+        checkpoint,
+        data,
+        output,
+        task or task_name_after(data),
+        options,
+        memory,
+        batches,
+        seed,
+        strict,
     )
     found = run_collect(request, lambda text: click.echo(text, err=True))
     layers = f"{len(found.layers)} layers" if len(found.layers) != 1 else "1 layer"
     click.echo(
         f"{output}: second moments of {layers} from {found.batches} batches of {found.batch_size} images"
     )
-
-
-def task_after(data: Path) -> str:
-    """A task's name from where its images are."""
-    return re.sub(r"[^\w.-]+", "-", data.absolute().stem).lstrip(".")[:56] or "task"
 
 
 def _show_progress() -> "_Progress":
@@ -148,8 +153,15 @@ class _Progress:
     default=0.98,
     help="Share of what the next task has outside of it that its projections keep.",
 )
-@click.option("--memory-batches", type=click.IntRange(min=1), default=11, help="Of the finished task's images.")
-@click.option("--batches", type=click.IntRange(min=1), default=100, help="Of the next task's images.")
+@click.option(
+    "--memory-batches",
+    type=click.IntRange(min=1),
+    default=MEMORY_BATCHES,
+    help="Of the finished task's images.",
+)
+@click.option(
+    "--batches", type=click.IntRange(min=1), default=PROJECTION_BATCHES, help="Of the next task's images."
+)
 @PASS_MEMORY
 @click.option("--threads", **THREADS, help="auto: the cores of this machine.")
 @click.option("--micro-batch", **AUTO, help="Images in memory at a time; auto: 8.")
@@ -188,7 +200,7 @@ def next_task(
     from lance_device.task_folder import TaskFolder
     from lance_device.text import next_task_table
 
-    name = task or task_after(next_data)
+    name = task or task_name_after(next_data)
     options = PassOptions(
         threads=threads or available_cores(),
         micro_batch=micro_batch or DEFAULT_MICRO_BATCH,

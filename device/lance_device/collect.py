@@ -15,10 +15,11 @@ from lance_edge.errors import ArtifactError
 from lance_edge.files import file_digest
 from lance_edge.manifest import Mode
 from lance_edge.memory import Memory, memory_digest, read_memory
+from lance_edge.moments import expect_fitting
+from lance_edge.names import MEMORY_BATCHES, PROJECTION_BATCHES
 from lance_edge.screening import find_bad, refuse, without
 from lance_edge.statistics import Matrices, Statistics, write_statistics
 
-MEMORY_BATCHES, PROJECTION_BATCHES = 11, 100  # of lance-host memory, and of lance-host calibrate
 DEFAULT_MODE: Mode = "patch"  # of a memory, whatever the package compresses
 
 
@@ -57,6 +58,8 @@ def collect(request: CollectRequest, note: Callable[[str], None]) -> Statistics:
         checkpoint = read_checkpoint(request.checkpoint, bundle)
         variant = bundle.manifest.variant(checkpoint.meta.method, checkpoint.meta.layers)
         memory = _open_memory(request.memory, request.options.mode)
+        if memory is not None:
+            expect_fitting(memory, bundle.manifest.layers, str(request.memory))
         dataset = open_images(request.data, bundle, request.strict, note)
         mode = request.options.mode or (memory.mode if memory is not None else DEFAULT_MODE)
         options = replace(request.options, mode=mode)

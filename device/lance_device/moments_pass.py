@@ -6,7 +6,9 @@ are, at a time, one batch of these layers' inputs and their moments in float64:
 
     sum over the layers of a pass of  4 B |input| + 8 (groups D D + B B + L L)  bytes  <=  max(limit, one layer)
 
-Layers that do not fit together cost passes instead of memory.
+and beside them what one layer takes to add a batch (`moments.work_bytes`: a batch with its padding, and some 40
+MiB of patches).  While a layer's moments are used, those of the pass's later layers are still there: what the
+user takes comes on top.  Layers that do not fit together cost passes instead of memory.
 """
 
 import math
@@ -25,14 +27,7 @@ from lance_edge.errors import ArtifactError
 from lance_edge.images import Part, load_batch
 from lance_edge.manifest import Layer, Mode, Variant
 from lance_edge.memory import LayerMemory
-from lance_edge.moments import (
-    MOST_POSITIONS,
-    LayerMoments,
-    Moments,
-    mode_sizes,
-    protected_mode,
-    protected_shape,
-)
+from lance_edge.moments import LayerMoments, Moments, kept_bytes
 from lance_edge.names import INPUTS_ROLE, activation_name
 
 Float = NDArray[np.float32]
@@ -157,9 +152,4 @@ def plan_passes(
 
 def moment_bytes(layer: Layer, mode: Mode, batch_size: int, protected_only: bool) -> int:
     """What measuring a layer keeps: a batch of its input, float32, and the moments of its modes, float64."""
-    groups, dimension = protected_shape(layer, mode)
-    values = groups * dimension**2
-    for index, size in enumerate(mode_sizes(layer, mode, batch_size)):
-        is_other = index != protected_mode(layer) and not protected_only
-        values += size**2 if is_other and (index == 0 or size <= MOST_POSITIONS) else 0
-    return 8 * values + 4 * batch_size * math.prod(layer.input_shape)
+    return kept_bytes(layer, mode, batch_size, protected_only) + 4 * batch_size * math.prod(layer.input_shape)

@@ -11,8 +11,9 @@ A layer whose null space is used up keeps its place with a projection of zeros, 
 package is tried out on two images before it takes its name: shapes are taken from what the graphs give, and a
 gradient that touches the memory is refused.
 
-Memory: one pass (`moments_pass.py`), then for one layer at a time six float64 matrices D x D (up to 2,048 rows;
-beyond, the moment and three times the columns that are wanted), and the package's members.
+Memory: one pass (`moments_pass.py`), beside its moments for one layer at a time six float64 matrices D x D
+(beyond 2,048 rows five of D x the columns that are wanted, where these are at most D / 4), and the package's
+members.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_device.checkpoint import Checkpoint, read_checkpoint
-from lance_device.collect import MEMORY_BATCHES, PROJECTION_BATCHES, open_images
+from lance_device.collect import open_images
 from lance_device.moments_pass import MomentsPass, PassOptions
 from lance_device.next_package import write_next_package
 from lance_device.protect import expect_no_extras
@@ -36,23 +37,19 @@ from lance_edge.files import file_digest
 from lance_edge.images import Part
 from lance_edge.layer_plan import any_ranks, plan_layer
 from lance_edge.manifest import LayerPlan, Variant
-from lance_edge.manifest_json import is_task_name
 from lance_edge.memory import (
     LayerMemory,
-    LearnedTask,
     Memory,
-    empty_layer,
     empty_memory,
-    explained_share,
-    extend_layer,
+    extend_memory,
     packed_memory,
+    published_threshold,
 )
-from lance_edge.moments import protected_mode, protected_shape
-from lance_edge.names import projection_name
+from lance_edge.moments import expect_fitting, protected_mode
+from lance_edge.names import MEMORY_BATCHES, PROJECTION_BATCHES, is_task_name, projection_name
 from lance_edge.protected_spectra import layer_spectra_of
 
 Float = NDArray[np.float32]
-FIRST_THRESHOLD, THRESHOLD_STEP, LAST_THRESHOLD = 0.97, 0.003, 0.999  # the published protocol
 USUAL_ENERGY = 0.98
 
 
@@ -108,10 +105,7 @@ def next_task(request: NextTaskRequest, note: Callable[[str], None]) -> NextTask
         following = open_images(request.next_data, bundle, request.strict, note)
         measure = MomentsPass(bundle, variant, checkpoint.parameters, request.options)
 
-        learned = LearnedTask(
-            name, _threshold(request, bundle), {}, {}, file_digest(request.checkpoint).hexdigest()
-        )
-        memory = extend(bundle, measure, finished.train, request.memory_batches, learned)
+        memory = extend(request, bundle, measure, finished.train, name)
         made = project(memory, bundle, variant, measure, following.train, request.batches, request.energy)
         used_up = tuple(layer for layer, rank in made.left.items() if not rank)
         for layer in used_up:
@@ -187,31 +181,23 @@ def _finished_images(request: NextTaskRequest, bundle: Bundle, note: Callable[[s
 # --- the memory -------------------------------------------------------------------------------------------
 
 
-def extend(bundle: Bundle, measure: MomentsPass, part: Part, batches: int, learned: LearnedTask) -> Memory:
-    """The package's memory with a finished task, as `memory.extend_memory` makes it, but a layer at a time.
+def extend(request: NextTaskRequest, bundle: Bundle, measure: MomentsPass, part: Part, name: str) -> Memory:
+    """The package's memory with a finished task, a layer at a time.
 
     Args:
         part: the task's training images.
-        learned: its name, threshold and checkpoint.
+        name: the task's.
     """
     manifest = bundle.manifest
     memory = packed_memory(bundle) or empty_memory(manifest.mode, manifest.model)
-    layers, shares = dict(memory.layers), dict[str, float]()
-    for layer, moments in measure.run(part, batches, manifest.seed, protected_only=True):
-        moment = moments.pop(protected_mode(layer))
-        old = layers.get(layer.name) or empty_layer(*protected_shape(layer, manifest.mode))
-        layers[layer.name] = extend_layer(old, moment, learned.threshold)
-        shares[layer.name] = explained_share(layers[layer.name], moment)
-    ranks = {layer: one.ranks for layer, one in layers.items()}
-    complete = replace(learned, ranks=ranks, explained=shares)
-    return Memory(memory.mode, memory.model, (*memory.tasks, complete), layers)
-
-
-def _threshold(request: NextTaskRequest, bundle: Bundle) -> float:
-    """ε_cl: as asked for, or of the published protocol."""
-    if request.threshold is not None:
-        return request.threshold
-    return min(FIRST_THRESHOLD + THRESHOLD_STEP * len(bundle.manifest.tasks), LAST_THRESHOLD)
+    expect_fitting(memory, measure.layers, f"{bundle.path}: its memory")
+    measured = measure.run(part, request.memory_batches, manifest.seed, protected_only=True)
+    covariances = ((layer.name, moments.pop(protected_mode(layer))) for layer, moments in measured)
+    threshold = request.threshold
+    if threshold is None:
+        threshold = published_threshold(len(manifest.tasks))
+    digest = file_digest(request.checkpoint).hexdigest()
+    return extend_memory(memory, name, covariances, threshold, digest)
 
 
 # --- projections ------------------------------------------------------------------------------------------

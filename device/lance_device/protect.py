@@ -19,13 +19,13 @@ from lance_device.options import TrainOptions
 from lance_device.run_folder import RunFolder
 from lance_edge.bundle import Bundle
 from lance_edge.errors import ArtifactError, CheckpointError, LanceError
-from lance_edge.manifest import Layer, Manifest, Mode, Variant
+from lance_edge.manifest import Manifest, Mode, Variant
 from lance_edge.memory import Memory, memory_digest, packed_memory, read_memory, write_memory
-from lance_edge.moments import protected_shape
+from lance_edge.moments import expect_fitting
 
 Float = NDArray[np.float32]
 PACKAGE = "package"  # in place of a file: the memory that the package holds
-KAHAN = 0.1  # a vector that keeps less of its length when it is projected has to be projected again
+KAHAN = 0.1  # a group that keeps less of its length when it is projected has to be projected again
 
 
 def _open_memory(source: str, bundle: Bundle) -> Memory:
@@ -80,10 +80,10 @@ def protection(memory: Memory, manifest: Manifest, variant: Variant) -> Protecti
     layers = {layer.name: layer for layer in manifest.layers}
     own = [layers[plan.layer] for plan in variant.layers]
     _expect_protected((layer.name for layer in own), memory)
+    expect_fitting(memory, own, "memory")
     expect_no_extras(manifest, variant)
-    return Protection(
-        {layer.weight: _bases(layer, memory) for layer in own}, memory.mode, memory_digest(memory)
-    )
+    bases = {layer.weight: memory.layers[layer.name].bases for layer in own}
+    return Protection(bases, memory.mode, memory_digest(memory))
 
 
 def protect(
@@ -177,21 +177,16 @@ def _expect_protected(trained: Iterable[str], memory: Memory) -> None:
         )
 
 
-def _bases(layer: Layer, memory: Memory) -> Float:
-    found = memory.layers[layer.name]
-    expected = protected_shape(layer, memory.mode)
-    if (found.groups, found.dimension) != expected:
-        raise ArtifactError(
-            f"memory: {layer.name} has {found.groups} groups of {found.dimension} dimensions, in the package"
-            f" {expected[0]} of {expected[1]} ({memory.mode} mode); give the memory of this network"
-        )
-    return found.bases
-
-
 def _outside(rows: Float, bases: Float) -> Float:
     """`G - G M M^T` of every group: `[groups, n, D]` and `[groups, D, m] -> [groups, n, D]`."""
     transposed = bases.transpose(0, 2, 1)
     left: Float = np.subtract(rows, (rows @ bases) @ transposed, dtype=np.float32)
-    if np.linalg.norm(left) < KAHAN * np.linalg.norm(rows):
-        left -= (left @ bases) @ transposed
+    again = _norms(left) < KAHAN * _norms(rows)  # [groups]
+    left[again] -= (left[again] @ bases[again]) @ transposed[again]
     return left
+
+
+def _norms(rows: Float) -> Float:
+    """Of each group `[groups, n, D]`, all filters together."""
+    norms: Float = np.linalg.norm(rows.reshape(len(rows), -1), axis=1)
+    return norms

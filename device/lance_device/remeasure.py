@@ -80,12 +80,10 @@ def _row(place: TaskPlace, places: tuple[TaskPlace, ...]) -> AfterTask:
 def kept_bytes(bundle: Bundle) -> dict[str, int]:
     """What is kept from task to task, in bytes: the memory's columns, earlier heads, the network's weights."""
     memory, stored = packed_memory(bundle), bundle.arrays(WEIGHTS_MEMBER)
-    columns = [
-        layer.dimension * rank for layer in (memory.layers if memory else {}).values() for rank in layer.ranks
-    ]
     sizes = {name: np.asarray(stored[name]).nbytes for name in stored}
     heads = sum(size for name, size in sizes.items() if name.startswith(HEADS))
-    return {"memory": 4 * sum(columns), "heads": heads, "weights": sum(sizes.values()) - heads}
+    columns = memory.column_bytes if memory is not None else 0
+    return {"memory": columns, "heads": heads, "weights": sum(sizes.values()) - heads}
 
 
 def _accuracy(bundle: Bundle, data: Path, classifier: Classifier) -> float:

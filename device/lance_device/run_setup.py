@@ -21,13 +21,13 @@ from lance_device.pace import PaceOptions
 from lance_device.protect import Protection, expect_no_decay, protect, protect_again
 from lance_device.recover import recover
 from lance_device.run_folder import RunFolder, data_identity
-from lance_device.stream import SampleStream
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import SCHEMA_VERSION
 from lance_edge.datasets import Dataset
 from lance_edge.errors import CheckpointError, DataError
 from lance_edge.input_spec import ArrayInput, InputSpec
 from lance_edge.manifest import Variant
+from lance_edge.stream import SampleStream
 from lance_edge.targets import Targets
 
 Float = NDArray[np.float32]

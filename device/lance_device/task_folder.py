@@ -9,10 +9,13 @@ A task begins when its folder takes its name: package and record are durable in 
 cut leaves is the state before or the state after.
 """
 
+import contextlib
+import fcntl
+import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from lance_device.run_record import read_record, write_record
 from lance_edge.bundle import Bundle
 from lance_edge.errors import CheckpointError, DataError, StorageError
 from lance_edge.files import CHUNK_BYTES, atomic_writer, sync_folder
-from lance_edge.manifest_json import is_task_name
+from lance_edge.names import is_task_name
 from lance_edge.records import RecordError, from_json, to_json
 
 FOLDER = re.compile(r"([1-9]\d{0,3})-(.+)")
@@ -141,26 +144,45 @@ class TaskFolder:
 
         Raises:
             DataError: if the name cannot be one, or is taken.
-            StorageError: if it cannot be written; nothing is left behind.
+            StorageError: if it cannot be written, or another task begins here; nothing is left behind.
         """
-        places = self.tasks()
-        _check_name(record.task, [place.record.task for place in places])
-        number = len(places) + 1
-        self._clear_leftovers()
-        unfinished = self.root / f".{number}-{record.task}.{secrets.token_hex(4)}"
-        path = self.root / f"{number}-{record.task}"
+        with self._locked():
+            places = self.tasks()
+            _check_name(record.task, [place.record.task for place in places])
+            number = len(places) + 1
+            self._clear_leftovers()
+            unfinished = self.root / f".{number}-{record.task}.{secrets.token_hex(4)}"
+            path = self.root / f"{number}-{record.task}"
+            try:
+                with _making(path):
+                    unfinished.mkdir()
+                make_package(unfinished / PACKAGE)
+                with _making(path):
+                    write_record(unfinished / RECORD, {"record": to_json(record)})
+                    unfinished.replace(path)
+                    sync_folder(self.root)
+                    sync_folder(self.root.parent)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            return TaskPlace(number, path, record)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The folder, made where it was not, for one command at a time that begins a task in it."""
+        with _making(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            unfinished.mkdir(parents=True)
-            make_package(unfinished / PACKAGE)
-            write_record(unfinished / RECORD, {"record": to_json(record)})
-            unfinished.replace(path)
-            sync_folder(self.root)
-            sync_folder(self.root.parent)
-        except OSError as error:
-            raise StorageError(f"{path}: cannot make this folder ({error.strerror}); check the disk") from None
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise StorageError(
+                        f"{self.root}: another process begins a task in this folder; wait for it"
+                    ) from None
+            yield
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        return TaskPlace(number, path, record)
+            os.close(descriptor)
 
     def _folders(self) -> list[tuple[int, Path]]:
         if not self.root.is_dir():
@@ -215,6 +237,14 @@ def find_place(places: tuple[TaskPlace, ...], wanted: str, where: Path) -> TaskP
             return place
     known = ", ".join(f"{place.number} ({place.record.task})" for place in places)
     raise DataError(f"{where}: no task {wanted!r} here; expected one of {known}")
+
+
+@contextlib.contextmanager
+def _making(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot make this folder ({error.strerror}); check the disk") from None
 
 
 def _check_name(name: str, taken: list[str]) -> None:

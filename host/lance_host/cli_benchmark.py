@@ -34,7 +34,11 @@ PATH = click.Path(path_type=Path)
     " for hours.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="At most, of each task. Default: the preset's.")
-@click.option("--lr", type=float, help="Learning rate at the start of each task. Default: the preset's.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Learning rate at the start of each task. Default: the preset's.",
+)
 @click.option(
     "--batch-norm",
     type=click.Choice(["running", "batch"]),
@@ -89,8 +93,10 @@ def continual(
     from lance_host.continual_benchmark.run import BenchmarkRequest, Voice, run_benchmark
 
     chosen = choose_preset(preset)
-    recipe = replace(chosen.recipe, epochs=epochs or chosen.recipe.epochs, lr=lr or chosen.recipe.lr)
-    chosen = replace(chosen, recipe=recipe, gpm_lr=lr or chosen.gpm_lr)
+    if epochs is not None:
+        chosen = replace(chosen, recipe=replace(chosen.recipe, epochs=epochs))
+    if lr is not None:
+        chosen = replace(chosen, recipe=replace(chosen.recipe, lr=lr), gpm_lr=lr)
     request = BenchmarkRequest(
         benchmark=benchmark,
         methods=choose_methods(method),

@@ -1,5 +1,6 @@
 """`lance-host calibrate` and `layers`: from a network to a package."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,20 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progr
 @click.option("--interpolation", help="When images are resized: bilinear, bicubic, lanczos, nearest.")
 @click.option(
     "--validation",
-    default=0.1,
-    show_default=True,
-    help="Share of the training images that best.npz is chosen on.",
+    type=float,
+    help="Share of the training images that best.npz is chosen on.  Default: 0.1, or the task before's.",
 )
 @click.option(
-    "--split-seed", default=0, show_default=True, help="Divides class folders that have no test/ (75/25)."
+    "--split-seed",
+    type=int,
+    help="Divides class folders that have no test/ (75/25).  Default: 0, or the task before's.",
 )
-@click.option("--seed", default=0, show_default=True, help="Calibration order, new head, random weights.")
-@click.option("--threads", type=int, help="For calibration. Default: all cores.")
+@click.option(
+    "--seed",
+    type=int,
+    help="Calibration order, new head, random weights.  Default: 0, or the task before's.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="For calibration. Default: all cores.")
 @click.option("--task-name", "task", help="Of what the package trains. Default: after --data.")
 @next_task_options
 @click.pass_context
@@ -97,8 +103,8 @@ def calibrate(
     /,
     methods: str | None,
     memory_budget: str | None,
-    validation: float,
-    split_seed: int,
+    validation: float | None,
+    split_seed: int | None,
     **options: Any,
 ) -> None:
     """Find the activations' subspaces, compile the training graphs, write one package.
@@ -112,7 +118,6 @@ def calibrate(
     lance-host calibrate --model mcunet --data photos/ --layers 1-10 --methods all -o bench.tar
     lance-host calibrate --memory memory.npz --checkpoint run/last.npz --data next/ -o next.tar
     """
-    from lance_edge.input_spec import Split
     from lance_host.budget import parse_budget
     from lance_host.build import calibrate as build
     from lance_host.continual import calibrate_next
@@ -120,10 +125,10 @@ def calibrate(
     from lance_host.selection import method_names
     from lance_host.tables import layer_table, rank_advice, saved_line
 
-    if not 0 <= validation < 1:
+    if validation is not None and not 0 <= validation < 1:
         raise OptionError(f"--validation: expected a share from 0 to below 1, found {validation}")
-    split = Split(seed=split_seed, test_fraction=0.25, validation_fraction=validation)
     past = past_of(options, is_model_given=_is_given(context, "model"))
+    split, options["seed"] = _split_and_seed(past, split_seed, validation, options["seed"])
     names = method_names(methods or DEFAULT_METHODS[past is not None and past.memory is not None])
     budgets = {} if memory_budget is None else parse_budget(memory_budget, names)
     request = Request(methods=names, split=split, budgets=budgets, after=past, **options)
@@ -136,6 +141,24 @@ def calibrate(
     if advice := rank_advice(manifest):
         click.echo(advice)
     click.echo(wrote(options["output"]))
+
+
+def _split_and_seed(
+    past: Any, split_seed: int | None, validation: float | None, seed: int | None
+) -> tuple[Any, int]:
+    """As asked for, else as the task before had them, so that workstation and board take the same images."""
+    from lance_host.past import package_before
+    from lance_host.request import DEFAULT_SPLIT
+
+    split, before = DEFAULT_SPLIT, 0
+    if past is not None:
+        manifest = package_before(past.artifact, past.checkpoint)
+        split, before = manifest.split, manifest.seed
+    if split_seed is not None:
+        split = replace(split, seed=split_seed)
+    if validation is not None:
+        split = replace(split, validation_fraction=validation)
+    return split, before if seed is None else seed
 
 
 def _is_given(context: click.Context, option: str) -> bool:

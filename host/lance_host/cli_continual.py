@@ -9,6 +9,7 @@ import click
 
 from lance_edge.errors import LanceError
 from lance_edge.manifest import MODES
+from lance_edge.names import MEMORY_BATCHES
 from lance_host.cli_options import FILE, progress_bars, wrote
 
 # Of a task with a memory, which `bp` alone would not respect, and of any other.
@@ -87,7 +88,11 @@ def past_of(options: dict[str, Any], is_model_given: bool) -> Any:
 @click.option("--checkpoint", type=FILE, required=True, help="last.npz or best.npz of the finished run.")
 @click.option("--data", type=FILE, help="The finished task's images, as they were trained.")
 @click.option("--stats", "statistics", type=FILE, help="stats.npz of lance-device collect, in place of --data.")
-@click.option("--memory", type=FILE, help="The memory of the tasks before, which is extended.")
+@click.option(
+    "--memory",
+    type=FILE,
+    help="The memory of the tasks before, which is extended. Default: the one in the package.",
+)
 @click.option(
     "--threshold",
     type=float,
@@ -96,11 +101,17 @@ def past_of(options: dict[str, Any], is_model_given: bool) -> Any:
 @click.option(
     "--mode",
     type=click.Choice(MODES),
-    help="Protect what filters read (patch, the default), or channels. Default with --memory: as that.",
+    help="Protect what filters read (patch, the default), or channels. After an earlier task: as its memory.",
 )
-@click.option("--batches", default=11, show_default=True, help="Batches of images at most.")
-@click.option("--seed", default=0, show_default=True, help="Of the choice of images.")
-@click.option("--threads", type=int, help="Default: all cores.")
+@click.option(
+    "--batches",
+    type=click.IntRange(min=1),
+    default=MEMORY_BATCHES,
+    show_default=True,
+    help="Batches of images at most.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Chooses the images. Default: the package's.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
 @click.option("-o", "--output", type=FILE, default=Path("memory.npz"), show_default=True, help="What to write.")
 @files_first
 def memory(**options: Any) -> None:
@@ -110,7 +121,7 @@ def memory(**options: Any) -> None:
     lance-host memory --checkpoint run1/last.npz --data task1/ -o memory1.npz
     lance-host calibrate --checkpoint run1/last.npz --memory memory1.npz --data task2/ -o task2.tar
     lance-device train --artifact task2.tar --data task2/ --out run2/
-    lance-host memory --checkpoint run2/last.npz --data task2/ --memory memory1.npz -o memory2.npz
+    lance-host memory --checkpoint run2/last.npz --data task2/ -o memory2.npz
     """
     from lance_host.memory_build import MemoryRequest, make_memory
     from lance_host.memory_table import memory_table

@@ -12,19 +12,26 @@ from lance_edge.datasets import open_dataset
 from lance_edge.errors import ArtifactError, LanceError
 from lance_edge.images import load_batch
 from lance_edge.manifest import Mode
-from lance_edge.memory import Memory, empty_memory, extend_memory, read_memory, write_memory
-from lance_edge.moments import protected_mode, protected_shape
+from lance_edge.memory import (
+    Memory,
+    empty_memory,
+    extend_memory,
+    memory_digest,
+    published_threshold,
+    read_memory,
+    write_memory,
+)
+from lance_edge.moments import expect_fitting, protected_mode, protected_shape
+from lance_edge.names import MEMORY_BATCHES
 from lance_edge.screening import steady
 from lance_edge.statistics import read_statistics
+from lance_edge.subspace import check_threshold
 from lance_host.calibrate import calibration_batches, layer_moments
-from lance_host.next_task import check_statistics
+from lance_host.next_task import check_model, check_moments, check_statistics
 from lance_host.past import Past, read_past, tap_names
 from lance_host.request import Feedback
 from lance_host.text import count
 
-# The published protocol's (arXiv 2509.21617, after GPM): 0.97 after the first task, 0.003 more each time.
-FIRST_THRESHOLD, THRESHOLD_STEP, LAST_THRESHOLD = 0.97, 0.003, 0.999
-DEFAULT_BATCHES = 11
 DEFAULT_MODE: Mode = "patch"
 
 Covariances = Mapping[str, NDArray[np.floating]]
@@ -32,9 +39,10 @@ Covariances = Mapping[str, NDArray[np.floating]]
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """What is asked for; `None`: as the published protocol or the older memory has it.
+    """What is asked for; `None`: as the published protocol, the older memory or the package has it.
 
-    Either `data`, the finished task's images, or `statistics` of them.
+    Either `data`, the finished task's images, or `statistics` of them.  `seed` chooses the images: by default
+    the package's, as a board does.
     """
 
     checkpoint: Path
@@ -45,14 +53,9 @@ class MemoryRequest:
     memory: Path | None = None
     threshold: float | None = None
     mode: Mode | None = None
-    batches: int = DEFAULT_BATCHES
-    seed: int = 0
+    batches: int = MEMORY_BATCHES
+    seed: int | None = None
     threads: int | None = None
-
-
-def published_threshold(tasks: int) -> float:
-    """ε_cl after so many earlier tasks."""
-    return min(FIRST_THRESHOLD + THRESHOLD_STEP * tasks, LAST_THRESHOLD)
 
 
 def make_memory(request: MemoryRequest, feedback: Feedback) -> Memory:
@@ -65,6 +68,8 @@ def make_memory(request: MemoryRequest, feedback: Feedback) -> Memory:
         raise LanceError(
             "--data or --stats: expected one of them, the finished task's images or their statistics"
         )
+    if request.threshold is not None:
+        check_threshold(request.threshold)
     past = read_past(request.artifact, request.checkpoint)
     before = open_before(request, past)
     covariances = measure(request, past, before.mode, feedback)
@@ -77,28 +82,36 @@ def make_memory(request: MemoryRequest, feedback: Feedback) -> Memory:
 
 
 def open_before(request: MemoryRequest, past: Past) -> Memory:
-    """The memory of the tasks before the finished one.
+    """The memory of the tasks before the finished one: by default what the finished one's package holds.
 
     Raises:
-        LanceError: if it is missing, has another mode, or knows other tasks.
+        LanceError: if it is missing, has another mode, knows other tasks, or is not that of the package.
     """
     earlier = [task.name for task in past.tasks[:-1]]
-    if request.memory is None:
+    found = past.memory if request.memory is None else read_memory(request.memory)
+    where = "the memory in the package" if request.memory is None else str(request.memory)
+    if found is None:
         if earlier:
             raise ArtifactError(
                 f"--memory: the network learned {', '.join(earlier)} before {past.task}; give the memory of"
                 " that, or it will be forgotten"
             )
         return empty_memory(request.mode or DEFAULT_MODE, past.manifest.model)
-    found = read_memory(request.memory)
     remembered = [task.name for task in found.tasks]
     if remembered != earlier:
         raise ArtifactError(
-            f"{request.memory}: remembers {', '.join(remembered) or 'no task'}, expected"
+            f"{where}: remembers {', '.join(remembered) or 'no task'}, expected"
             f" {', '.join(earlier) or 'none'}, which the network learned before {past.task}; give that memory"
         )
+    check_model(found, where, past)
+    if past.memory is not None and memory_digest(found) != memory_digest(past.memory):
+        raise ArtifactError(
+            f"{where}: is not the memory that {past.task} was trained beside, which its package holds; leave"
+            " --memory out"
+        )
     if request.mode not in (None, found.mode):
-        raise ArtifactError(f"{request.memory}: is of {found.mode} mode, not {request.mode}; leave --mode out")
+        raise ArtifactError(f"{where}: is of {found.mode} mode, not {request.mode}; leave --mode out")
+    expect_fitting(found, past.layers, where)
     return found
 
 
@@ -123,6 +136,7 @@ def measure(request: MemoryRequest, past: Past, mode: Mode, feedback: Feedback) 
                 f"{request.statistics}: of the classes {', '.join(found.classes)}, expected those of"
                 f" {past.task}: {', '.join(past.manifest.classes)}; collect them from that task's images"
             )
+        check_moments(found, str(request.statistics), past.layers)
         return {layer.name: found.layers[layer.name][protected_mode(layer)] for layer in past.layers}
     return _measure_images(request, past, mode, feedback) if past.layers else {}
 
@@ -133,7 +147,8 @@ def _measure_images(request: MemoryRequest, past: Past, mode: Mode, feedback: Fe
     opened = open_dataset(request.data, manifest.split, manifest.classes)
     part = steady(opened, feedback.say_bad_image).train
     batch_size = min(manifest.batch_size, len(part))
-    order = calibration_batches(len(part), batch_size, request.batches, request.seed)
+    seed = manifest.seed if request.seed is None else request.seed
+    order = calibration_batches(len(part), batch_size, request.batches, seed)
     feedback.say(f"memory of {past.task}: {count(len(order), 'batch')} of {batch_size} training images")
     moments = layer_moments(
         past.taps,

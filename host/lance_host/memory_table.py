@@ -10,7 +10,7 @@ def memory_table(memory: Memory) -> str:
         ("model", memory.model),
         ("mode", memory.mode),
         ("tasks", ", ".join(f"{task.name} (threshold {task.threshold:g})" for task in memory.tasks) or "none"),
-        ("bytes", human_bytes(sum(layer.bases.nbytes for layer in memory.layers.values()))),
+        ("bytes", human_bytes(memory.column_bytes)),
     ]
     lines = [line for pair in facts for line in fact(*pair)]
     if memory.layers:
@@ -21,8 +21,10 @@ def memory_table(memory: Memory) -> str:
 def tasks_that_fit(memory: Memory, name: str) -> int | None:
     """How many more tasks a layer has room for at the rate of the tasks so far; `None`: without end.
 
-    The rate is what the last task added.
+    The rate is what the last task added.  A layer that the last task did not train is frozen for good.
     """
+    if memory.tasks and name not in memory.tasks[-1].explained:
+        return 0
     history = [sum(task.ranks[name]) for task in memory.tasks if name in task.ranks]
     layer = memory.layers[name]
     left = layer.groups * layer.dimension - sum(layer.ranks)
@@ -68,7 +70,9 @@ def _closing(memory: Memory) -> str:
     first = min(bounded, key=lambda name: bounded[name])
     if not bounded[first]:
         full = sum(not tasks for tasks in bounded.values())
-        return f"No room for another task: {count(full, 'layer')} of {len(fitting)}, which would stay frozen."
+        return (
+            f"No room for another task: {count(full, 'layer')} of {len(fitting)}, which stay frozen or would."
+        )
     return (
         f"At the present rate there is room for {count(bounded[first], 'more task')}: then {first} is used up."
     )

@@ -4,12 +4,15 @@ Whatever is accepted here keeps the promise that earlier tasks were given: only 
 memory knows what all earlier tasks need, and nothing but their weights and a new head.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lance_edge.datasets import Dataset
 from lance_edge.errors import ArtifactError, LanceError
 from lance_edge.input_spec import ArrayInput
+from lance_edge.manifest import Layer
 from lance_edge.memory import Memory, memory_digest, read_memory
+from lance_edge.moments import expect_fitting, mode_sizes, protected_mode, protected_shape
 from lance_edge.statistics import Statistics, read_statistics
 from lance_host.build import choose_batch, open_images
 from lance_host.heads import FIND
@@ -73,7 +76,19 @@ def open_memory(request: Request, after: After, past: Past) -> Memory | None:
             f"{after.memory}: is of {memory.mode} mode, not {request.mode}; use --mode {memory.mode}, or make"
             f" the memory with --mode {request.mode} from the first task on"
         )
+    expect_fitting(memory, past.layers, str(after.memory))
     return memory
+
+
+def check_model(memory: Memory, where: str, past: Past) -> None:
+    """Refuse the memory of another network; of a network in a file, the folder of the file does not count.
+
+    Raises:
+        LanceError: naming both.
+    """
+    names = [name.rpartition("/")[2] for name in (memory.model, past.manifest.model)]
+    if names[0] != names[1]:
+        raise ArtifactError(f"{where}: of the network {names[0]}, not {names[1]}; give the memory of this one")
 
 
 def check_remembered(memory: Memory, where: str, past: Past) -> None:
@@ -88,6 +103,7 @@ def check_remembered(memory: Memory, where: str, past: Past) -> None:
             f"{where}: remembers {', '.join(remembered) or 'no task'}, and the network has learned"
             f" {', '.join(learned)}; extend the memory with lance-host memory after each task"
         )
+    check_model(memory, where, past)
     if memory.tasks[-1].checkpoint_sha256 not in ("", past.checkpoint_sha256):
         raise ArtifactError(
             f"{where}: remembers {past.task} as another checkpoint left it; give that checkpoint, or make the"
@@ -123,6 +139,7 @@ def open_material(
             f"{where}: is of {found.mode} mode, not {request.mode}; collect the statistics with --mode"
             f" {request.mode}"
         )
+    check_moments(found, where, past.layers)
     if request.batch_size not in (None, found.batch_size):
         raise LanceError(
             f"--batch-size {request.batch_size}: the statistics are of batches of {found.batch_size}; leave it"
@@ -156,6 +173,35 @@ def check_statistics(found: Statistics, where: str, past: Past) -> None:
     missing = [layer.name for layer in past.layers if layer.name not in found.layers]
     if missing:
         raise ArtifactError(f"{where}: has nothing of layer {missing[0]}; collect the statistics again")
+
+
+def check_moments(found: Statistics, where: str, layers: Iterable[Layer]) -> None:
+    """Refuse second moments that are not of these layers, which have the protected mode at least.
+
+    `read_statistics` has seen that they are finite and symmetric.
+
+    Raises:
+        ArtifactError: naming the first array of another shape.
+    """
+    if min(found.batches, found.batch_size) < 1:
+        raise ArtifactError(
+            f"{where}: of {found.batches} batches of {found.batch_size} images, expected one or more of each;"
+            " collect the statistics again"
+        )
+    for layer in layers:
+        sizes, protected = mode_sizes(layer, found.mode, found.batch_size), protected_mode(layer)
+        groups, dimension = protected_shape(layer, found.mode)
+        expected: dict[int, tuple[int, ...]] = {mode: (size, size) for mode, size in enumerate(sizes)}
+        expected[protected] = (groups, dimension, dimension)
+        for mode in sorted({protected, *found.layers[layer.name]}):
+            moment = found.layers[layer.name].get(mode)
+            if moment is None or moment.shape != expected.get(mode):
+                shape = "nothing" if moment is None else str(list(moment.shape))
+                wanted = list(expected[mode]) if mode in expected else "no such mode"
+                raise ArtifactError(
+                    f"{where}: {layer.name}/C{mode}: expected {wanted}, found {shape}; collect the statistics"
+                    " again with this package"
+                )
 
 
 # --- the network --------------------------------------------------------------------------------------

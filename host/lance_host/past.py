@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,16 @@ from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
 from lance_edge.errors import ArtifactError, CheckpointError, LanceError, ModelError
 from lance_edge.manifest import Layer, Manifest, Task, TensorSpec
-from lance_edge.manifest_json import is_task_name
-from lance_edge.names import INPUTS_ROLE, WEIGHTS_MEMBER, activation_name, head_name
+from lance_edge.memory import Memory, packed_memory
+from lance_edge.names import (
+    FALLBACK_TASK,
+    INPUTS_ROLE,
+    WEIGHTS_MEMBER,
+    activation_name,
+    head_name,
+    is_task_name,
+    task_name_after,
+)
 from lance_host.compile import serialise
 from lance_host.layers import exactly
 from lance_host.merge import joined_graph, merged_state
@@ -25,7 +32,6 @@ from lance_host.model_source import ProvidedWeights
 from lance_host.stages import bind
 
 Array = NDArray[np.generic]
-FALLBACK_NAME = "task"
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Past:
         heads: the arrays of their heads, by their names in `weights.npz`.
         layers: that the finished run trained.
         taps: a graph from images to the inputs of these layers, weights constant.
+        memory: that the finished task was trained beside; `None` if its package holds none.
     """
 
     manifest: Manifest
@@ -51,6 +58,7 @@ class Past:
     heads: dict[str, Array]
     layers: tuple[Layer, ...]
     taps: bytes
+    memory: Memory | None = None
 
     @property
     def task(self) -> str:
@@ -102,7 +110,7 @@ def read_past(artifact: Path | None, checkpoint: Path) -> Past:
             )
         state = merged_state(bundle, trained.weights)
         task = Task(
-            manifest.task or f"{FALLBACK_NAME}-{len(manifest.tasks) + 1}",
+            manifest.task or f"{FALLBACK_TASK}-{len(manifest.tasks) + 1}",
             manifest.classes,
             tuple(TensorSpec(name, state[name].shape, "float32") for name in manifest.head),
         )
@@ -123,6 +131,7 @@ def read_past(artifact: Path | None, checkpoint: Path) -> Past:
             heads=heads,
             layers=tuple(layer for layer in manifest.layers if layer.name in names),
             taps=_taps(bundle, trained.variant.graphs, trained.weights) if names else b"",
+            memory=packed_memory(bundle),
         )
 
 
@@ -130,6 +139,16 @@ def _taps(bundle: Bundle, graphs: Mapping[str, tuple[str, ...]], weights: Mappin
     model = ir.serde.deserialize_model(joined_graph(bundle, graphs, INPUTS_ROLE))
     bind(model, weights)
     return serialise(model, "calibration")
+
+
+def package_before(artifact: Path | None, checkpoint: Path) -> Manifest:
+    """The plan of the package that a finished run was trained from.
+
+    Raises:
+        LanceError: if there is none, or it is damaged.
+    """
+    with Bundle(artifact or find_artifact(checkpoint)) as bundle:
+        return bundle.manifest
 
 
 def find_artifact(checkpoint: Path) -> Path:
@@ -163,9 +182,8 @@ def settle_task_name(wanted: str | None, data: Path | None, earlier: tuple[str, 
         if wanted in earlier:
             raise LanceError(f"--task-name: {wanted} was learned already; choose another name")
         return wanted
-    stem = re.sub(r"[^\w.-]+", "-", data.absolute().stem if data is not None else "").lstrip(".")[:56]
-    name = stem or FALLBACK_NAME
+    name = after_data = FALLBACK_TASK if data is None else task_name_after(data)
     number = 2
     while name in earlier:
-        name, number = f"{stem or FALLBACK_NAME}-{number}", number + 1
+        name, number = f"{after_data}-{number}", number + 1
     return name

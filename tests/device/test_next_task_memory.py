@@ -4,11 +4,15 @@ import subprocess
 import sys
 import tracemalloc
 
+import numpy as np
 import pytest
 from test_collect import LAYERS
 
 from lance_device.moments_pass import moment_bytes
-from lance_edge.moments import LayerMoments
+from lance_edge import moments
+from lance_edge.manifest import Layer
+from lance_edge.memory import pack
+from lance_edge.moments import protected_shape
 
 MIB = 1 << 20
 # Prints by how much the process grew, in bytes, while a layer's memory was extended and its spectrum taken.
@@ -50,19 +54,42 @@ def test_eigenvectors_take_what_the_docs_say(size, matrices):
     assert 8 * size**2 < int(output) <= matrices * 8 * size**2 + 8 * MIB  # allocators keep some
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+# A sample's patches are many chunks, of one group and of many; moments of 2 MiB and more.
+LARGE = (
+    Layer("patches", "w", (8, 16, 3, 3), (16, 64, 64), (8, 64, 64), (1, 1), (1, 1, 1, 1), (1, 1), 1),
+    Layer("depthwise", "w", (64, 1, 5, 5), (64, 28, 28), (64, 28, 28), (1, 1), (2, 2, 2, 2), (1, 1), 64),
+    Layer("features", "w", (8, 768), (4, 768), (4, 8), (), (), (), 1),
+)
+PYTHONS = 32 << 10  # its own objects
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, *LARGE], ids=lambda layer: layer.name)
 @pytest.mark.parametrize("protected_only", [False, True])
-def test_moments_keep_what_a_pass_counts(layer, protected_only):
-    batch = 16
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_moments_take_what_a_pass_counts(monkeypatch, layer, protected_only, with_memory):
+    """From the first to the last: what is kept, adding two batches, and the means."""
+    monkeypatch.setattr(moments, "CHUNK_VALUES", 1 << 15)
+    batch = 4
+    groups, rows = protected_shape(layer, "patch")
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((rows, rows // 2)))[0]
+    memory = pack([basis] * groups) if with_memory else None
+    inputs = np.random.default_rng(1).standard_normal((batch, *layer.input_shape), dtype=np.float32)
+    counted = moment_bytes(layer, "patch", batch, protected_only) - inputs.nbytes
+    work = moments.work_bytes(layer, "patch", batch, protected_only)
     tracemalloc.start()
     try:
-        moments = LayerMoments(layer, "patch", batch, None, protected_only)
+        running = moments.LayerMoments(layer, "patch", batch, memory, protected_only)
         kept, _ = tracemalloc.get_traced_memory()
+        running.add(inputs)
+        running.add(inputs)
+        _, adding = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        found = running.moments()
+        handed_over, reading = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    channels, rows, columns = layer.input_shape
-    inputs = 4 * batch * channels * rows * columns
-    assert moments.batches == 0
-    assert (
-        abs(kept + inputs - moment_bytes(layer, "patch", batch, protected_only)) < 8192
-    )  # Python's own objects
+    assert sum(moment.nbytes for moment in found.values()) == counted
+    assert abs(kept - counted) < PYTHONS
+    assert adding < counted + work + PYTHONS
+    assert reading < counted + 2 * 8 * moments.CHUNK_VALUES + PYTHONS
+    assert handed_over < counted + PYTHONS

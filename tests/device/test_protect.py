@@ -121,6 +121,22 @@ def test_each_group_is_projected_by_its_own_basis_and_almost_all_of_it_too():
         assert drift(gradients["g.weight"][:6], LayerMemory(layer.bases[:3], layer.ranks[:3])) <= 1e-5
 
 
+def test_a_group_inside_the_memory_is_projected_again_whatever_the_others_do():
+    """Of group 0 float32 leaves nothing but rounding, which one projection turns towards M again."""
+    layer = random_memory(4, 18, [9, 9, 9, 9])
+    chosen = protection(memory_of({"g": layer}), *bp_of([GROUPED]))
+    rows = np.random.default_rng(3).standard_normal((4, 2, 18)).astype(np.float32)
+    inside = rows[0] @ layer.bases[0] @ layer.bases[0].T
+    rows[0] = inside + 1e-5 * (rows[0] - inside)
+    gradients = {"g.weight": rows.reshape(8, 2, 3, 3).copy()}
+    chosen.project(gradients)
+    left = gradients["g.weight"].reshape(4, 2, 18)
+    assert np.linalg.norm(left[1]) > 1
+    for group in range(4):
+        alone = LayerMemory(layer.bases[group : group + 1], layer.ranks[group : group + 1])
+        assert drift(left[group].reshape(2, 2, 3, 3), alone) <= 1e-5
+
+
 def test_in_channel_mode_the_channels_are_projected():
     layer = random_memory(1, 8, [3])
     chosen = protection(memory_of({"w": layer}, "channel"), *bp_of([WIDE]))

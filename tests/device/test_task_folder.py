@@ -21,7 +21,7 @@ from lance_device.stop import ended_by_signals
 from lance_device.task_folder import TaskFolder, TaskRecord
 from lance_edge.accuracy_matrix import read_matrix
 from lance_edge.bundle import Bundle, describe, npz_bytes, write_bundle
-from lance_edge.errors import CheckpointError, DataError
+from lance_edge.errors import CheckpointError, DataError, StorageError
 from lance_edge.manifest import Task, TensorSpec
 from lance_edge.memory import memory_bytes
 from lance_edge.names import MEMORY_MEMBER, WEIGHTS_MEMBER
@@ -276,6 +276,37 @@ def test_a_task_that_is_stopped_while_it_is_made_never_was(number, tmp_path):
         folder.begin(RECORD, be_stopped)
     assert list(folder.root.iterdir()) == []
     assert signal.getsignal(number) == before
+
+
+def test_a_task_that_begins_is_left_alone_by_another_command(tmp_path):
+    folder = TaskFolder(tmp_path / "tasks")
+
+    def slow(path):
+        path.write_bytes(b"one")
+        with pytest.raises(StorageError) as raised:
+            TaskFolder(folder.root).begin(
+                TaskRecord("other", "/data", "last"), lambda path: path.write_bytes(b"")
+            )
+        assert str(raised.value) == (
+            f"{folder.root}: another process begins a task in this folder; wait for it"
+        )
+        assert path.read_bytes() == b"one"
+
+    place = folder.begin(RECORD, slow)
+    assert folder.tasks() == (place,)
+    folder.begin(TaskRecord("other", "/data", "last"), lambda path: path.write_bytes(b"two"))
+    assert [place.record.task for place in folder.tasks()] == ["plants", "other"]
+
+
+def test_what_goes_wrong_with_a_package_is_not_the_folders_fault(tmp_path):
+    def fail(path):
+        raise ConnectionResetError("the camera is gone")
+
+    with pytest.raises(ConnectionResetError):
+        TaskFolder(tmp_path / "tasks").begin(RECORD, fail)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"file/tasks: cannot make this folder .*; check the disk"):
+        TaskFolder(tmp_path / "file/tasks").begin(RECORD, fail)
 
 
 def test_what_a_power_cut_left_of_a_task_is_no_task(tmp_path):

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from lance_edge.arrays import FloatPart
 from lance_edge.errors import NumericalError
+from lance_edge.stream import SampleStream
 from lance_host.continual_benchmark.baselines import (
     AveragedGem,
     ElasticWeights,
@@ -19,6 +20,7 @@ from lance_host.continual_benchmark.baselines import (
     fisher_diagonal,
     project_agem,
 )
+from lance_host.continual_benchmark.in_pytorch import trained as trained_parameters
 from lance_host.continual_benchmark.job import read_carry, write_carry
 from lance_host.continual_benchmark.multi_head import MultiHead, body_parameters, evaluate, set_training
 from lance_host.continual_benchmark.protocol import Recipe
@@ -194,6 +196,19 @@ def test_batches_are_full_and_every_image_comes_once_an_epoch() -> None:
         assert sorted(rows[start : start + 10]) == list(range(10))
 
 
+def test_the_order_is_that_of_a_board_with_the_same_seed() -> None:
+    """Epoch for epoch, against the documented rule: raw bits of PCG64, sorted."""
+    rows = [np.argsort(np.random.PCG64([7, epoch, 0]).random_raw(10), kind="stable") for epoch in range(5)]
+    expected = np.concatenate(rows)
+    epochs = epoch_batches(10, 4, seed=7)
+    found = [next(epochs) for _ in range(4)]
+    assert [len(batches) for batches in found] == [3, 2, 3, 2]  # an epoch ends with the batch of its last image
+    np.testing.assert_array_equal(np.concatenate([np.concatenate(batches) for batches in found]), expected[:40])
+    board = SampleStream(10, 4, seed=7, shuffle=True, flip=False)
+    for step_number, batch in enumerate(batch for batches in found for batch in batches):
+        np.testing.assert_array_equal(batch, board.indices(step_number))
+
+
 def test_joint_training_mixes_all_tasks() -> None:
     class Data:
         def __init__(self, count: int, seed: int) -> None:
@@ -254,6 +269,19 @@ def test_replay_descends_the_mean_over_batch_and_kept_images(network: MultiHead)
         [*batch.tasks, *kept.tasks],
     )
     torch.testing.assert_close(parameters["conv.weight"].grad, gradient(network, joined), **CLOSE)
+
+
+def test_replay_trains_the_heads_that_its_images_have(network: MultiHead) -> None:
+    frozen(network)
+    for method in (ExperienceReplay(16, 0), AveragedGem(16, 0)):
+        method.finish(network, "one", part_of(16, 1), trained(network))
+        parameters = trained_parameters(network, network.tasks, with_norms=False)
+        assert method.replays
+        before = network.state().heads
+        step(network, batch_of(8, "two", 5), parameters, method, 0.1)
+        assert not torch.equal(before["two"], network.state().heads["two"])
+        if isinstance(method, ExperienceReplay):  # A-GEM's is against a conflict alone
+            assert not torch.equal(before["one"], network.state().heads["one"])
 
 
 # --- A-GEM ---

@@ -8,19 +8,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from benchmark_sets import write_npz
+from click.testing import CliRunner
 
 from lance_edge.accuracy_matrix import read_matrix
+from lance_edge.bundle import Bundle
 from lance_edge.errors import LanceError, NumericalError
+from lance_edge.memory import read_memory
+from lance_edge.names import WEIGHTS_MEMBER
+from lance_host.cli import cli
 from lance_host.continual_benchmark import run as runner
 from lance_host.continual_benchmark.figures import CURVES, HEATMAP, can_draw, mean_rows, write_figures
+from lance_host.continual_benchmark.in_engine import train_command
 from lance_host.continual_benchmark.job import Job, Learnt
 from lance_host.continual_benchmark.literature import PUBLISHED
-from lance_host.continual_benchmark.methods import METHODS, choose_methods
+from lance_host.continual_benchmark.methods import METHODS, Method, choose_methods
+from lance_host.continual_benchmark.protected import memory_batches
 from lance_host.continual_benchmark.protocol import PAPER, PRESETS, QUICK, as_batch_norm, choose_preset
 from lance_host.continual_benchmark.records import Settings, TaskRecord, read_records
 from lance_host.continual_benchmark.report import spread, summarise, summary_table
 from lance_host.continual_benchmark.run import BenchmarkRequest, Voice, run_benchmark
+from lance_host.continual_benchmark.state import NetworkState, read_state
+from lance_host.continual_benchmark.tasks import Task
 
 NETWORK = '''
 from torch import nn
@@ -110,6 +120,14 @@ def test_the_first_task_is_the_same_for_all(learnt: Path) -> None:
     assert len(first) == 1
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].is_joint])
+def test_replay_trains_the_heads_of_earlier_tasks_too(learnt: Path, method: str) -> None:
+    (first,) = (learnt / "first-task").glob("*/state.safetensors")
+    head = read_state(first).heads["cifar10-0-1"]
+    later = read_state(learnt / method / "seed-0" / "task-5" / "state.safetensors").heads["cifar10-0-1"]
+    assert torch.equal(head, later) == (method not in ("er", "agem"))
+
+
 def test_gpm_and_lance_keep_a_memory_that_grows(learnt: Path) -> None:
     records = read_records(learnt)
     for method in ("gpm", "lance"):
@@ -124,6 +142,21 @@ def test_gpm_and_lance_keep_a_memory_that_grows(learnt: Path) -> None:
     lance, bp = (records[name][-1].activation_bytes for name in ("lance", "finetune"))
     assert bp == 4 * 16 * (3 * 32 * 32 + 96)
     assert 0 < lance < bp
+
+
+@pytest.mark.parametrize("method", ["finetune", "gpm", "lance"])
+def test_bytes_are_counted_as_a_board_counts_them(learnt: Path, method: str) -> None:
+    """Earlier heads, and the weights with the newest one: as they are in the package of the last task."""
+    record = read_records(learnt)[method][-1]
+    with Bundle(learnt / method / "seed-0" / "task-5" / "pkg.tar") as bundle:
+        sizes = {name: array.nbytes for name, array in bundle.arrays(WEIGHTS_MEMBER).items()}
+    heads = sum(size for name, size in sizes.items() if name.startswith("heads/"))
+    expected = {"heads": heads or 4 * 4 * 2 * 24, "weights": sum(sizes.values()) - heads}
+    assert {kind: record.kept_bytes[kind] for kind in expected} == expected
+    dimensions = {"body.0": 48, "body.5": 96}
+    memory = sum(4 * dimensions[name] * rank for name, rank in record.ranks.items())
+    assert record.kept_bytes.get("memory", 0) == memory
+    assert record.bytes_beside == memory + expected["heads"]
 
 
 def test_what_a_board_needs_for_more_tasks_is_all_that_stays(learnt: Path) -> None:
@@ -143,6 +176,38 @@ def test_the_table_shows_every_method(learnt: Path) -> None:
 def test_figures_are_drawn(learnt: Path) -> None:
     for name in (HEATMAP, CURVES):
         assert (learnt / name).read_bytes().startswith(b"\x89PNG")
+
+
+# --- what the runtime is asked for ---
+
+
+def job_of(folder: Path, method: str = "finetune", **more: object) -> Job:
+    """The second of two tasks, in folders that nobody made."""
+    tasks = tuple(Task(n, f"t{n}", ("a", "b"), folder / f"t{n}.npz") for n in range(2))
+    job = Job(
+        network="alexnet",
+        preset=TINY,
+        method=method,
+        batch_norm="running",
+        tasks=tasks,
+        number=1,
+        seed=0,
+        folder=folder / "own",
+        before=folder / "before",
+        first=folder / "first",
+        relax=0.0,
+        threads=None,
+        say=SILENT.say,
+        progress=SILENT.progress,
+    )
+    return replace(job, **more)  # type: ignore[arg-type]
+
+
+def test_threads_change_nothing_else_of_a_training(tmp_path: Path) -> None:
+    plain, threaded = (train_command(job_of(tmp_path, threads=n), tmp_path / "run") for n in (None, 3))
+    assert threaded == [*plain, "--threads", "3"]
+    assert plain[plain.index("--cache") + 1] == "off"
+    assert "--quiet" in plain
 
 
 # --- going on ---
@@ -184,6 +249,74 @@ def test_a_run_that_was_killed_ends_with_the_same_tables(
     assert next(text for text in said if "seed 0, task" in text).startswith(f"{method}, seed 0, task 4 of 5")
     expected = [row for row in rows_of(learnt / "results.csv") if row["method"] == method]
     assert rows_of(folder / "results.csv") == expected
+
+
+def killed_from(number: int, method: Method) -> dict[str, Method]:
+    """A table of methods in which no task is learnt from this one on."""
+
+    def learn(job: Job) -> Learnt:
+        if job.number >= number:
+            raise Killed
+        return method.learn(job)
+
+    return {name: replace(method, learn=learn) for name in METHODS}
+
+
+def test_a_kill_before_the_record_loses_no_best_epoch(
+    material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where patience ends the run, the best epoch is neither of the two that a finished run holds besides."""
+    recipe = replace(TINY.recipe, lr=0.5, epochs=60, patience=3, least_lr=0.4)
+    request = request_of(material, tmp_path, "finetune", preset=replace(TINY, recipe=recipe))
+    found: list[NetworkState] = []
+
+    def killed_after(job: Job, learnt: Learnt) -> tuple[float, ...]:
+        if job.number == 1:
+            assert learnt.epochs < recipe.epochs
+            found.append(learnt.state)
+            raise Killed
+        return evaluate(job, learnt)
+
+    evaluate = runner.accuracies
+    monkeypatch.setattr(runner, "METHODS", killed_from(2, METHODS["finetune"]))
+    for accuracies in (killed_after, evaluate):
+        monkeypatch.setattr(runner, "accuracies", accuracies)
+        with pytest.raises(Killed):
+            run_benchmark(request, SILENT)
+    (state,) = tmp_path.glob("*/finetune/seed-0/task-2/state.safetensors")
+    for name, tensor in read_state(state).body.items():
+        assert torch.equal(tensor, found[0].body[name])
+
+
+def test_a_kill_while_a_task_is_tidied_up(
+    material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is there, its run is left over: once in the middle, once at the end."""
+    real = METHODS["er"]
+
+    def with_a_run(job: Job) -> Learnt:
+        (job.folder / "run-0.1").mkdir(exist_ok=True)
+        (job.folder / "run-0.1" / "last.npz").touch()
+        return real.learn(job)
+
+    def killed(path: Path) -> None:
+        if path.parent.name in still_to_kill:
+            still_to_kill.remove(path.parent.name)
+            raise Killed
+        remove(path)
+
+    remove, still_to_kill = runner.shutil.rmtree, ["task-2", "task-5"]
+    monkeypatch.setattr(runner, "METHODS", {"er": replace(real, learn=with_a_run)})
+    monkeypatch.setattr(runner.shutil, "rmtree", killed)
+    request = request_of(material, tmp_path, "er")
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run_benchmark(request, SILENT)
+    folder, _ = run_benchmark(request, SILENT)
+    *earlier, last = sorted((folder / "er" / "seed-0").glob("task-*"))
+    for own in earlier:
+        assert [path.name for path in own.iterdir()] == ["record.json"]
+    assert not [path for path in last.iterdir() if path.is_dir()]
 
 
 def test_what_was_learnt_is_not_learnt_again(
@@ -245,6 +378,38 @@ def test_a_task_that_never_holds_is_said(material: tuple[Path, str], tmp_path: P
         run_benchmark(request_of(material, tmp_path, "er", preset=steep), SILENT)
 
 
+# --- options ---
+
+
+@pytest.mark.parametrize("method", ["gpm", "lance"])
+def test_relaxed_protection_has_records_of_its_own(
+    material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The second task trains beside less memory; afterwards all of it is there again."""
+    monkeypatch.setattr(runner, "METHODS", killed_from(2, METHODS[method]))
+    with pytest.raises(Killed):
+        run_benchmark(request_of(material, tmp_path, method, relax=0.3), SILENT)
+    (folder,) = tmp_path.glob("split-*")
+    ((label, (first, second)),) = read_records(folder).items()
+    assert label == second.method == f"{method}-relax-0.3"
+    assert second.kept_bytes["moments"] == 4 * (48**2 + 96**2)
+    own = folder / label / "seed-0" / "task-2"
+    strict, left = first.ranks, read_memory(own / "protected-by.npz").layers
+    assert all(sum(left[name].ranks) <= strict[name] <= second.ranks[name] for name in strict)
+    assert any(sum(left[name].ranks) < strict[name] for name in strict)
+    rows = rows_of(folder / "results.csv")
+    assert [row["after"] for row in rows] == ["cifar10-0-1", "cifar10-2-3", "cifar10-2-3"]
+
+
+def test_batches_of_the_memory() -> None:
+    """GPM's 125 samples are 2 batches of 64, LANCE measures 11."""
+    for preset in PRESETS.values():
+        assert memory_batches("gpm", preset) == 2
+        assert memory_batches("lance", preset) == 11
+    assert memory_batches("gpm", replace(QUICK, gpm_samples=128)) == 2
+    assert memory_batches("gpm", replace(QUICK, gpm_samples=129)) == 3
+
+
 # --- what is refused ---
 
 
@@ -263,6 +428,69 @@ def test_a_benchmark_that_is_none(material: tuple[Path, str], tmp_path: Path) ->
         LanceError, match=r"--benchmark: expected one of split-cifar100, .* found 'split-mnist'"
     ):
         run_benchmark(request_of(material, tmp_path, "er", benchmark="split-mnist"), SILENT)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": 0.0}, "--lr: expected a rate above 0, found 0"),
+        ({"lr": -1.0}, "--lr: expected a rate above 0, found -1"),
+        ({"lr": float("nan")}, "--lr: expected a number, found nan"),
+        ({"relax": float("nan")}, "--relax: expected a number, found nan"),
+        ({"energy": float("nan")}, "--energy: expected a number, found nan"),
+    ],
+)
+def test_numbers_of_no_use(
+    material: tuple[Path, str], tmp_path: Path, values: dict[str, float], message: str
+) -> None:
+    others = {name: value for name, value in values.items() if name != "lr"}
+    lr = values.get("lr", 0.1)
+    preset = replace(TINY, recipe=replace(TINY.recipe, lr=lr), gpm_lr=lr)
+    with pytest.raises(LanceError, match=message):
+        run_benchmark(request_of(material, tmp_path, "lance", preset=preset, **others), SILENT)
+
+
+@pytest.mark.parametrize(
+    "words", [("--lr", "0"), ("--lr", "-1"), ("--lr", "nan"), ("--threads", "-3"), ("--epochs", "0")]
+)
+def test_the_command_refuses_them_before_anything_is_learnt(
+    material: tuple[Path, str], tmp_path: Path, words: tuple[str, str]
+) -> None:
+    data, network = material
+    line = ("continual", "--benchmark", "split-cifar10", "--network", network, "--method", "er")
+    result = CliRunner().invoke(cli, [*line, "--data", str(data), "--out", str(tmp_path), *words])
+    assert result.exit_code != 0
+    assert words[0] in result.output
+    assert not list(tmp_path.rglob("record.json"))
+
+
+@pytest.mark.parametrize("network", ["mcunet", "resnet18"])
+def test_a_network_without_such_a_head(material: tuple[Path, str], tmp_path: Path, network: str) -> None:
+    with pytest.raises(
+        LanceError, match=f"--network {network}: expected a linear layer without bias as .* head"
+    ):
+        run_benchmark(request_of(material, tmp_path, "er", network=network), SILENT)
+
+
+def test_data_with_nothing_to_validate_on(material: tuple[Path, str], tmp_path: Path) -> None:
+    """Of three training images of a class none can be spared."""
+    write_npz(tmp_path / "cifar10.npz", train=3, test=1)
+    with pytest.raises(LanceError, match=r"task cifar10-0-1: no images to validate or test on; .* 4 training"):
+        run_benchmark(request_of((tmp_path, material[1]), tmp_path / "out", "er"), SILENT)
+
+
+def test_other_data_need_another_folder(
+    material: tuple[Path, str], learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_learn", lambda job, label: pytest.fail("nothing is left to learn"))
+    moved = tmp_path / "moved"
+    shutil.copytree(material[0], moved)
+    run_benchmark(request_of((moved, material[1]), learnt.parent, "er"), SILENT)
+    write_npz(moved / "cifar10.npz", train=33, test=10)
+    with pytest.raises(
+        LanceError, match=r"made with other images than those below --data now .* another --out"
+    ):
+        run_benchmark(request_of((moved, material[1]), learnt.parent, "er"), SILENT)
 
 
 def test_batch_statistics_are_for_methods_in_pytorch(material: tuple[Path, str], tmp_path: Path) -> None:

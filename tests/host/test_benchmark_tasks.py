@@ -9,8 +9,18 @@ from benchmark_sets import idx, pixels_of, write_folders, write_idx, write_npz
 from PIL import Image
 
 from lance_edge.errors import DataError
-from lance_host.continual_benchmark.benchmarks import BENCHMARKS, CIFAR10, FASHION, MNIST, Benchmark, Source
-from lance_host.continual_benchmark.image_sets import find_set, in_label_order, to_square
+from lance_host.continual_benchmark.benchmarks import (
+    BENCHMARKS,
+    CIFAR10,
+    CIFAR100,
+    FASHION,
+    MNIST,
+    NOTMNIST,
+    SVHN,
+    Benchmark,
+    Source,
+)
+from lance_host.continual_benchmark.image_sets import digest_of, find_set, in_label_order, to_square
 from lance_host.continual_benchmark.protocol import PROTECTED
 from lance_host.continual_benchmark.tasks import make_tasks
 
@@ -43,6 +53,29 @@ def test_the_tasks_are_those_of_the_protocol() -> None:
         ),
     }
     assert [b.network for b in BENCHMARKS.values()] == ["alexnet"] * 3 + ["resnet18-reduced"]
+
+
+@pytest.mark.parametrize(("source", "mean", "std"), [(MNIST, 0.1307, 0.3081), (FASHION, 0.2860, 0.3530)])
+def test_grey_images_are_normalised_with_their_margin(source: Source, mean: float, std: float) -> None:
+    """From the usual values of 28 by 28 pixels (as PyTorch's examples have them), with zeros up to 32 by 32.
+
+    The four digits of both sides allow for 1e-4.
+    """
+    share = 28**2 / 32**2
+    second = share * (std**2 + mean**2)
+    assert source.mean == pytest.approx([share * mean] * 3, abs=1e-4)
+    assert source.std == pytest.approx([(second - (share * mean) ** 2) ** 0.5] * 3, abs=1e-4)
+
+
+def test_the_other_sets_are_normalised_as_published() -> None:
+    """The loaders of HAT (github.com/joansj/hat, src/dataloaders/mixture.py), which GPM took over."""
+    assert (SVHN.mean, SVHN.std) == ((0.4377, 0.4438, 0.4728), (0.198, 0.201, 0.197))
+    assert (NOTMNIST.mean, NOTMNIST.std) == ((0.4254,) * 3, (0.4501,) * 3)
+    for source in (CIFAR10, CIFAR100):
+        assert [round(255 * value, 1) for value in (*source.mean, *source.std)] == [
+            *(125.3, 123.0, 113.9),
+            *(63.0, 62.1, 66.7),
+        ]
 
 
 def test_the_threshold_grows_with_the_tasks_up_to_its_cap() -> None:
@@ -80,6 +113,33 @@ def test_grey_idx_images_get_a_black_margin_and_three_channels(tmp_path: Path, p
     expected[2:30, 2:30] = pixels_of(3, 13, 28, 1)
     for channel in range(3):
         np.testing.assert_array_equal(image[..., channel], expected)
+
+
+def test_the_digest_is_of_the_data_wherever_they_lie(tmp_path: Path) -> None:
+    for name in "ab":
+        write_folders(tmp_path / name / "cifar10", CLASSES)
+        write_idx(tmp_path / name / "mnist", packed=False)
+        write_npz(tmp_path / name / "svhn.npz")
+    (tmp_path / "b" / "cifar10" / "out.csv").touch()  # results may lie in the same folder
+    places = ("cifar10", "mnist", "svhn.npz")
+    before = [digest_of(tmp_path / "a" / place) for place in places]
+    assert len(set(before)) == 3
+    assert [digest_of(tmp_path / "b" / place) for place in places] == before
+    (tmp_path / "b" / "cifar10" / "train" / "cat" / "0000.png").unlink()
+    labels = tmp_path / "b" / "mnist" / "train-labels-idx1-ubyte"  # of the same size
+    labels.write_bytes(labels.read_bytes()[::-1])
+    write_npz(tmp_path / "b" / "svhn.npz", train=5)
+    assert not {digest_of(tmp_path / "b" / place) for place in places} & set(before)
+
+
+def test_other_data_have_other_files(tmp_path: Path) -> None:
+    write_folders(tmp_path / "a", CLASSES)
+    write_folders(tmp_path / "b", CLASSES, train=5)
+    one, other, again = (
+        make_tasks(of_one(CIFAR10), tmp_path / n, tmp_path / "out", None, ignore) for n in "aba"
+    )
+    assert one == again
+    assert not {task.path for task in one} & {task.path for task in other}
 
 
 def test_large_images_are_resized() -> None:

@@ -34,12 +34,14 @@ def row(text: str, name: str) -> list[str]:
 def test_a_row_for_each_layer(memory):
     text = memory_table(memory)
     # 27 - 13 = 14 dimensions, and the last task took 4 of them; 18 - 10 = 8 of both groups, and it took 2
+    in_use = 4 * (27 * 13 + 9 * (4 + 6) + 40 * 8 + 5 * 5)  # without the padding of "depthwise"
+    assert row(text, "bytes")[0] == f"{in_use / 1024:.2f}"
     assert row(text, "conv") == ["13", "/", "27", "48", "97", "3"]
     assert row(text, "depthwise") == ["2", "groups:", "4-6", "/", "9", "55", "98", "4"]
     assert row(text, "fc") == ["8", "/", "40", "20", "99", "no", "end"]
     assert row(text, "old") == ["5", "/", "5", "100", "frozen", "0"]
     assert row(text, "tasks") == ["cats", "(threshold", "0.97),", "dogs", "(threshold", "0.973)"]
-    assert "No room for another task: 1 layer of 4, which would stay frozen." in text
+    assert "No room for another task: 1 layer of 4, which stay frozen or would." in text
 
 
 def test_the_first_layer_to_be_used_up_is_named(memory):
@@ -48,6 +50,16 @@ def test_the_first_layer_to_be_used_up_is_named(memory):
     assert "At the present rate there is room for 3 more tasks: then conv is used up." in text
     text = memory_table(Memory("patch", "net", memory.tasks, {"fc": layers["fc"]}))
     assert "At the present rate no layer is ever used up." in text
+
+
+def test_a_layer_that_was_frozen_before_it_was_full_learns_no_more(memory):
+    """The second task did not train it: 3 of 5 dimensions are protected, and nothing ever uses the rest."""
+    layers = {"fc": memory.layers["fc"], "old": layer(5, 3)}
+    frozen = Memory("patch", "net", memory.tasks, layers)
+    assert tasks_that_fit(frozen, "old") == 0
+    text = memory_table(frozen)
+    assert row(text, "old") == ["3", "/", "5", "60", "frozen", "0"]
+    assert "No room for another task: 1 layer of 2, which stay frozen or would." in text
 
 
 def test_after_one_task_its_ranks_are_the_rate(memory):

@@ -39,6 +39,13 @@ def memory() -> Memory:
     return extend_memory(first, "two", covariances(1), 0.93)
 
 
+def test_bytes_are_those_of_the_columns_in_use(memory):
+    columns = [layer.basis(group) for layer in memory.layers.values() for group in range(layer.groups)]
+    assert memory.column_bytes == sum(basis.astype(np.float32).nbytes for basis in columns)
+    assert memory.column_bytes < sum(layer.bases.nbytes for layer in memory.layers.values())  # padded
+    assert empty_memory("patch", "net").column_bytes == 0
+
+
 def test_every_group_has_a_basis_of_its_own(memory):
     layer, covariance = memory.layers["depthwise"], covariances(0)["depthwise"]
     assert len(set(layer.ranks)) > 1

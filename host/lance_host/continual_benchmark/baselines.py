@@ -1,12 +1,13 @@
 """Baselines that the engine cannot express, each as the gradient of a step.
 
-They share network, data, schedule, first task and the set of trained parameters with the methods of the
-engine; only the gradient differs, and what is kept from task to task.
+They share network, data, schedule, first task and the trained parameters of the body with the methods of the
+engine; the gradient differs, and what is kept from task to task.  Beside the head of the new task, ER and
+A-GEM train the heads of earlier ones, whose kept images their gradients come from; EWC does not.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from lance_edge.images import Part
+from lance_edge.stream import shuffled
 from lance_host.continual_benchmark.multi_head import MultiHead, set_evaluation, tensors_of
 from lance_host.continual_benchmark.trainer import Batch, Parameters, backward
 
@@ -22,6 +24,10 @@ Arrays = dict[str, NDArray[np.generic]]
 
 class Baseline(Protocol):
     """An objective that remembers something of earlier tasks."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether a step has images of earlier tasks, so that their heads train too."""
 
     def gradients(self, network: MultiHead, batch: Batch, parameters: Parameters, rate: float) -> float:
         """See `trainer.Objective`."""
@@ -48,17 +54,17 @@ class Replay:
         self._images = torch.zeros(0, 3, 32, 32)
         self._labels = torch.zeros(0, dtype=torch.int64)
         self._tasks: list[str] = []
-        self._draws = np.random.Generator(np.random.PCG64([seed, 0]))
+        self._draws = np.random.PCG64([seed, 0])
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def add(self, task: str, part: Part) -> None:
         """Offer every training image of a task."""
-        generator = np.random.Generator(np.random.PCG64([self._seed, 1, self._seen]))
+        bits = np.random.PCG64([self._seed, 1, self._seen])
         rows: dict[int, int] = {}  # place in the buffer -> row of the part
-        for row in generator.permutation(len(part)):
-            place = self._seen if self._seen < self._capacity else int(generator.integers(self._seen + 1))
+        for row in shuffled(bits, len(part)):
+            place = self._seen if self._seen < self._capacity else int(bits.random_raw()) % (self._seen + 1)
             if place < self._capacity:
                 rows[place] = int(row)
             self._seen += 1
@@ -74,11 +80,11 @@ class Replay:
 
     def begin_task(self) -> None:
         """The draws of a task depend on what was seen before it alone: a run that is resumed repeats them."""
-        self._draws = np.random.Generator(np.random.PCG64([self._seed, 0, self._seen]))
+        self._draws = np.random.PCG64([self._seed, 0, self._seen])
 
     def draw(self, count: int) -> Batch:
         """So many different images, or all that there are."""
-        chosen = self._draws.permutation(len(self))[:count]
+        chosen = shuffled(self._draws, len(self))[:count]
         rows = torch.from_numpy(chosen)
         return Batch(self._images[rows], self._labels[rows], [self._tasks[row] for row in chosen])
 
@@ -99,6 +105,8 @@ class Replay:
 
 class _Replaying:
     """What ER and A-GEM have in common: a buffer that is filled after every task."""
+
+    replays = True
 
     def __init__(self, capacity: int, seed: int) -> None:
         self.replay = Replay(capacity, seed)
@@ -180,6 +188,8 @@ class ElasticWeights:
     the step ends (implicitly), which divides the gradient by `1 + h lambda sum F_k`: the same where a spring is
     soft, and no spring is too stiff for the rate.
 
+    Heads have no springs: that of an earlier task has no part in the loss, and stays as it is.
+
     Not in the engine: the gradient has a term that depends on the weights alone, and the Fisher information
     needs the gradient of every image for itself.
     """
@@ -187,6 +197,7 @@ class ElasticWeights:
     penalty: float
     samples: int
     seed: int
+    replays: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Nothing is held yet."""
@@ -231,7 +242,7 @@ def fisher_diagonal(
     """
     set_evaluation(network, "running")
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    rows = np.random.Generator(np.random.PCG64([seed, 2])).permutation(len(part))[:samples]
+    rows = shuffled(np.random.PCG64([seed, 2]), len(part))[:samples]
     for row in rows:
         images, labels = tensors_of(part, np.array([row]))
         for parameter in parameters.values():

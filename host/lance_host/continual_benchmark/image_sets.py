@@ -9,9 +9,10 @@ itself:
 """
 
 import gzip
+import hashlib
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from PIL import Image
 
 from lance_edge.datasets import open_dataset
 from lance_edge.errors import DataError
-from lance_edge.images import Part
+from lance_edge.files import file_digest
+from lance_edge.images import EXTENSIONS, Part
 from lance_edge.input_spec import Split
 from lance_edge.npz_data import ArrayPart, read_npz
 from lance_host.continual_benchmark.benchmarks import Source
@@ -37,6 +39,7 @@ IDX_FILES = (
 )
 IDX_BYTES = 0x08  # the type code of unsigned bytes
 MAX_IDX_VALUES = 1 << 30
+DIGEST_CHARS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +52,13 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """A data set; a label is an index into `classes`."""
+    """A data set; a label is an index into `classes`, `digest` tells it from other data of this name."""
 
     source: Source
     classes: tuple[str, ...]
     train: Images
     test: Images
+    digest: str = ""
 
 
 def find_set(root: Path, source: Source, *, may_be_root: bool) -> ImageSet | None:
@@ -74,8 +78,29 @@ def find_set(root: Path, source: Source, *, may_be_root: bool) -> ImageSet | Non
             if is_here(place):
                 found = read(place, source)
                 _expect_classes(place, source, found)
-                return found
+                return replace(found, digest=digest_of(place))
     return None
+
+
+def digest_of(place: Path) -> str:
+    """What tells the data from others, wherever they lie: hex digits.
+
+    Of the contents of an npz or of IDX files; of names and sizes of image files, which are many.
+    """
+    if place.is_file():
+        return file_digest(place).hexdigest()[:DIGEST_CHARS]
+    images = [path for part in ("train", "test") for path in (place / part).glob("*/*")]
+    lines = [
+        f"{path.stat().st_size}  {path.relative_to(place).as_posix()}" for path in images if _is_image(path)
+    ]
+    packed = [place / f"{name}{ending}" for name in IDX_FILES for ending in ("", ".gz")]
+    lines += [f"{file_digest(path).hexdigest()}  {path.name}" for path in packed if path.is_file()]
+    text = "\n".join(sorted(lines))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:DIGEST_CHARS]
+
+
+def _is_image(path: Path) -> bool:
+    return path.name.lower().endswith(EXTENSIONS)
 
 
 def _expect_classes(place: Path, source: Source, found: ImageSet) -> None:
@@ -125,8 +150,8 @@ def _read_npz(place: Path, source: Source) -> ImageSet:
         raise DataError(
             f"{place}: expected images x uint8 [N, H, W, 3] and x_test with their labels; write both parts"
         )
-    parts = (Images(part.labels, _from_part(part)) for part in (train, test))
-    return ImageSet(source, tuple(classes), *parts)
+    own, own_test = (Images(part.labels, _from_part(part)) for part in (train, test))
+    return ImageSet(source, tuple(classes), own, own_test)
 
 
 # --- IDX ---
@@ -147,7 +172,7 @@ def _read_idx_set(place: Path, source: Source) -> ImageSet:
             )
         parts.append(Images(labels.astype(np.int64), _from_grey(pixels)))
     classes = tuple(str(label) for label in range(int(parts[0].labels.max()) + 1))
-    return ImageSet(source, classes, *parts)
+    return ImageSet(source, classes, parts[0], parts[1])
 
 
 def read_idx(folder: Path, name: str, rank: int) -> Pixels:

@@ -162,16 +162,10 @@ def train_package(job: Job, *more: str | Path) -> Learnt:
     Raises:
         LanceError: with the runtime's own message, if it fails.
     """
-    recipe = job.preset.recipe_of(job.method)
-    run = job.folder / f"run-{recipe.lr:g}"  # a rate with which the numbers ran away has another
-    command: list[str | Path] = [sys.executable, "-m", "lance_device.cli", "train"]
-    command += ["--artifact", job.folder / PACKAGE, "--data", job.task.path, "--out", run, "--resume-or-start"]
-    command += ["--epochs", str(recipe.epochs), "--lr", repr(recipe.lr), "--momentum", "0", "--clip", "0"]
-    command += ["--schedule", "plateau", "--patience", str(recipe.patience), "--min-lr", repr(recipe.least_lr)]
-    command += ["--micro-batch", str(recipe.batch_size), "--seed", str(job.task_seed)]
-    command += ["--cache", "off", "--quiet", "--threads", str(job.threads)] if job.threads else ["--quiet"]
-    run_device([*map(str, command), *map(str, more)])
-    (run / "best.npz").replace(job.folder / TRAINED)
+    run = job.folder / f"run-{job.preset.recipe_of(job.method).lr:g}"  # a rate that ran away has another
+    run_device([*train_command(job, run), *map(str, more)])
+    with atomic_writer(job.folder / TRAINED) as file:  # a copy: a finished run without it could not go on
+        file.write((run / "best.npz").read_bytes())
     with Bundle(job.folder / PACKAGE) as bundle:
         trained = read_weights(job.folder / TRAINED, bundle)
         whole = merged_state(bundle, trained.weights)
@@ -181,6 +175,19 @@ def train_package(job: Job, *more: str | Path) -> Learnt:
             epochs=_epochs(run),
             activation_bytes=trained.variant.activation_bytes,
         )
+
+
+def train_command(job: Job, run: Path) -> list[str]:
+    """What trains the task's package as the protocol says, in the folder `run`."""
+    recipe = job.preset.recipe_of(job.method)
+    command: list[str | Path] = [sys.executable, "-m", "lance_device.cli", "train"]
+    command += ["--artifact", job.folder / PACKAGE, "--data", job.task.path, "--out", run, "--resume-or-start"]
+    command += ["--epochs", str(recipe.epochs), "--lr", repr(recipe.lr), "--momentum", "0", "--clip", "0"]
+    command += ["--schedule", "plateau", "--patience", str(recipe.patience), "--min-lr", repr(recipe.least_lr)]
+    command += ["--micro-batch", str(recipe.batch_size), "--seed", str(job.task_seed)]
+    command += ["--cache", "off", "--quiet"]
+    command += ["--threads", str(job.threads)] if job.threads else []
+    return [*map(str, command)]
 
 
 def run_device(command: Sequence[str]) -> None:

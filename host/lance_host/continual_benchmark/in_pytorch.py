@@ -1,6 +1,6 @@
 """Methods that train in PyTorch: the first task of all, joint training, and the baselines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lance_edge.files import atomic_writer
 from lance_host.continual_benchmark.baselines import AveragedGem, Baseline, ElasticWeights, ExperienceReplay
@@ -48,15 +48,17 @@ def learn_first(job: Job) -> tuple[NetworkState, int]:
         return read_state(folder / STATE), int((folder / EPOCHS).read_text())
     network = new_network(job.network, job.task_seed)
     network.add_head(job.task.name, new_head(job.network, len(job.task.classes), job.task_seed))
-    epochs = _train(job, network, CrossEntropy(), first_task=True)
+    parameters = trained(network, [job.task.name], with_norms=True)
+    epochs = _train(job, network, parameters, CrossEntropy(), first_task=True)
     with atomic_writer(folder / EPOCHS) as file:
         file.write(str(epochs).encode())
     write_state(folder / STATE, network.state())
     return network.state(), epochs
 
 
-def _train(job: Job, network: MultiHead, objective: Objective, *, first_task: bool) -> int:
-    parameters = _trained(network, job.task.name, first_task=first_task)
+def _train(
+    job: Job, network: MultiHead, parameters: Parameters, objective: Objective, *, first_task: bool
+) -> int:
     material = OneTask(job.task.name, job.task.open())
     return train(network, material, parameters, objective, _how(job, first_task=first_task))
 
@@ -66,14 +68,17 @@ def _how(job: Job, *, first_task: bool) -> Training:
     return Training(recipe, job.batch_norm, job.task_seed, first_task, job.preset.dropout, job.progress)
 
 
-def _trained(network: MultiHead, task: str, *, first_task: bool) -> Parameters:
-    return body_parameters(network, with_norms=first_task) | {
-        "head.weight": network.head(task).get_parameter("weight")
-    }
+def trained(network: MultiHead, tasks: Sequence[str], *, with_norms: bool) -> Parameters:
+    """The body, with or without its batch-norms' scale and shift, and the heads of these tasks."""
+    heads = {f"heads/{name}": network.head(name).get_parameter("weight") for name in tasks}
+    return body_parameters(network, with_norms=with_norms) | heads
 
 
 def learn_baseline(job: Job) -> Learnt:
-    """ER, A-GEM and EWC: the first task as everybody, then by the baseline's own gradient."""
+    """ER, A-GEM and EWC: the first task as everybody, then by the baseline's own gradient.
+
+    The task's own head trains, and with replay, as published, the heads of the tasks that images are kept of.
+    """
     preset, batch_size = job.preset, job.preset.recipe.batch_size
     baseline = BASELINES[job.method](preset, job.seed)
     if job.number == 0:
@@ -84,7 +89,9 @@ def learn_baseline(job: Job) -> Learnt:
         network = network_of(job.network, job.state_before())
         network.add_head(job.task.name, new_head(job.network, len(job.task.classes), job.task_seed))
         baseline.recall(read_carry(job.before))
-        epochs = _train(job, network, baseline, first_task=False)
+        heads = network.tasks if baseline.replays else [job.task.name]
+        parameters = trained(network, heads, with_norms=False)
+        epochs = _train(job, network, parameters, baseline, first_task=False)
     weights = body_parameters(network, with_norms=False)
     baseline.finish(network, job.task.name, job.task.open().train, weights)
     kept = write_carry(job.folder, baseline.kept())
@@ -100,13 +107,15 @@ def learn_baseline(job: Job) -> Learnt:
 def learn_jointly(job: Job) -> Learnt:
     """All tasks at once from random weights: the bound that learning one after the other is held against.
 
+    Batches hold images of all tasks.  With `--batch-norm batch` they are normalised together, and at test each
+    task by itself, so that the bound is lower than it would be of batches of one task.
+
     Not in the engine: a package has the head of one task.
     """
     network = new_network(job.network, job.task_seed)
     for task in job.tasks:
         network.add_head(task.name, new_head(job.network, len(task.classes), job.task_seed + task.number))
-    heads = {f"heads/{name}": network.head(name).get_parameter("weight") for name in network.tasks}
-    parameters = body_parameters(network, with_norms=True) | heads
+    parameters = trained(network, network.tasks, with_norms=True)
     material = AllTasks([OneTask(task.name, task.open()) for task in job.tasks])
     epochs = train(network, material, parameters, CrossEntropy(), _how(job, first_task=True))
     return Learnt(network.state(), epochs, bp_activation_bytes(job.network, job.preset.recipe.batch_size))

@@ -8,8 +8,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from lance_edge.datasets import LEAST_FOR_VALIDATION
+from lance_edge.errors import DataError, ModelError
 from lance_edge.images import Part, load_batch
 from lance_edge.input_spec import ArrayInput
+from lance_edge.stream import shuffled
 from lance_host.continual_benchmark.protocol import HEAD, BatchNorm
 from lance_host.continual_benchmark.state import NetworkState
 from lance_host.sources import open_source
@@ -68,6 +71,21 @@ class MultiHead(nn.Module):
         with torch.no_grad():
             for task, weight in state.heads.items():
                 self.head(task).weight.copy_(weight)
+
+
+def check_network(name: str) -> None:
+    """See that a network can have a head for each task.
+
+    Raises:
+        ModelError: if there is no such network, or its last layer cannot be exchanged.
+    """
+    head = dict(open_source(name).build(2).named_modules()).get(HEAD)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        found = "none" if head is None else f"{type(head).__name__}{' with bias' * isinstance(head, nn.Linear)}"
+        raise ModelError(
+            f"--network {name}: expected a linear layer without bias as the module {HEAD}, which is new for"
+            f" every task, found {found}; take alexnet or resnet18-reduced, or name your own last layer so"
+        )
 
 
 def new_network(name: str, seed: int) -> MultiHead:
@@ -139,9 +157,17 @@ def evaluate(network: MultiHead, task: str, part: Part, batch_norm: BatchNorm) -
 
     With batch statistics, in batches of 64 at most in a fixed shuffled order: sorted by class, a batch would
     tell its label.
+
+    Raises:
+        DataError: if there are none.
     """
+    if not len(part):
+        raise DataError(
+            f"task {task}: no images to validate or test on; expected for every class one test image or more,"
+            f" and {LEAST_FOR_VALIDATION} training images or more, of which one is for validation: add some"
+        )
     set_evaluation(network, batch_norm)
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(part))
+    order = shuffled(np.random.PCG64(0), len(part))
     loss, correct = 0.0, 0
     for rows in np.array_split(order, -(-len(order) // EVALUATION_BATCH)):
         images, labels = tensors_of(part, rows)

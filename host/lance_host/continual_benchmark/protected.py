@@ -1,7 +1,7 @@
 """What GPM and LANCE keep from task to task: the memory, and for `--relax` the moments that it was made of."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from lance_edge.memory import Memory, empty_memory, extend_memory, read_memory, write_memory
 from lance_host.continual_benchmark.job import Job, read_carry, write_carry
-from lance_host.continual_benchmark.protocol import PROTECTED
-from lance_host.continual_benchmark.records import PACKAGE, TRAINED
+from lance_host.continual_benchmark.protocol import PROTECTED, Preset
+from lance_host.continual_benchmark.records import CARRY, PACKAGE, TRAINED
 from lance_host.memory_build import MemoryRequest, measure
 from lance_host.past import read_past
 from lance_host.request import Feedback
@@ -44,25 +44,26 @@ def extend(job: Job, before: Kept | None) -> Kept:
 
 
 def moments_of(job: Job, trained: Path) -> dict[str, NDArray[np.floating]]:
-    """The second moments `[groups, D, D]` of this task's images in the network that a folder holds.
-
-    LANCE measures 11 batches; GPM as many as hold its 125 samples.
-    """
-    preset = job.preset
-    batch_size = preset.recipe.batch_size
-    batches = -(-preset.gpm_samples // batch_size) if job.method == "gpm" else preset.memory_batches
+    """The second moments `[groups, D, D]` of this task's images in the network that a folder holds."""
     request = MemoryRequest(
         checkpoint=trained / TRAINED,
         output=Path(),
         artifact=trained / PACKAGE,
         data=job.task.path,
-        batches=batches,
+        batches=memory_batches(job.method, job.preset),
         seed=job.task_seed,
         threads=job.threads,
     )
     feedback = Feedback(say=lambda text: None, progress=lambda name, done, total: None)
     past = read_past(request.artifact, request.checkpoint)
+    # No label is read: with --relax, the network after the task before sees the new task's classes.
+    past = replace(past, manifest=replace(past.manifest, classes=job.task.classes))
     return dict(measure(request, past, "patch", feedback))
+
+
+def memory_batches(method: str, preset: Preset) -> int:
+    """Batches that the memory is built from: 11 of LANCE; of GPM as many as hold its 125 samples."""
+    return -(-preset.gpm_samples // preset.recipe.batch_size) if method == "gpm" else preset.memory_batches
 
 
 def _checkpoint_digest(job: Job) -> str:
@@ -78,7 +79,7 @@ def unit_trace(moment: NDArray[np.floating]) -> NDArray[np.float64]:
 def write_kept(folder: Path, kept: Kept, *, with_moments: bool) -> dict[str, int]:
     """Write it; gives the bytes by kind."""
     write_memory(folder / MEMORY, kept.memory)
-    sizes = {"memory": sum(layer.bases.nbytes for layer in kept.memory.layers.values())}
+    sizes = {"memory": kept.memory.column_bytes}
     if with_moments:
         single = {name: moment.astype(np.float32) for name, moment in kept.moments.items()}
         sizes["moments"] = write_carry(folder, dict(single))
@@ -88,5 +89,5 @@ def write_kept(folder: Path, kept: Kept, *, with_moments: bool) -> dict[str, int
 def read_kept(folder: Path) -> Kept:
     """What `write_kept` wrote."""
     memory = read_memory(folder / MEMORY)
-    carried = read_carry(folder) if (folder / "carry.npz").exists() else {}
+    carried = read_carry(folder) if (folder / CARRY).exists() else {}
     return Kept(memory, {name: np.asarray(moment, np.float64) for name, moment in carried.items()})

@@ -27,6 +27,7 @@ class Settings:
         lr, gpm_lr: learning rates; GPM's own may differ.
         batch_norm: `running` statistics, frozen after task 1, or those of the `batch`, also at test.
         dropout: whether the networks' dropout is on while they train.
+        data: digests of the data sets, in the order of the tasks; see `image_sets.digest_of`.
     """
 
     benchmark: str
@@ -39,6 +40,7 @@ class Settings:
     batch_norm: str
     dropout: bool
     tasks: tuple[str, ...]
+    data: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -59,7 +61,7 @@ class TaskRecord:
         epochs: until the schedule ended, or the most that were allowed.
         lr: learning rate at the start: that of the settings, or less where the numbers ran away with it.
         ranks: of the protected subspace by layer, where there is one.
-        kept_bytes: what is kept from task to task beside the network, by kind.
+        kept_bytes: what is kept from task to task, by kind; `weights` are the network with its newest head.
         activation_bytes: of the trained layers at the batch size, as the paper counts them.
         seconds: on this machine.
     """
@@ -77,6 +79,11 @@ class TaskRecord:
     kept_bytes: dict[str, int] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def bytes_beside(self) -> int:
+        """What is kept beside the network as it is used."""
+        return sum(count for kind, count in self.kept_bytes.items() if kind != "weights")
+
 
 def keep_settings(folder: Path, settings: Settings) -> None:
     """Write `settings.json`, or see that the results that are there have the same.
@@ -91,11 +98,18 @@ def keep_settings(folder: Path, settings: Settings) -> None:
         return
     wanted = json.loads(json.dumps(to_json(settings)))
     for name in wanted:
-        if stored.get(name) != wanted[name]:
+        if stored.get(name) == wanted[name]:
+            continue
+        if name == "data":
             raise LanceError(
-                f"{path}: these results were made with {name} {stored.get(name)!r}, not {wanted[name]!r}; give"
-                " the same options to go on, or another --out"
+                f"{path}: these results were made with other images than those below --data now (digests"
+                f" {stored.get(name, 'unknown')}, not {wanted[name]}); give the same data to go on, or another"
+                " --out"
             )
+        raise LanceError(
+            f"{path}: these results were made with {name} {stored.get(name)!r}, not {wanted[name]!r}; give"
+            " the same options to go on, or another --out"
+        )
 
 
 def task_folder(folder: Path, label: str, seed: int, after: int) -> Path:

@@ -35,7 +35,7 @@ class Spread:
 class MethodSummary:
     """A method over its complete seeds; `None` where a figure has no meaning (joint training forgets nothing).
 
-    `kept_bytes` and `activation_bytes` are the largest of the last task over the seeds.
+    `kept_bytes` (beside the network) and `activation_bytes` are the largest of the last task over the seeds.
     """
 
     method: str
@@ -107,7 +107,7 @@ def _summarise(method: str, records: Sequence[TaskRecord], tasks: int) -> Method
         bwt=spread([m.bwt for m in complete if m.bwt is not None]) if complete else None,
         learning_accuracy=spread([m.learning_accuracy or 0.0 for m in complete]) if complete else None,
         activation_bytes=max(record.activation_bytes for record in last),
-        kept_bytes=max(sum(record.kept_bytes.values()) for record in last),
+        kept_bytes=max(record.bytes_beside for record in last),
         seconds=statistics.fmean(sum(record.seconds for record in run) for run in runs),
     )
 

@@ -1,5 +1,6 @@
 """The benchmark: tasks, methods and seeds, one after the other, going on where it was broken off."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from lance_edge.errors import LanceError, NumericalError
 from lance_host.continual_benchmark.benchmarks import choose_benchmark
 from lance_host.continual_benchmark.job import Job, Learnt
 from lance_host.continual_benchmark.methods import METHODS
-from lance_host.continual_benchmark.multi_head import evaluate, network_of
+from lance_host.continual_benchmark.multi_head import check_network, evaluate, network_of
 from lance_host.continual_benchmark.protocol import BatchNorm, Preset
 from lance_host.continual_benchmark.records import (
     RECORD,
@@ -72,6 +73,7 @@ def run_benchmark(request: BenchmarkRequest, voice: Voice) -> tuple[Path, Settin
     """
     benchmark = choose_benchmark(request.benchmark)
     check(request)
+    check_network(request.network or benchmark.network)
     tasks = make_tasks(benchmark, request.data, request.out / "tasks", request.preset.per_class, voice.say)
     if len(tasks) < LEAST_TASKS:
         raise LanceError(
@@ -90,11 +92,21 @@ def run_benchmark(request: BenchmarkRequest, voice: Voice) -> tuple[Path, Settin
 
 
 def check(request: BenchmarkRequest) -> None:
-    """Refuse options that a method does not have, before anything is learnt.
+    """Refuse values that are of no use, and options that a method does not have, before anything is learnt.
 
     Raises:
-        LanceError: naming the methods.
+        LanceError: naming the option, and the methods.
     """
+    rates = (request.preset.recipe.lr, request.preset.gpm_lr)
+    for option, values in (
+        ("--lr", rates),
+        ("--relax", (request.relax,)),
+        ("--energy", (request.energy or 0,)),
+    ):
+        if not all(map(math.isfinite, values)):
+            raise LanceError(f"{option}: expected a number, found {max(values, key=math.isnan):g}")
+    if min(rates) <= 0:
+        raise LanceError(f"--lr: expected a rate above 0, found {min(rates):g}")
     in_engine = [name for name in request.methods if METHODS[name].where == "engine"]
     if request.batch_norm == "batch" and in_engine:
         raise LanceError(
@@ -124,6 +136,7 @@ def settings_of(request: BenchmarkRequest, network: str, tasks: tuple[Task, ...]
         batch_norm=request.batch_norm,
         dropout=preset.dropout,
         tasks=tuple(task.name for task in tasks),
+        data=tuple(dict.fromkeys(task.digest for task in tasks)),
     )
 
 
@@ -148,7 +161,9 @@ def _run(
     numbers = [len(tasks) - 1] if METHODS[method].is_joint else range(len(tasks))
     for number in numbers:
         own = task_folder(folder, label, seed, number)
+        before = None if number == numbers[0] else task_folder(folder, label, seed, number - 1)
         if read_record(own) is not None:
+            _tidy(own, before)  # it may have been broken off
             continue
         voice.say(f"{label}, seed {seed}, task {number + 1} of {len(tasks)}: {tasks[number].name}")
         job = Job(
@@ -160,7 +175,7 @@ def _run(
             number=number,
             seed=seed,
             folder=own,
-            before=None if number == numbers[0] else task_folder(folder, label, seed, number - 1),
+            before=before,
             first=folder / FIRST,
             relax=request.relax,
             threads=request.threads,
@@ -189,10 +204,10 @@ def _learn(job: Job, label: str) -> TaskRecord:
         activation_bytes=learnt.activation_bytes,
         seconds=time.perf_counter() - start,
         ranks=dict(learnt.ranks),
-        kept_bytes={**learnt.kept_bytes, "heads": learnt.state.head_bytes},
+        kept_bytes={**learnt.kept_bytes, **learnt.state.kept_bytes},
     )
     write_record(job.folder, record)
-    _tidy(job)
+    _tidy(job.folder, job.before)
     return record
 
 
@@ -222,12 +237,12 @@ def accuracies(job: Job, learnt: Learnt) -> tuple[float, ...]:
     return tuple(evaluate(network, task.name, task.open().test, job.batch_norm)[1] for task in known)
 
 
-def _tidy(job: Job) -> None:
-    """Remove what no later task reads: package and run of this one, state of the one before."""
-    for path in job.folder.iterdir():
+def _tidy(folder: Path, before: Path | None) -> None:
+    """Remove what no later task reads: the run of this one, all but the record of the one before."""
+    unused = [path for path in folder.iterdir() if path.is_dir()]
+    unused += [path for path in before.iterdir() if path.name != RECORD] if before is not None else []
+    for path in unused:
         if path.is_dir():
             shutil.rmtree(path)
-    if job.before is not None:
-        for path in job.before.iterdir():
-            if path.name != RECORD:
-                path.unlink()
+        else:
+            path.unlink()

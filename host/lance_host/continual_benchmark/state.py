@@ -40,9 +40,14 @@ class NetworkState:
         return NetworkState(body, {**self.heads, task: single[WEIGHT]})
 
     @property
-    def head_bytes(self) -> int:
-        """Of all heads."""
-        return sum(head.numel() * head.element_size() for head in self.heads.values())
+    def kept_bytes(self) -> dict[str, int]:
+        """What is kept of it for further tasks, as boards count it: earlier heads; the rest and the newest."""
+        *earlier, newest = map(_nbytes, self.heads.values())
+        return {"heads": sum(earlier), "weights": newest + sum(map(_nbytes, self.body.values()))}
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def write_state(path: Path, state: NetworkState) -> None:

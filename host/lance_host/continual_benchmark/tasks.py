@@ -24,12 +24,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its number from 0, its name, the names of its classes, and its file."""
+    """A task: its number from 0, name, names of its classes, its file, and the digest of its data set."""
 
     number: int
     name: str
     classes: tuple[str, ...]
     path: Path
+    digest: str = ""
 
     def open(self) -> Dataset:
         """Training, validation (5 % of each class) and test part."""
@@ -85,7 +86,8 @@ def describe_task(
         else f"{found.source.name}-{labels[0]}-{labels[-1]}"
     )
     amount = "all" if per_class is None else "{}-{}".format(*per_class)
-    return Task(number, name, classes, folder / f"{name}-{amount}.npz")
+    path = folder / f"{name}-{amount}-{found.digest}.npz"  # other data below --data have another file
+    return Task(number, name, classes, path, found.digest)
 
 
 def _write_task(task: Task, found: ImageSet, labels: range, per_class: tuple[int, int] | None) -> None:

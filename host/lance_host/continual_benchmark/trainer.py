@@ -5,6 +5,7 @@ task of a network that starts from random weights (batch-norm with the statistic
 statistics that move), and baselines that replay images or change the loss.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 
 from lance_edge.datasets import Dataset
 from lance_edge.errors import NumericalError
+from lance_edge.stream import SampleStream
 from lance_host.continual_benchmark.multi_head import MultiHead, evaluate, set_training, tensors_of
 from lance_host.continual_benchmark.protocol import BatchNorm, Recipe
 
@@ -142,14 +144,11 @@ class Plateau:
 
 
 def epoch_batches(count: int, batch_size: int, seed: int) -> Iterator[list[NDArray[np.int64]]]:
-    """Rows of the full batches of one epoch after the other; what is left joins the next epoch."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    waiting = np.zeros(0, np.int64)
-    while True:
-        waiting = np.concatenate([waiting, generator.permutation(count)])
-        whole = len(waiting) // batch_size
-        yield list(waiting[: whole * batch_size].reshape(whole, batch_size))
-        waiting = waiting[whole * batch_size :]
+    """Rows of the batches of one epoch after the other: those that a board takes with the same seed."""
+    stream = SampleStream(count, batch_size, seed, shuffle=True, flip=False)
+    for epoch in itertools.count():
+        steps = range(stream.total_steps(epoch), stream.total_steps(epoch + 1))
+        yield [stream.indices(step) for step in steps]
 
 
 @dataclass(frozen=True)

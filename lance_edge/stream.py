@@ -1,4 +1,4 @@
-"""The order of samples: an endless row of epochs, cut into batches.
+"""The order of samples, on boards and workstations alike: an endless row of epochs, cut into batches.
 
 Epoch after epoch, each a permutation of all training images; batch i takes the samples
 `i * batch_size ... (i + 1) * batch_size` of that row.  So a remainder smaller than a batch joins the next
@@ -80,13 +80,17 @@ def _lookup(
 
 @lru_cache(maxsize=2)  # a batch touches two epochs at most where it is no larger than an epoch
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """A permutation of `0 ... count - 1` that depends on nothing but the arguments.
+    """A permutation of `0 ... count - 1` that depends on nothing but the arguments."""
+    return shuffled(np.random.PCG64([seed, epoch, 0]), count)
+
+
+def shuffled(bits: np.random.PCG64, count: int) -> NDArray[np.int64]:
+    """The next permutation of `0 ... count - 1` that a bit generator gives.
 
     Sorts raw generator output, which numpy promises to keep for ever; `Generator.permutation` may change
     between numpy versions, and then a run would not repeat on another board.
     """
-    keys = np.random.PCG64([seed, epoch, 0]).random_raw(count)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    return np.argsort(bits.random_raw(count), kind="stable").astype(np.int64)
 
 
 @lru_cache(maxsize=2)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lance_device.stream import SampleStream, permutation
+from lance_edge.stream import SampleStream, permutation
 
 
 def _stream(count=45, batch_size=16, seed=0, shuffle=True, flip=True):
