@@ -19,6 +19,7 @@ from lance_edge.bundle import Bundle
 from lance_edge.errors import CheckpointError, DamagedCheckpointError, LanceError
 from lance_edge.manifest import Variant
 from lance_edge.npy import load, read_member
+from lance_edge.npz_kinds import OF_KIND, kind_of
 from lance_edge.sealed import SEAL, check_seal
 
 SCHEMA_VERSION = 3
@@ -61,8 +62,7 @@ class Archive:
         Raises:
             CheckpointError: if it is of a newer schema, damaged, or of another package.
         """
-        self._check_size(META, MAX_META_BYTES)
-        value = json.loads(str(read_member(self._npz.zip, META)))
+        value = self._meta()
         version = value.get("schema_version") if isinstance(value, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             raise CheckpointError(
@@ -82,6 +82,21 @@ class Archive:
                 f" {value['artifact_sha256'][:12]} ({value.get('model')});"
                 " give the pkg.tar that this run was trained from"
             )
+        return value
+
+    def expect_checkpoint(self) -> None:
+        """See that it is one, whatever its package.
+
+        Raises:
+            CheckpointError: naming what else it is.
+        """
+        self._meta()
+
+    def _meta(self) -> Any:
+        self._check_size(META, MAX_META_BYTES)
+        value = json.loads(str(read_member(self._npz.zip, META)))
+        if (kind := kind_of(value)) in ("memory", "statistics"):
+            raise CheckpointError(f"{self.path}: {OF_KIND[kind]}, not the checkpoint")
         return value
 
     def weights(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Float]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_edge.errors import ArtifactError, LanceError
+from lance_edge.npz_kinds import OF_KIND, kind_of
 from lance_edge.sealed import SEAL, check_seal
 
 META = "meta"
@@ -27,9 +28,11 @@ class MatrixFile:
         """The meta data, JSON, of this schema.
 
         Raises:
-            ArtifactError: if it is of another schema.
+            ArtifactError: if it is of another schema, or a file of another kind.
         """
         value = json.loads(str(self._npz[META]))
+        if (kind := kind_of(value)) is not None and kind != self._what:
+            raise ArtifactError(f"{self.path}: {OF_KIND[kind]}, not the {self._what}")
         version = value.get("schema_version") if isinstance(value, dict) else None
         if version != self._schema:
             raise ArtifactError(

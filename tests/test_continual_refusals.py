@@ -110,6 +110,18 @@ def test_options_without_the_task_before(refused, story):
     )
 
 
+def test_a_memory_that_lacks_a_task_is_a_file_of_no_use(story, lance_host, tmp_path):
+    """Exit codes as `--help` says."""
+    write_memory(tmp_path / "memory.npz", dataclasses.replace(story.memory, tasks=()))
+    words = ("--memory", tmp_path / "memory.npz", "--data", story / "two.npz", "-o", tmp_path / "never")
+    result = lance_host(*next_words(story, *words))
+    assert (result.exit_code, "remembers no task" in result.stderr) == (3, True), result.output
+    (tmp_path / "last.npz").write_bytes((story / "run1/last.npz").read_bytes())
+    words = ("--checkpoint", tmp_path / "last.npz", "--data", story / "one.npz", "-o", tmp_path / "never")
+    result = lance_host("memory", *words)
+    assert (result.exit_code, "no run.json beside it" in result.stderr) == (4, True), result.output
+
+
 def test_other_memories_are_refused(story, refused, tmp_path):
     memory, path = story.memory, tmp_path / "memory.npz"
 

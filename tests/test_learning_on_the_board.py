@@ -293,7 +293,7 @@ def test_a_package_whose_gradients_touch_the_memory_is_refused(story, tmp_path, 
 
 # --- a folder of tasks, and power cuts --------------------------------------------------------------------
 
-# SIGKILL at the n-th call into the operating system that changes a file; with 0 it only counts.
+# A signal at the n-th call into the operating system that changes a file; with 0 it only counts.
 KILLER = """
 import atexit, os, signal, sys
 import lance_device.next_task
@@ -304,7 +304,7 @@ class Killer:
         if event == "c_call" and argument.__name__ in self.NAMES:
             self.seen += 1
             if self.seen == COUNT:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), NUMBER)
 killer = Killer()
 atexit.register(lambda: print("calls", killer.seen))
 sys.setprofile(killer)
@@ -322,10 +322,13 @@ def finished_folder(story: Path, root: Path) -> TaskFolder:
     return folder
 
 
-def next_task(root: Path, story: Path, count: int) -> subprocess.CompletedProcess[str]:
+def next_task(
+    root: Path, story: Path, count: int, number: signal.Signals = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
     words = ("next-task", "--run", root, "--next-data", story / "two.npz", "--threads", 1)
     words = (*words, "--batches", 2, "--memory-batches", 2)
-    command = [sys.executable, "-c", KILLER.replace("COUNT", str(count)), *map(str, words)]
+    code = KILLER.replace("COUNT", str(count)).replace("NUMBER", str(int(number)))
+    command = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -352,6 +355,15 @@ def cut_and_go_on(story: Path, tmp_path: Path, cuts: int, seed: int) -> None:
 
 def test_a_power_cut_leaves_the_task_before_or_after(story, tmp_path):
     cut_and_go_on(story, tmp_path, cuts=2, seed=0)
+
+
+def test_a_polite_kill_leaves_nothing_half_made(story, tmp_path):
+    folder = finished_folder(story, tmp_path / "tasks")
+    before = sorted(folder.root.iterdir())
+    stopped = next_task(folder.root, story, 12, signal.SIGTERM)
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == "error: stopped on request"
+    assert [path for path in sorted(folder.root.iterdir()) if path.suffix != ".csv"] == before
 
 
 @pytest.mark.slow

@@ -102,18 +102,17 @@ def evaluate_command(
     if artifact is None or checkpoint is None or data is None:
         raise click.UsageError("give --artifact, --checkpoint and --data, or --run of a folder of tasks")
     from lance_device.classifier import from_package
-    from lance_device.evaluate import evaluate, on_images
+    from lance_device.evaluate import evaluate, on_images, open_labelled
     from lance_device.options import DEFAULT_MICRO_BATCH, available_cores
     from lance_device.text import evaluation_json, evaluation_table
     from lance_edge.bundle import Bundle
-    from lance_edge.datasets import open_dataset
     from lance_edge.other_files import of_data
     from lance_edge.screening import find_bad, refuse, without
 
     signed = check_signature(artifact, public_key)
     with Bundle(artifact, signed) as bundle:
         classifier = from_package(bundle, checkpoint, threads or available_cores(), task)
-        dataset = open_dataset(data, bundle.manifest.split, classifier.classes)
+        dataset = open_labelled(data, bundle.manifest, classifier.classes)
     skipped = find_bad(dataset, available_cores(), (part,))
     if strict:
         refuse(data, skipped)

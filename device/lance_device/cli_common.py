@@ -46,3 +46,10 @@ def require_runtime_within_memory() -> None:
 
     require_runtime()
     click.get_current_context().with_resource(bounded_memory())
+
+
+def end_cleanly_on_signals() -> None:
+    """See that a polite kill ends this command as Ctrl-C does, with nothing half-written left."""
+    from lance_device.stop import ended_by_signals
+
+    click.get_current_context().with_resource(ended_by_signals())

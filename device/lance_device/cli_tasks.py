@@ -12,6 +12,7 @@ from lance_device.cli_common import (
     SIGNATURE,
     THREADS,
     check_signature,
+    end_cleanly_on_signals,
     require_runtime_within_memory,
 )
 from lance_device.cli_types import Number, byte_count
@@ -82,6 +83,7 @@ def collect(
     what those images show: collect from many, and treat the file as you treat the images.
     """
     require_runtime_within_memory()
+    end_cleanly_on_signals()
     from lance_device.collect import CollectRequest
     from lance_device.collect import collect as run_collect
     from lance_device.moments_pass import PassOptions
@@ -190,6 +192,7 @@ def next_task(
     all tasks (eval --task, predict) and the memory of what they need, which training leaves alone.
     """
     require_runtime_within_memory()
+    end_cleanly_on_signals()
     from lance_device.moments_pass import PassOptions
     from lance_device.next_task import NextTaskRequest, continue_folder
     from lance_device.next_task import next_task as make_next_task

@@ -199,7 +199,7 @@ def train(
     place = None
     if tasks or TaskFolder(out).has_tasks:
         chosen = result if result != "auto" else "best" if values["schedule"] == "plateau" else "last"
-        place = open_place(out, artifact, data, chosen)
+        place = open_place(out, artifact, data, chosen, takes_up=resume or resume_or_start)
         artifact, out = place.package, place.path
     if artifact is None:
         raise click.UsageError("--artifact is missing: the package of lance-host calibrate")

@@ -1,14 +1,18 @@
 """Accuracy and loss of a network on labelled images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lance_device.step_graphs import micro_batches
+from lance_edge.datasets import Dataset, open_dataset
+from lance_edge.errors import DataError
 from lance_edge.images import Part, load_batch
 from lance_edge.input_spec import InputSpec
+from lance_edge.manifest import Manifest
 
 Float = NDArray[np.float32]
 Classify = Callable[[Part, slice], Float]  # some images of a part -> logits [N, classes]
@@ -42,6 +46,26 @@ class Evaluation:
         """Accuracy of each class, `None` where it has no image here."""
         pairs = zip(self.class_correct, self.class_counts, strict=True)
         return tuple(correct / count if count else None for correct, count in pairs)
+
+
+def open_labelled(data: Path, manifest: Manifest, classes: Sequence[str]) -> Dataset:
+    """Images of a task of the package.
+
+    Args:
+        classes: of the task.
+
+    Raises:
+        DataError: if they are of other classes, naming the task of which these are.
+    """
+    try:
+        return open_dataset(data, manifest.split, classes)
+    except DataError:
+        found = set(open_dataset(data, manifest.split).classes)
+        tasks = {**{task.name: task.classes for task in manifest.tasks}, manifest.task: manifest.classes}
+        meant = [name for name, known in tasks.items() if name and set(known) == found != set(classes)]
+        if not meant:
+            raise
+    raise DataError(f"{data}: these are the classes of task {meant[0]}: --task {meant[0]}")
 
 
 def on_images(network: Callable[[Float], Float], preprocessing: InputSpec) -> Classify:

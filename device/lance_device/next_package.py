@@ -20,6 +20,7 @@ from lance_edge.errors import NumericalError
 from lance_edge.manifest import SCHEMA_VERSION, LayerPlan, Manifest, Task, TensorSpec, Variant
 from lance_edge.memory import Memory, drift, memory_bytes
 from lance_edge.names import (
+    BATCH_DIM,
     LABELS,
     MEMORY_MEMBER,
     PROJECTIONS_MEMBER,
@@ -193,15 +194,9 @@ def _tried_out(bundle: Bundle, variant: Variant, dataset: Dataset, memory: Memor
 
 
 def _open(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Of any size in every axis that does not count samples."""
+    """Of any size in every axis: one that counts samples may have a rank for each of them."""
     return tuple(
-        replace(
-            spec,
-            shape=tuple(
-                dim if isinstance(dim, str) else f"{spec.name} {i}" for i, dim in enumerate(spec.shape)
-            ),
-        )
-        for spec in specs
+        replace(spec, shape=tuple(f"{spec.name} {axis}" for axis in range(len(spec.shape)))) for spec in specs
     )
 
 
@@ -231,12 +226,18 @@ def _observed(specs: Sequence[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
         replace(
             spec,
             shape=tuple(
-                dim if isinstance(dim, str) else size
+                _per_sample(size) if isinstance(dim, str) else size
                 for dim, size in zip(spec.shape, shapes[spec.name], strict=True)
             ),
         )
         for spec in specs
     )
+
+
+def _per_sample(size: int) -> str:
+    """What a dimension is that has this size for the images of the trial, and a multiple of theirs for any."""
+    factor = size // TRIAL_IMAGES
+    return BATCH_DIM if factor == 1 else f"{factor}*{BATCH_DIM}"
 
 
 def _expect_untouched(bundle: Bundle, gradients: Mapping[str, NDArray[np.float32]], memory: Memory) -> None:

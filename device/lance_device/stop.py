@@ -75,6 +75,29 @@ def stop_on_signals(
 
 
 @contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within the block a polite kill, or the end of the terminal, is what Ctrl-C is: what was begun is cleared.
+
+    For work that keeps nothing when it is stopped.  Outside the main thread no handler can be set.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        for heard in previous:  # clearing up is not disturbed; it takes no time
+            signal.signal(heard, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, on_signal) for number in _heard_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def _heard_by_a_thread(interrupt: Callable[[], None]) -> Iterator[None]:
     """Calls `interrupt` for every signal with a handler, whatever the main thread is doing."""
     readable, writable = os.pipe()

@@ -197,11 +197,15 @@ class TaskFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def open_place(root: Path, artifact: Path | None, data: Path, result: str) -> TaskPlace:
+def open_place(root: Path, artifact: Path | None, data: Path, result: str, takes_up: bool = False) -> TaskPlace:
     """Where to train: the folder's current task, or in an empty folder the first.
 
+    Args:
+        takes_up: a run that is there is gone on with.
+
     Raises:
-        CheckpointError: if there is a package, and the folder has one already.
+        CheckpointError: if there is a package, and the folder has one already; or if the current task is
+            finished, and the images are another's.
         DataError: if there is none at all.
     """
     folder = TaskFolder(root)
@@ -213,6 +217,11 @@ def open_place(root: Path, artifact: Path | None, data: Path, result: str) -> Ta
     if artifact is not None:
         raise CheckpointError(
             f"{root}: task {place.record.task} has its own package, {place.package}; leave --artifact out"
+        )
+    if place.is_finished and not takes_up and str(data.absolute()) != place.record.data:
+        raise CheckpointError(
+            f"{root}: task {place.record.task} is finished, and its images were {place.record.data}; for a next"
+            f" task, make its package first: lance-device next-task --run {root} --next-data {data}"
         )
     return place
 

@@ -91,12 +91,20 @@ def next_task_table(made: NextTask) -> str:
     return "\n".join(lines)
 
 
+FIGURE_NAMES = {
+    "acc": "ACC",
+    "bwt": "BWT",
+    "forgetting": "forgetting",
+    "learning_accuracy": "learning accuracy",
+}
+
+
 def matrix_table(matrix: AccuracyMatrix) -> str:
     """What is still known of each task, and the figures of `accuracy_matrix.csv`."""
     if not matrix.rows:
         return "accuracy matrix: nothing measured yet"
     known = zip(matrix.tasks, matrix.rows[-1].accuracies, strict=True)
-    figures = [f"{name.upper().replace('_', ' ')} {percent(value)}" for name, value in matrix.figures.items()]
+    figures = [f"{FIGURE_NAMES[name]} {percent(value)}" for name, value in matrix.figures.items()]
     tasks = ", ".join(f"{task} {percent(accuracy)}" for task, accuracy in known)
     return f"after {matrix.tasks[-1]}: {tasks}\n{', '.join(figures)}"
 

@@ -47,9 +47,9 @@ def cli() -> None:
     lance-host reproduce theory
 
     \b
-    Exit codes: 0 done; 2 no such option, or a value of no use; 3 package, 4 checkpoint, 5 data, 6 network
-    or 8 disk cannot be used, or not with these options; 7 the numbers ran away; 9 this machine cannot;
-    130 stopped; 1 anything else.
+    Exit codes: 0 done; 2 no such option, or a value of no use; 3 package, memory or statistics, 4 checkpoint,
+    5 data, 6 network or 8 disk cannot be used, or not with these options; 7 the numbers ran away; 9 this
+    machine cannot; 130 stopped; 1 anything else.
     """
 
 

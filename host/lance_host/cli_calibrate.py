@@ -8,8 +8,8 @@ import click
 
 from lance_edge.errors import OptionError
 from lance_edge.manifest import MODES
-from lance_host.cli_continual import DEFAULT_METHODS, next_task_options, past_of
-from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progress_bars
+from lance_host.cli_continual import DEFAULT_METHODS, files_first, next_task_options, past_of
+from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progress_bars, wrote
 
 
 @click.command()
@@ -25,8 +25,9 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progr
 @click.option(
     "--layers",
     help="Train the last K layers (convolutions and linear ones) and the head; 0: head only; conv:K, linear:K,"
-    " pointwise:K: of this kind (pointwise: not depthwise); names and globs such as 'layer4.*,layer3.1.conv2';"
-    " all. With several counts (1-10, or 2,4) the device chooses one. Default: 4, or those of the task before.",
+    " pointwise:K: of this kind (pointwise: not depthwise); names and globs as 'layer4.*,layer3.1.conv2', a"
+    " number among them as '[13]'; all. With several counts (1-10, or 2,4) the device chooses one. Default: 4,"
+    " or those of the task before.",
 )
 @HEAD
 @click.option("--train-bias", is_flag=True, help="Train the biases of these layers as well.")
@@ -96,6 +97,7 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progr
 @click.option("--task-name", "task", help="Of what the package trains. Default: after --data.")
 @next_task_options
 @click.pass_context
+@files_first
 def calibrate(
     context: click.Context,
     /,
@@ -138,7 +140,7 @@ def calibrate(
     click.echo(f"\n{saved_line(manifest)}")
     if advice := rank_advice(manifest):
         click.echo(advice)
-    click.echo(f"wrote {options['output']} ({options['output'].stat().st_size / 2**20:.1f} MiB)")
+    click.echo(wrote(options["output"]))
 
 
 def _split_and_seed(

@@ -1,5 +1,6 @@
 """`lance-host memory`, and the options of `lance-host calibrate` for tasks after the first."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import click
 from lance_edge.errors import LanceError
 from lance_edge.manifest import MODES
 from lance_edge.names import MEMORY_BATCHES
-from lance_host.cli_options import FILE, progress_bars
+from lance_host.cli_options import FILE, progress_bars, wrote
 
 # Of a task with a memory, which `bp` alone would not respect, and of any other.
 DEFAULT_METHODS = {True: "lance", False: "lance,bp"}
@@ -44,6 +45,19 @@ def next_task_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(NEXT_TASK):
         command = option(command)
     return command
+
+
+def files_first(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Look at the files that a command is given before anything else, which takes seconds."""
+
+    @functools.wraps(command)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        from lance_host.given_files import check_files
+
+        check_files(options)
+        return command(*arguments, **options)
+
+    return checked
 
 
 def past_of(options: dict[str, Any], is_model_given: bool) -> Any:
@@ -99,6 +113,7 @@ def past_of(options: dict[str, Any], is_model_given: bool) -> Any:
 @click.option("--seed", type=click.IntRange(min=0), help="Chooses the images. Default: the package's.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
 @click.option("-o", "--output", type=FILE, default=Path("memory.npz"), show_default=True, help="What to write.")
+@files_first
 def memory(**options: Any) -> None:
     """Remember what a finished task needs, so that the next one leaves it alone.
 
@@ -116,5 +131,4 @@ def memory(**options: Any) -> None:
         made = make_memory(MemoryRequest(**options), Feedback(say=click.echo, progress=progress))
     click.echo()
     click.echo(memory_table(made))
-    output = options["output"]
-    click.echo(f"\nwrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
+    click.echo(f"\n{wrote(options['output'])}")

@@ -48,14 +48,21 @@ def numbers(context: click.Context, option: click.Parameter, text: str | None) -
     return values
 
 
+def wrote(output: Path) -> str:
+    """`wrote pkg.tar (1.25 MiB)`."""
+    from lance_host.text import human_bytes
+
+    return f"wrote {output} ({human_bytes(output.stat().st_size)})"
+
+
 @contextmanager
 def progress_bars() -> Iterator[Any]:
-    """A bar per named piece of work: call it with (name, done, total)."""
+    """A bar per named piece of work, on a terminal: call it with (name, done, total)."""
     bars: dict[str, Any] = {}
 
     def show(name: str, done: int, total: int) -> None:
-        if total <= 0:
-            return  # a download that does not say how long it is
+        if total <= 0 or not sys.stderr.isatty():  # a download may not say how long it is
+            return
         if name not in bars:
             bars[name] = click.progressbar(length=total, label=name, file=sys.stderr)
             bars[name].__enter__()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from lance_host.cli_options import FILE
+from lance_host.cli_options import FILE, wrote
 
 
 @click.command()
@@ -51,7 +51,7 @@ def merge(artifact: Path, checkpoint: Path, output: Path) -> None:
     from lance_host.merge import merge as write
 
     write(artifact, checkpoint, output)
-    click.echo(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MiB)")
+    click.echo(wrote(output))
 
 
 @click.command("sample-data")

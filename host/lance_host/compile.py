@@ -75,7 +75,7 @@ def compile_variant(
     }
     if takes_any_rank:
         _expect_free_classes(graphs["predict"], captured)
-        open_shapes(graphs, stages.boundary, [str(value.name) for value in step.parameters], captured.head)
+        open_shapes(graphs, stages.boundary, step, captured.head)
     members = {role: serialise(model, f"{method} {role}") for role, model in graphs.items()}
     names = {role: f"graphs/{method}-{len(captured.layers)}/{role}.onnx" for role in members}
     whole = [value for value in step.projections if value not in step.batch_projections]

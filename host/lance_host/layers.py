@@ -4,6 +4,7 @@
 conv:4, linear:4      the last four of a kind
 pointwise:4           the last four that are not depthwise or grouped
 layer4.*,layer3.1     names and globs of modules; a module stands for all layers in it
+[13]                  the module of this very name, which may be a number; where there is none, a glob too
 all                   every one: the network has no frozen part then
 
 The layer that gives the logits is not counted: as a new head it trains anyway; one that is kept (`--head none`)
@@ -13,7 +14,7 @@ stays frozen, unless it is among the names, or `all` are asked for.
 import difflib
 import fnmatch
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,20 +117,36 @@ def select_layers(
     return _matching(selection, names)
 
 
+def exactly(names: Iterable[str]) -> str:
+    """The selection of the layers of these names, whatever they are."""
+    return ",".join(f"[{name}]" for name in names) or "0"
+
+
 def _last(selection: str, count: int, names: list[str]) -> list[str]:
     if count > len(names):
-        raise ModelError(f"--layers {selection}: the network has only {len(names)} such layers; ask for fewer")
+        meant = f", or for the layer of this name with '[{selection}]'" if selection in names else ""
+        raise ModelError(
+            f"--layers {selection}: the network has only {len(names)} such layers; ask for fewer{meant}"
+        )
     return names[len(names) - count :]
 
 
 def _matching(selection: str, names: Sequence[str]) -> list[str]:
     chosen: set[str] = set()
     for pattern in (text.strip() for text in selection.split(",")):
-        found = {name for name in names if _fits(name, pattern)}
+        found = _exact(names, pattern) or {name for name in names if _fits(name, pattern)}
         if not found:
             raise ModelError(_no_match(selection, pattern, names))
         chosen |= found
     return [name for name in names if name in chosen]
+
+
+def _exact(names: Sequence[str], pattern: str) -> set[str]:
+    """The layer, or those in the module, that `[13]` is the name of."""
+    if not (pattern.startswith("[") and pattern.endswith("]")):
+        return set()
+    own = pattern[1:-1]
+    return {name for name in names if name == own or name.startswith(f"{own}.")}
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -137,12 +154,18 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _no_match(selection: str, pattern: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or list(names[-3:])
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or names[-3:]
+    written = ", ".join(map(_written, close)) or "features.*"
     return (
         f"--layers {selection}: expected a count such as 4, several such as 1-10 or 2,4, or pointwise:4, or"
-        f" all, or names such as {', '.join(close) or 'features.*'}; no layer is called {pattern!r}, or"
+        f" all, or names such as {written}; no layer is called {pattern!r}, or"
         " it takes no part: lance-host layers lists them"
     )
+
+
+def _written(name: str) -> str:
+    """A name as `--layers` takes it."""
+    return f"[{name}]" if name.isdecimal() else name
 
 
 def list_layers(network: nn.Module, shape: Sequence[int], head: str | None) -> list[Candidate]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lance_edge.datasets import open_dataset
-from lance_edge.errors import LanceError
+from lance_edge.errors import ArtifactError, LanceError
 from lance_edge.images import load_batch
 from lance_edge.manifest import Mode
 from lance_edge.memory import (
@@ -92,25 +92,25 @@ def open_before(request: MemoryRequest, past: Past) -> Memory:
     where = "the memory in the package" if request.memory is None else str(request.memory)
     if found is None:
         if earlier:
-            raise LanceError(
+            raise ArtifactError(
                 f"--memory: the network learned {', '.join(earlier)} before {past.task}; give the memory of"
                 " that, or it will be forgotten"
             )
         return empty_memory(request.mode or DEFAULT_MODE, past.manifest.model)
     remembered = [task.name for task in found.tasks]
     if remembered != earlier:
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: remembers {', '.join(remembered) or 'no task'}, expected"
             f" {', '.join(earlier) or 'none'}, which the network learned before {past.task}; give that memory"
         )
     check_model(found, where, past)
     if past.memory is not None and memory_digest(found) != memory_digest(past.memory):
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: is not the memory that {past.task} was trained beside, which its package holds; leave"
             " --memory out"
         )
     if request.mode not in (None, found.mode):
-        raise LanceError(f"{where}: is of {found.mode} mode, not {request.mode}; leave --mode out")
+        raise ArtifactError(f"{where}: is of {found.mode} mode, not {request.mode}; leave --mode out")
     expect_fitting(found, past.layers, where)
     return found
 
@@ -127,12 +127,12 @@ def measure(request: MemoryRequest, past: Past, mode: Mode, feedback: Feedback) 
         found = read_statistics(request.statistics)
         check_statistics(found, str(request.statistics), past)
         if found.mode != mode:
-            raise LanceError(
+            raise ArtifactError(
                 f"{request.statistics}: is of {found.mode} mode, the memory of {mode} mode; collect the"
                 f" statistics with --mode {mode}"
             )
         if found.classes != past.manifest.classes:
-            raise LanceError(
+            raise ArtifactError(
                 f"{request.statistics}: of the classes {', '.join(found.classes)}, expected those of"
                 f" {past.task}: {', '.join(past.manifest.classes)}; collect them from that task's images"
             )

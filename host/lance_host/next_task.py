@@ -72,7 +72,7 @@ def open_memory(request: Request, after: After, past: Past) -> Memory | None:
     memory = read_memory(after.memory)
     check_remembered(memory, str(after.memory), past)
     if memory.mode != request.mode:
-        raise LanceError(
+        raise ArtifactError(
             f"{after.memory}: is of {memory.mode} mode, not {request.mode}; use --mode {memory.mode}, or make"
             f" the memory with --mode {request.mode} from the first task on"
         )
@@ -88,7 +88,7 @@ def check_model(memory: Memory, where: str, past: Past) -> None:
     """
     names = [name.rpartition("/")[2] for name in (memory.model, past.manifest.model)]
     if names[0] != names[1]:
-        raise LanceError(f"{where}: of the network {names[0]}, not {names[1]}; give the memory of this one")
+        raise ArtifactError(f"{where}: of the network {names[0]}, not {names[1]}; give the memory of this one")
 
 
 def check_remembered(memory: Memory, where: str, past: Past) -> None:
@@ -99,19 +99,19 @@ def check_remembered(memory: Memory, where: str, past: Past) -> None:
     """
     learned, remembered = [task.name for task in past.tasks], [task.name for task in memory.tasks]
     if remembered != learned:
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: remembers {', '.join(remembered) or 'no task'}, and the network has learned"
             f" {', '.join(learned)}; extend the memory with lance-host memory after each task"
         )
     check_model(memory, where, past)
     if memory.tasks[-1].checkpoint_sha256 not in ("", past.checkpoint_sha256):
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: remembers {past.task} as another checkpoint left it; give that checkpoint, or make the"
             " memory again from this one"
         )
     unknown = [layer.name for layer in past.layers if layer.name not in memory.layers]
     if unknown:
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: has nothing of layer {unknown[0]}; make the memory again from this checkpoint"
         )
 
@@ -135,7 +135,7 @@ def open_material(
     where, found = str(after.statistics), read_statistics(after.statistics)
     check_statistics(found, where, past)
     if found.mode != request.mode:
-        raise LanceError(
+        raise ArtifactError(
             f"{where}: is of {found.mode} mode, not {request.mode}; collect the statistics with --mode"
             f" {request.mode}"
         )
@@ -166,13 +166,13 @@ def check_statistics(found: Statistics, where: str, past: Past) -> None:
     theirs = {"package": found.artifact_sha256, "checkpoint": found.checkpoint_sha256}
     for what, digest in own.items():
         if theirs[what] != digest:
-            raise LanceError(
+            raise ArtifactError(
                 f"{where}: collected with another {what} ({theirs[what][:12]}, not {digest[:12]}); collect the"
                 " statistics with what is given here"
             )
     missing = [layer.name for layer in past.layers if layer.name not in found.layers]
     if missing:
-        raise LanceError(f"{where}: has nothing of layer {missing[0]}; collect the statistics again")
+        raise ArtifactError(f"{where}: has nothing of layer {missing[0]}; collect the statistics again")
 
 
 def check_moments(found: Statistics, where: str, layers: Iterable[Layer]) -> None:

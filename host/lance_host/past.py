@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lance_edge.bundle import Bundle
 from lance_edge.checkpoints import read_weights
-from lance_edge.errors import ArtifactError, LanceError, ModelError
+from lance_edge.errors import ArtifactError, CheckpointError, LanceError, ModelError
 from lance_edge.manifest import Layer, Manifest, Task, TensorSpec
 from lance_edge.memory import Memory, packed_memory
 from lance_edge.names import (
@@ -26,6 +26,7 @@ from lance_edge.names import (
     task_name_after,
 )
 from lance_host.compile import serialise
+from lance_host.layers import exactly
 from lance_host.merge import joined_graph, merged_state
 from lance_host.model_source import ProvidedWeights
 from lance_host.stages import bind
@@ -67,7 +68,7 @@ class Past:
     @property
     def layer_names(self) -> str:
         """The layers of the finished run as `--layers` takes them."""
-        return ",".join(layer.name for layer in self.layers) or "0"
+        return exactly(layer.name for layer in self.layers)
 
     @property
     def head(self) -> str:
@@ -159,11 +160,11 @@ def find_artifact(checkpoint: Path) -> Path:
     try:
         path = Path(json.loads((checkpoint.parent / "run.json").read_text("utf-8"))["artifact"]["path"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise LanceError(
+        raise CheckpointError(
             f"{checkpoint}: no run.json beside it says which package it belongs to; name that with --artifact"
         ) from None
     if not path.is_file():
-        raise LanceError(f"{path}: the package of this run is not there; name it with --artifact")
+        raise ArtifactError(f"{path}: the package of this run is not there; name it with --artifact")
     return path
 
 

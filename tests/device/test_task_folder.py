@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from torch.nn import functional
 
 from lance_device.classifier import all_heads
 from lance_device.remeasure import kept_bytes, remeasure
+from lance_device.stop import ended_by_signals
 from lance_device.task_folder import TaskFolder, TaskRecord
 from lance_edge.accuracy_matrix import read_matrix
 from lance_edge.bundle import Bundle, describe, npz_bytes, write_bundle
@@ -112,6 +115,17 @@ def test_a_task_that_is_not_there(words, images):
     assert "no task 'three' here; expected one of 1 (one), 2 (two)" in line
 
 
+def test_images_of_another_task_say_which(words, images, renamed, tmp_path):
+    line = refused(lance_device("eval", *words, "--data", renamed), 5)
+    assert line.endswith(f"{renamed}: these are the classes of task one: --task one")
+    line = refused(lance_device("eval", *words, "--data", images, "--task", "one"), 5)
+    assert line.endswith(f"{images}: these are the classes of task two: --task two")
+    others = write_images(tmp_path / "others")
+    (others / "red").rename(others / "pink")
+    line = refused(lance_device("eval", *words, "--data", others), 5)
+    assert "the classes differ: missing 'red'; unexpected 'pink'" in line
+
+
 def test_prediction_with_and_without_a_task(words, images):
     files = sorted((images / "red").iterdir())[:4]
     named = json.loads(started(lance_device("predict", *words, "--task", "one", "--json", *files)).stdout)
@@ -140,7 +154,7 @@ def test_a_first_task_is_a_run_in_a_folder_of_its_own(package, images, tmp_path)
     root = tmp_path / "tasks"
     result = started(train(package, images, root, "--tasks", "--epochs", 3, "--lr", 0.2))
     assert "after task-1: task-1 " in result.stdout
-    assert "ACC " in result.stdout
+    assert ", BWT -, forgetting -, learning accuracy " in result.stdout
     (place,) = TaskFolder(root).tasks()
     assert place.path == root / "1-task-1"
     assert place.package.read_bytes() == package.path.read_bytes()
@@ -203,6 +217,16 @@ def test_what_is_missing_or_too_much_is_said(package, images, tmp_path):
     assert "no task 'x' here; expected one of 1 (task-1)" in line
 
 
+def test_another_tasks_images_need_the_next_package_first(package, images, tmp_path):
+    root, others = tmp_path / "tasks", write_images(tmp_path / "others")
+    started(train(package, images, root, "--tasks", "--steps", 1))
+    line = refused(lance_device("train", "--data", others, "--out", root), 4)
+    assert f"task task-1 is finished, and its images were {images}; for a next task, make its package" in line
+    assert line.endswith(f"first: lance-device next-task --run {root} --next-data {others}")
+    line = refused(lance_device("train", "--data", images, "--out", root), 8)
+    assert "holds a run already" in line
+
+
 def test_images_that_are_gone_leave_the_row_for_later(package, tmp_path):
     images = write_images(tmp_path / "images")
     root = tmp_path / "tasks"
@@ -236,6 +260,22 @@ def test_a_task_whose_package_fails_never_was(tmp_path):
         folder.begin(RECORD, fail)
     assert not folder.has_tasks
     assert list(folder.root.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_task_that_is_stopped_while_it_is_made_never_was(number, tmp_path):
+    folder = TaskFolder(tmp_path / "tasks")
+
+    def be_stopped(path):
+        path.write_bytes(b"half a package")
+        os.kill(os.getpid(), number)
+        signal.pause()
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), ended_by_signals():
+        folder.begin(RECORD, be_stopped)
+    assert list(folder.root.iterdir()) == []
+    assert signal.getsignal(number) == before
 
 
 def test_a_task_that_begins_is_left_alone_by_another_command(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 
 import lance_host
 from lance_edge.sealed import write_sealed
+from lance_host.cli_options import progress_bars, wrote
 
 
 @pytest.fixture
@@ -399,3 +400,19 @@ def test_with_the_extra_the_command_line_starts():
     done = run_entry("")
     assert done.returncode == 0, done.stderr
     assert "Usage: " in done.stdout
+
+
+def test_progress_is_for_terminals(capsys, monkeypatch):
+    with progress_bars() as progress:
+        progress("calibrate", 1, 2)
+        progress("calibrate", 2, 2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress_bars() as progress:
+        progress("calibrate", 2, 2)
+    assert "calibrate" in capsys.readouterr().err
+
+
+def test_what_was_written_has_its_size(tmp_path):
+    (tmp_path / "small.npz").write_bytes(bytes(24 << 10))
+    assert wrote(tmp_path / "small.npz") == f"wrote {tmp_path / 'small.npz'} (24.00 KiB)"

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 from lance_edge.errors import ModelError
 from lance_host.capture import capture
-from lance_host.layers import layer_modules, list_layers, select_layers
+from lance_host.layers import exactly, layer_modules, list_layers, select_layers
 from lance_host.network import NetworkRequest, load_network
 from lance_host.search_tables import candidate_table
 
@@ -50,6 +50,35 @@ def test_a_name_that_no_convolution_has(selection: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"--layers {selection}: expected a count such as 4, several such as 1-10 or 2,4,")
     assert message.endswith("lance-host layers lists them")
+
+
+def numbered() -> nn.Sequential:
+    """Layers `0` to `12`, every third a convolution, and `13.0`, `13.1` in a block."""
+    modules = [nn.Conv2d(3, 3, 1) if index % 3 == 0 else nn.ReLU() for index in range(13)]
+    return nn.Sequential(*modules, nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)))
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ("[12]", ["12"]),  # neither the glob for 1 or 2, nor the last twelve
+        ("[0],[9]", ["0", "9"]),
+        ("[13]", ["13.0", "13.1"]),
+        ("13.1", ["13.1"]),
+        ("[369]", ["3", "6", "9"]),  # no such name: a glob
+        ("2", ["13.0", "13.1"]),
+    ],
+)
+def test_names_that_are_numbers_stand_in_brackets(selection: str, expected: list[str]) -> None:
+    assert select_layers(numbered(), selection) == expected
+    assert select_layers(numbered(), exactly(expected)) == expected
+
+
+def test_brackets_are_suggested_for_names_that_are_numbers() -> None:
+    with pytest.raises(ModelError, match=r"only 7 such layers; ask for fewer, or for the layer .* '\[9\]'"):
+        select_layers(numbered(), "9")
+    with pytest.raises(ModelError, match=r"names such as .*\[12\]"):
+        select_layers(numbered(), "[123456]x")
 
 
 def test_close_names_are_suggested() -> None:
