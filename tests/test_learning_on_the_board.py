@@ -293,17 +293,19 @@ def test_a_package_whose_gradients_touch_the_memory_is_refused(story, tmp_path, 
 
 # --- a folder of tasks, and power cuts --------------------------------------------------------------------
 
-# A signal at the n-th call into the operating system that changes a file; with 0 it only counts.
+# A signal at the n-th call into the operating system that changes a file; with 0 it only counts, below that
+# it waits for the first file in the next task's folder to be durable.
 KILLER = """
 import atexit, os, signal, sys
 import lance_device.next_task
 class Killer:
     NAMES = {"write", "fsync", "replace", "rename", "unlink", "mkdir", "flush"}
-    seen = 0
+    seen, begun = 0, False
     def __call__(self, frame, event, argument):
         if event == "c_call" and argument.__name__ in self.NAMES:
             self.seen += 1
-            if self.seen == COUNT:
+            self.begun = self.begun or argument.__name__ == "mkdir"
+            if self.seen == COUNT or COUNT < 0 and self.begun and argument.__name__ == "fsync":
                 os.kill(os.getpid(), NUMBER)
 killer = Killer()
 atexit.register(lambda: print("calls", killer.seen))
@@ -360,7 +362,7 @@ def test_a_power_cut_leaves_the_task_before_or_after(story, tmp_path):
 def test_a_polite_kill_leaves_nothing_half_made(story, tmp_path):
     folder = finished_folder(story, tmp_path / "tasks")
     before = sorted(folder.root.iterdir())
-    stopped = next_task(folder.root, story, 12, signal.SIGTERM)
+    stopped = next_task(folder.root, story, -1, signal.SIGTERM)
     assert stopped.returncode == 130, stopped.stderr
     assert stopped.stderr.splitlines()[-1] == "error: stopped on request"
     assert [path for path in sorted(folder.root.iterdir()) if path.suffix != ".csv"] == before
