@@ -284,6 +284,8 @@ def test_the_other_claims_run(claim, study):
     reproduce(claim, asked)
     measured = [row for row in rows(study, claim) if row["measured"]]
     assert {row["method"] for row in measured} >= {"head only", "lance"}
+    sizes = {"table8": "4, 8"}.get(claim, "8")
+    assert f"seeds 0; micro-batch {sizes}; threads 1;" in (study.out / f"{claim}.md").read_text()
     CHECKS.get(claim, lambda *_: None)(measured, asked)
 
 
