@@ -29,7 +29,7 @@ from lance_host.reproduce.gradients import OTHER_ORDER
 from lance_host.reproduce.material import find_material
 from lance_host.reproduce.study import PRESETS, Study
 from lance_host.reproduce.table8 import BATCH_SIZES
-from lance_host.reproduce.trained import shared_plans
+from lance_host.reproduce.trained import method_plans, shared_plans
 
 pytest.importorskip("matplotlib")
 
@@ -280,10 +280,13 @@ def test_the_other_claims_run(claim, study):
             shutil.copytree(folder, four / folder.name)
         shutil.copytree(data / "disc", four / "another")
     places = {"photos": data, "four": four}
-    reproduce(claim, dataclasses.replace(study, datasets=("four",), places=places))
+    asked = dataclasses.replace(study, datasets=("four",), places=places)
+    reproduce(claim, asked)
     measured = [row for row in rows(study, claim) if row["measured"]]
     assert {row["method"] for row in measured} >= {"head only", "lance"}
-    CHECKS.get(claim, lambda *_: None)(measured, study)
+    sizes = {"table8": "4, 8"}.get(claim, "8")
+    assert f"seeds 0; micro-batch {sizes}; threads 1;" in (study.out / f"{claim}.md").read_text()
+    CHECKS.get(claim, lambda *_: None)(measured, asked)
 
 
 def check_small_batches(measured, study):
@@ -293,17 +296,19 @@ def check_small_batches(measured, study):
         for row in measured
         if row["quantity"] == "activation_mib" and row["method"] == "bp"
     }
-    for path in (study.out / "packages").iterdir():
-        with Bundle(path) as bundle:
+    cells, material = Cells(study), find_material(study, study.models[0], "four")
+    for size in BATCH_SIZES:
+        plans = method_plans(
+            "table8", material.model, "four", ("bp",), (1, 2), "", "pointwise:", batch_size=size
+        )
+        with Bundle(cells.package(material, 0, **plans[0].package)) as bundle:  # which is there
             manifest = bundle.manifest
-        if manifest.batch_size not in BATCH_SIZES or "bp" not in manifest.methods:
-            continue
         by_name = {layer.name: layer for layer in manifest.layers}
         for count in (1, 2):
             layers = [by_name[plan.layer] for plan in manifest.variant("bp", count).layers]
             assert [layer.groups for layer in layers] == [1] * count
-            values = sum(math.prod(layer.input_shape) for layer in layers) * manifest.batch_size
-            assert kept[f"batch {manifest.batch_size}", str(count)] == pytest.approx(4 * values / 2**20)
+            values = sum(math.prod(layer.input_shape) for layer in layers) * size
+            assert kept[f"batch {size}", str(count)] == pytest.approx(4 * values / 2**20)
     assert len(kept) == 4
 
 

@@ -5,6 +5,7 @@ skipped, another claim finds it, one that was broken off is taken up, and other 
 """
 
 import contextlib
+import csv
 import hashlib
 import json
 import time
@@ -48,15 +49,15 @@ class Cells:
         return sum(known.get(name, 0.0) for name in dict.fromkeys(self.used))
 
     def run_options(self) -> dict[str, list[int]]:
-        """`micro_batch` and `threads` of the runs and benchmarks that were asked for, by their records."""
+        """`micro_batch` and `threads` of the runs and benchmarks that were asked for, by their first steps."""
         found: dict[str, set[int]] = {"micro_batch": set(), "threads": set()}
         for name in self.used:
-            for kind in ("runs", "benchmarks"):
-                record = read_run_json(self.study.out / kind / name)
-                stated = {**record.get("options", {}), **{key: record[key] for key in found if key in record}}
-                for key, values in found.items():
-                    if isinstance(stated.get(key), int):
-                        values.add(stated[key])
+            for path in (self.study.out / kind / name / "steps.csv" for kind in ("runs", "benchmarks")):
+                if path.exists():
+                    with path.open(newline="", encoding="utf-8") as file:
+                        row = next(csv.DictReader(file), {})
+                    for key, values in found.items():
+                        values.update([int(row[key])] if key in row else [])
         return {key: sorted(values) for key, values in found.items() if values}
 
     def package(self, material: Material, seed: int, **options: Any) -> Path:
