@@ -93,7 +93,7 @@ from lance_host.cli_options import FILE, HEAD, INPUT_SIZE, MODEL, numbers, progr
     type=int,
     help="Calibration order, new head, random weights.  Default: 0, or the task before's.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="For calibration. Default: all cores.")
+@click.option("--threads", type=int, help="For calibration. Default: all cores.")
 @click.option("--task-name", "task", help="Of what the package trains. Default: after --data.")
 @next_task_options
 @click.pass_context

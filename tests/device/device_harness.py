@@ -50,7 +50,9 @@ def refused(result: Result, exit_code: int) -> str:
 
 def spawn(*arguments: Any, prelude: str = "", close_fds: bool = True) -> subprocess.Popen[str]:
     """Run a command in a process of its own, after some Python statements."""
-    code = f"{prelude}\nfrom lance_device.cli import main\nmain()"
+    # A process that the shell started in the background has SIGINT ignored, and hands that on.
+    interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{interruptible}\n{prelude}\nfrom lance_device.cli import main\nmain()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, close_fds=close_fds

@@ -1,5 +1,6 @@
 """Steps whose values are no numbers: named by step and layer, never applied, and then as `--on-nan` says."""
 
+import itertools
 import json
 import math
 import os
@@ -34,11 +35,12 @@ def bad_batches(monkeypatch):
     """Makes the images of some steps (from 1) infinite, as a broken sensor would."""
 
     def spoil(*steps):
-        calls = iter(range(1, 10_000))
+        loads = itertools.count()
+        loads_of_a_step = 16 // features.IMAGES_AT_A_TIME  # the micro-batch of PLAIN, all of a batch
 
         def load(*arguments):
             images = load_batch(*arguments)
-            return images + np.inf if next(calls) in steps else images
+            return images + np.inf if 1 + next(loads) // loads_of_a_step in steps else images
 
         monkeypatch.setattr(features, "load_batch", load)
 
