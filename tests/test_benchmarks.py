@@ -154,7 +154,13 @@ GRADIENT_TOLERANCES = {
 
 @pytest.mark.parametrize(
     "tuning",
-    [Tuning("eager", True, 5), *(Tuning(engine, False, 16) for engine in ENGINES)],
+    [
+        Tuning("eager", True, 5),
+        *(  # the compiler takes most of a minute on a busy machine
+            pytest.param(Tuning(engine, False, 16), marks=[pytest.mark.slow] if engine == "compile" else [])
+            for engine in ENGINES
+        ),
+    ],
     ids=str,
 )
 def test_tuned_gradients_are_those_of_autograd(

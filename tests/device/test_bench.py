@@ -345,7 +345,7 @@ def test_how_a_process_ended_is_told(code, errors, kind, message):
     assert error.exit_code == (code if code > 0 else {PlatformError: 9}.get(kind, 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stop_keeps_what_was_measured(words, tmp_path, number):
     start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = spawn(*words, "--methods", "lance,bp", "--trials", 50, prelude=start)

@@ -217,7 +217,7 @@ class Killed(Exception):  # noqa: N818 - what happens, not what is wrong
     """A stop in the middle."""
 
 
-@pytest.mark.parametrize("method", ["er", "lance"])
+@pytest.mark.parametrize("method", ["er", pytest.param("lance", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_ends_with_the_same_tables(
     material: tuple[Path, str], learnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -381,7 +381,7 @@ def test_a_task_that_never_holds_is_said(material: tuple[Path, str], tmp_path: P
 # --- options ---
 
 
-@pytest.mark.parametrize("method", ["gpm", "lance"])
+@pytest.mark.parametrize("method", [pytest.param("gpm", marks=pytest.mark.slow), "lance"])
 def test_relaxed_protection_has_records_of_its_own(
     material: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -495,7 +495,7 @@ def test_graphs_that_agree_on_one_set_of_images_are_shipped(
         return 1e-6
 
     monkeypatch.setattr("lance_host.verify.verify", refuse_once)
-    monkeypatch.setattr("lance_host.build.capture_layers", lambda *_: head_only.captured)
+    monkeypatch.setattr("lance_host.build.capture_selections", lambda *_: (head_only.captured,))
     feedback = Feedback(say=said.append, progress=lambda name, done, total: None)
     calibrate(request(photos, tmp_path / "pkg.tar", start_weights, layers="0"), feedback)
     assert len(asked) == 2

@@ -150,7 +150,13 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize(
+    "case",
+    [  # both take a whole export; test_budget.py has the rules
+        pytest.param(case, marks=pytest.mark.slow) if case.startswith("budget too") else case
+        for case in REFUSED
+    ],
+)
 def test_calibrate_refuses_in_one_line(case, small, refused, tmp_path):
     exit_code, words, message = REFUSED[case]
     assert message in refused(exit_code, *small, *words)
