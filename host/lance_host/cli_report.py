@@ -41,13 +41,14 @@ def report(
     a board without their run.json. Ratios of times are taken within one machine only.
     """
     _require_matplotlib()
+    from lance_edge.units import size
     from lance_host.report.report import ReportRequest
     from lance_host.report.report import report as write
 
     page = output or (None if csv_folder or png_folder else Path("report.html"))
     written = write(ReportRequest(folders, artifact, page, csv_folder, png_folder))
     for path in written:
-        click.echo(f"wrote {path} ({path.stat().st_size / 1024:.0f} KiB)")
+        click.echo(f"wrote {path} ({size(path.stat().st_size)})")
 
 
 def _require_matplotlib() -> None:

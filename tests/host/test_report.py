@@ -56,7 +56,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(folders, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    assert re.fullmatch(rf"wrote {path} \(\d+ KiB\)\n", written(*folders, "-o", path))
+    assert re.fullmatch(rf"wrote {path} \([\d.]+ \w+\)\n", written(*folders, "-o", path))
     return path
 
 
