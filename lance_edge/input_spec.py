@@ -60,6 +60,9 @@ class Split:
     validation_fraction: float
 
 
+DEFAULT_SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.1)
+
+
 def broken_rules(steps: InputSpec) -> list[str]:
     """What is wrong with an input's description, each as what was expected; nothing if it is sound."""
     return [expected for expected, holds in input_rules(steps).items() if not holds]

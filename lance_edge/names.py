@@ -1,4 +1,4 @@
-"""Names with a fixed meaning: in the graphs' signatures, and of the arrays and members of a package."""
+"""Names with a fixed meaning: in graphs and packages; and what host and board have in common about tasks."""
 
 import re
 from pathlib import Path
@@ -23,10 +23,12 @@ LOGITS = "logits"  # float32 [N, classes], output of forward and of predict
 WEIGHTS_MEMBER = "weights.npz"
 PROJECTIONS_MEMBER = "projections.npz"
 SPECTRA_MEMBER = "spectra.npz"
-FALLBACK_TASK = "task"  # the name of a task that nothing says a name for
+MEMORY_MEMBER = "memory.npz"  # what earlier tasks need of the layers, where there are any; see `memory.py`
+
 MEMORY_BATCHES = 11  # of a finished task's images, for its memory: the published protocol
 PROJECTION_BATCHES = 100  # of the next task's images, for its projections
-MEMORY_MEMBER = "memory.npz"  # what earlier tasks need of the layers, where there are any; see `memory.py`
+
+FALLBACK_TASK = "task"  # the name of a task that nothing says a name for
 
 
 def is_task_name(name: str) -> bool:

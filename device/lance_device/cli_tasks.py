@@ -17,6 +17,7 @@ from lance_device.cli_common import (
 )
 from lance_device.cli_types import Number, byte_count
 from lance_edge.names import MEMORY_BATCHES, PROJECTION_BATCHES, task_name_after
+from lance_edge.units import count
 
 PASS_MEMORY = click.option(
     "--pass-memory",
@@ -110,9 +111,9 @@ def collect(
         strict,
     )
     found = run_collect(request, lambda text: click.echo(text, err=True))
-    layers = f"{len(found.layers)} layers" if len(found.layers) != 1 else "1 layer"
     click.echo(
-        f"{output}: second moments of {layers} from {found.batches} batches of {found.batch_size} images"
+        f"{output}: second moments of {count(len(found.layers), 'layer')} from"
+        f" {count(found.batches, 'batch')} of {count(found.batch_size, 'image')}"
     )
 
 

@@ -33,11 +33,11 @@ def watch(follower: Follower, live: Live, every_s: float, wait: Callable[[float]
         raise Interrupted(f"no longer watching {follower.path}; the run goes on") from None
 
 
-def until_ctrl_c(wait: Callable[[float], None] = time.sleep) -> None:
+def until_ctrl_c() -> None:
     """Do nothing, so that what else goes on can go on."""
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            wait(3600.0)
+            time.sleep(3600.0)
 
 
 def _show(follower: Follower, sight: Sight, live: Live, told: int | None) -> int | None:

@@ -147,8 +147,8 @@ def _split_and_seed(
     past: Any, split_seed: int | None, validation: float | None, seed: int | None
 ) -> tuple[Any, int]:
     """As asked for, else as the task before had them, so that workstation and board take the same images."""
+    from lance_edge.input_spec import DEFAULT_SPLIT
     from lance_host.past import package_before
-    from lance_host.request import DEFAULT_SPLIT
 
     split, before = DEFAULT_SPLIT, 0
     if past is not None:
@@ -180,10 +180,10 @@ def layers(model: str, resolution: int | None, head: str, data: Path | None, bat
     lance-host layers --model examples/spoken_words.py:Network --data spoken/new.npz
     """
     from lance_edge.datasets import open_dataset
+    from lance_edge.input_spec import DEFAULT_SPLIT
     from lance_host.inputs import InputRequest, check_input
     from lance_host.layers import list_layers
     from lance_host.network import NetworkRequest, open_network
-    from lance_host.request import DEFAULT_SPLIT
     from lance_host.search_tables import candidate_table
 
     inputs = InputRequest(size=resolution)

@@ -6,12 +6,11 @@ from typing import Any
 
 from lance_edge.checkpoints import open_archive
 from lance_edge.datasets import open_dataset
-from lance_edge.input_spec import Split
+from lance_edge.input_spec import DEFAULT_SPLIT
 from lance_edge.matrices import open_matrices
 from lance_edge.memory import SCHEMA_VERSION as MEMORY_SCHEMA
 from lance_edge.statistics import SCHEMA_VERSION as STATISTICS_SCHEMA
 
-ANY_SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.1)
 SEALED = {"memory": MEMORY_SCHEMA, "statistics": STATISTICS_SCHEMA}
 
 
@@ -31,4 +30,4 @@ def check_files(options: Mapping[str, Any]) -> None:
                     file.meta()
     data: Path | None = options.get("data")
     if data is not None and not data.is_file():  # what is in a file is read once, later
-        open_dataset(data, ANY_SPLIT)
+        open_dataset(data, DEFAULT_SPLIT)

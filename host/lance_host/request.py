@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lance_edge.errors import OptionError, StorageError
-from lance_edge.input_spec import Split
+from lance_edge.input_spec import DEFAULT_SPLIT, Split
 from lance_edge.manifest import Mode
 from lance_host.heads import FIND
 from lance_host.inputs import InputRequest, check_input
@@ -14,7 +14,6 @@ from lance_host.methods import METHODS
 from lance_host.model_source import ProvidedWeights
 from lance_host.network import NetworkRequest
 
-DEFAULT_SPLIT = Split(seed=0, test_fraction=0.25, validation_fraction=0.1)
 PATCH_METHODS = ("lance", "bp")
 MAX_SEED = 2**63 - 1  # PyTorch's
 

@@ -436,6 +436,7 @@ def test_a_benchmark_that_is_none(material: tuple[Path, str], tmp_path: Path) ->
         ({"lr": 0.0}, "--lr: expected a rate above 0, found 0"),
         ({"lr": -1.0}, "--lr: expected a rate above 0, found -1"),
         ({"lr": float("nan")}, "--lr: expected a number, found nan"),
+        ({"relax": float("inf")}, "--relax: expected a number, found inf"),
         ({"relax": float("nan")}, "--relax: expected a number, found nan"),
         ({"energy": float("nan")}, "--energy: expected a number, found nan"),
     ],

@@ -15,6 +15,7 @@ from lance_edge.memory import (
     explained_share,
     extend_memory,
     memory_digest,
+    published_threshold,
     read_memory,
     write_memory,
 )
@@ -37,6 +38,11 @@ def covariances(seed: int) -> dict[str, np.ndarray]:
 def memory() -> Memory:
     first = extend_memory(empty_memory("patch", "net"), "one", covariances(0), 0.9)
     return extend_memory(first, "two", covariances(1), 0.93)
+
+
+def test_the_published_threshold_grows_with_the_tasks_up_to_its_cap():
+    assert [published_threshold(tasks) for tasks in (0, 1, 9)] == pytest.approx([0.97, 0.973, 0.997])
+    assert published_threshold(10) == published_threshold(50) == 0.999
 
 
 def test_bytes_are_those_of_the_columns_in_use(memory):

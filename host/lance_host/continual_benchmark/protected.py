@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lance_edge.memory import Memory, empty_memory, extend_memory, read_memory, write_memory
+from lance_edge.memory import (
+    Memory,
+    empty_memory,
+    extend_memory,
+    published_threshold,
+    read_memory,
+    write_memory,
+)
 from lance_host.continual_benchmark.job import Job, read_carry, write_carry
-from lance_host.continual_benchmark.protocol import PROTECTED, Preset
+from lance_host.continual_benchmark.protocol import Preset
 from lance_host.continual_benchmark.records import CARRY, PACKAGE, TRAINED
 from lance_host.memory_build import MemoryRequest, measure
 from lance_host.past import read_past
@@ -35,7 +42,7 @@ def extend(job: Job, before: Kept | None) -> Kept:
     """The memory with the task that was learnt, from its training images."""
     memory = before.memory if before is not None else empty_memory("patch", job.network)
     moments = moments_of(job, job.folder)
-    threshold = PROTECTED.after(job.number)
+    threshold = published_threshold(job.number)
     grown = extend_memory(memory, job.task.name, moments, threshold, _checkpoint_digest(job))
     sums = dict(before.moments) if before is not None else {}
     for name, moment in moments.items():

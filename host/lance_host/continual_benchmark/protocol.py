@@ -21,22 +21,6 @@ HEAD = "head"  # the module of both networks that is new for every task
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """Share of a task's energy that the protected subspace explains after it."""
-
-    first: float
-    step: float
-    most: float
-
-    def after(self, task: int) -> float:
-        """Of the task with this number, from 0."""
-        return min(self.first + self.step * task, self.most)
-
-
-PROTECTED = Threshold(first=0.97, step=0.003, most=0.999)  # GPM's, and LANCE's with its cap
-
-
-@dataclass(frozen=True)
 class Recipe:
     """How one task is trained: SGD without momentum, a rate that is divided when the validation loss stalls.
 

@@ -103,8 +103,9 @@ def check(request: BenchmarkRequest) -> None:
         ("--relax", (request.relax,)),
         ("--energy", (request.energy or 0,)),
     ):
-        if not all(map(math.isfinite, values)):
-            raise LanceError(f"{option}: expected a number, found {max(values, key=math.isnan):g}")
+        wrong = [value for value in values if not math.isfinite(value)]
+        if wrong:
+            raise LanceError(f"{option}: expected a number, found {wrong[0]:g}")
     if min(rates) <= 0:
         raise LanceError(f"--lr: expected a rate above 0, found {min(rates):g}")
     in_engine = [name for name in request.methods if METHODS[name].where == "engine"]

@@ -27,7 +27,7 @@ MARKS: dict[str, dict[str, Any]] = {
 }
 MOST_MARKED = 12  # points of a line
 BAND_STRENGTH = 0.16
-HEADROOM = 1.04
+HEADROOM = 1.04  # above the highest value: a level line has no range that margins could be part of
 BAR_WIDTH = 0.84  # of a group, that its bars fill
 MOST_NAMED_GROUPS = 12  # more names do not fit side by side
 LETTERS_ACROSS = 42  # of names side by side
@@ -114,9 +114,7 @@ def _draw_lines(axes: Axes, plot: LinePlot) -> None:
         axes.set_yscale("log")
         _plain_log(axes, "y")
     elif plot.y_from_zero:
-        axes.set_ylim(
-            0, HEADROOM * axes.get_ylim()[1]
-        )  # a level line has no range that margins could be part of
+        axes.set_ylim(0, HEADROOM * axes.get_ylim()[1])
     axes.margins(x=0.03)
     if plot.x_from_zero:
         axes.set_xlim(left=0)
