@@ -14,7 +14,7 @@ ORT_VENV   ?= .venv-ort
 ORT_INSTALLED := $(ORT_VENV)/.installed
 SOURCES := $(CURDIR):$(CURDIR)/host:$(CURDIR)/device
 
-.PHONY: help install demo docs docs-links test test-slow test-ort-training lint format bench pi-check clean
+.PHONY: help install install-ort demo docs docs-links test test-slow test-ort-training lint format bench pi-check clean
 
 help:
 	@echo "make demo      train MCUNet with LANCE and with backpropagation, side by side (about five minutes)"
@@ -28,6 +28,8 @@ help:
 	@echo "make clean     remove what the above made"
 
 install: $(INSTALLED)
+
+install-ort: $(ORT_INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,7 +55,7 @@ $(ORT_INSTALLED): constraints-ort-training.txt
 # Exports here and trains there; then the device's own tests there, where lance-edge is a folder, not installed.
 test-ort-training: $(INSTALLED) $(ORT_INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(SOURCES) LANCE_ORT_PYTHON=$(abspath $(ORT_VENV))/bin/python \
-	    $(BIN)/python -m pytest tests/ort_training
+	    $(BIN)/python -m pytest -n 2 --dist loadfile tests/ort_training
 	OMP_NUM_THREADS=1 PYTHONPATH=$(SOURCES) \
 	    $(ORT_VENV)/bin/python -m pytest tests/device/test_session.py tests/device/test_step.py tests/device/test_train.py
 

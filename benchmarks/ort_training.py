@@ -27,13 +27,14 @@ from lance_device.measure import write_rows
 from lance_device.options import available_cores
 from lance_device.run_record import describe_machine
 from lance_edge.bundle import Bundle
-from lance_edge.errors import LanceError
+from lance_edge.errors import LanceError, PlatformError
 from lance_edge.files import atomic_writer
 from lance_edge.units import count
 from lance_host.ort_training import export
 
 DRIVER = Path(__file__).with_name("ort_driver.py")
 WARMUPS = 1
+ENVIRONMENT = "make test-ort-training makes an environment that has it, .venv-ort/bin/python"
 LEARNING_RATE = 1e-4  # the same batch again and again, as in `lance-device bench`
 
 
@@ -110,6 +111,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace, folder: Path) -> None:
+    version_there(arguments.ort_python)  # before minutes of calibration
     make_folder(arguments.out)
     recipe = Recipe(
         model=arguments.model,
@@ -306,9 +308,19 @@ def _heading(setup: Setup, rounds: int) -> str:
 
 
 def version_there(python: str) -> str:
-    """The version of onnxruntime-training that an interpreter has."""
+    """The version of onnxruntime-training that an interpreter has.
+
+    Raises:
+        PlatformError: if it cannot be run, or has none.
+    """
     ask = "from importlib.metadata import version; print(version('onnxruntime-training'))"
-    return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        end = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise PlatformError(f"--ort-python {python}: cannot run ({error}); {ENVIRONMENT}") from None
+    if end.returncode != 0:
+        raise PlatformError(f"--ort-python {python}: has no onnxruntime-training; {ENVIRONMENT}")
+    return end.stdout.strip()
 
 
 def _say(text: str) -> None:

@@ -4,11 +4,12 @@ Makes the host tests' helpers importable.  Whatever takes seconds is made once, 
 """
 
 import fcntl
+import functools
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,21 @@ def _photo(name: str, rng: np.random.Generator) -> Image.Image:
 
 
 @pytest.fixture(scope="session")
-def lance_host() -> Callable[..., Result]:
+def operators_read_once() -> Iterator[None]:
+    """PyTorch's exporter reads the source of its 500 operators at every call: two thirds of a small export.
+
+    Our exports add none to them, so that one process can keep what it read.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        kept = functools.cache(ONNXRegistry.from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(kept))
+        yield
+
+
+@pytest.fixture(scope="session")
+def lance_host(operators_read_once: None) -> Callable[..., Result]:
     """Run `lance-host` in this process."""
 
     def run(*words: Any) -> Result:

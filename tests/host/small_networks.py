@@ -3,10 +3,11 @@
 import functools
 from collections.abc import Sequence
 
+import onnx_ir as ir
 import torch
 from torch import nn
 
-from lance_host.capture import Captured, capture, clone
+from lance_host.capture import Captured, capture_layers, export
 
 RESOLUTION = 17  # maps of 17, 9 and 5: all odd
 CLASSES = 5
@@ -131,13 +132,13 @@ def small_net(dtype: torch.dtype = torch.float32) -> SmallNet:
 
 
 @functools.cache
-def _captured(layers: tuple[str, ...]) -> Captured:
-    return capture(small_net(), RESOLUTION, layers, HEAD)
+def _exported() -> ir.Model:
+    return export(small_net(), (3, RESOLUTION, RESOLUTION))
 
 
 def captured(layers: Sequence[str]) -> Captured:
-    """An own copy of the captured network: exported once, consumed by each test that differentiates it."""
-    return clone(_captured(tuple(layers)))
+    """The captured network, exported once: each test that differentiates it has its own copy."""
+    return capture_layers(_exported(), layers, HEAD)
 
 
 def random_batch(seed: int, batch: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import pytest
 from lance_edge.bundle import Bundle
 from lance_edge.errors import DataError, LanceError, ModelError, StorageError
 from lance_host.build import VERIFY_IMAGES, VERIFY_SETS, calibrate
-from lance_host.capture import Captured, capture_layers
+from lance_host.capture import Captured, capture_layers, export
 from lance_host.methods import METHODS
 from lance_host.network import NetworkRequest
 from lance_host.request import Feedback, Request
@@ -43,6 +43,23 @@ def request(photos, output, weights, **options):
 
 def test_what_a_request_leaves_open_is_what_a_network_request_leaves_open(tmp_path):
     assert Request("resnet18", tmp_path, tmp_path / "pkg.tar").network == NetworkRequest("resnet18")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported_once():
+    """One network, exported once with the same weights: that is most of the time of a calibration here."""
+    exports = {}
+
+    def shared(network, sample, has_dropout):
+        weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in network.state_dict().values()))
+        key = (weights.hexdigest(), tuple(sample), has_dropout)
+        if key not in exports:
+            exports[key] = export(network, sample, has_dropout)
+        return exports[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lance_host.build.export", shared)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import csv
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.ort_training import CONTENDERS, main, version_there
 
 
@@ -44,22 +46,11 @@ def test_the_version_measured_is_that_of_the_interpreter(ort_python):
     assert version_there(str(ort_python)) == loaded
 
 
-def test_an_interpreter_without_the_library_is_named(photo_package, tmp_path, capsys):
-    words = ("--artifact", photo_package, "--ort-python", sys.executable, "--layers", 4, "--out", tmp_path)
-    assert main([str(word) for word in words]) == 9
-    assert f"onnxruntime-training, which {sys.executable} does not have" in capsys.readouterr().err
-
-
-def test_an_interpreter_that_is_not_there_is_named(photo_package, tmp_path, capsys):
-    words = (
-        "--artifact",
-        photo_package,
-        "--ort-python",
-        "/nonexistent/python",
-        "--layers",
-        4,
-        "--out",
-        tmp_path,
-    )
-    assert main([str(word) for word in words]) == 9
-    assert "error: --ort-python /nonexistent/python: cannot run" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [(sys.executable, "has no onnxruntime-training"), ("/nonexistent/python", "cannot run")],
+)
+def test_an_interpreter_that_cannot_be_measured_is_named_before_the_work(python, reason, tmp_path, capsys):
+    assert main(["--ort-python", python, "--out", str(tmp_path / "out")]) == 9
+    assert f"error: --ort-python {python}: {reason}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
