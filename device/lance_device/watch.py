@@ -47,7 +47,8 @@ def _show(follower: Follower, sight: Sight, live: Live, told: int | None) -> int
     if evaluation is not None and evaluation.step != told:
         live.epoch(evaluation)
     if sight.state == "waiting":
-        live.status(f"waiting for a run in {follower.path}")
+        absent = "" if follower.path.is_dir() else ", a folder that is not there yet"
+        live.status(f"waiting for a run in {follower.path}{absent}")
     elif "step" not in view.latest:
         live.status(f"{follower.path}: a run has begun, and made no step yet")
     elif sight.is_new or sight.has_ended:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lance_host.reproduce.study import DEFAULT_DATASETS
+from lance_host.reproduce.study import DEFAULT_DATASETS, Study, counts, named_values
 
 PATH = click.Path(path_type=Path)
 
@@ -23,10 +23,11 @@ HELP = {
 }
 EXAMPLES = {"theory": "--out reproduced/", "table2": "--data cifar10=data/cifar10 --datasets cifar10 --quick"}
 
+OUT = click.option(
+    "--out", type=PATH, default=Path("reproduced"), show_default=True, help="Folder for cells and results."
+)
 OPTIONS = (
-    click.option(
-        "--out", type=PATH, default=Path("reproduced"), show_default=True, help="Folder for cells and results."
-    ),
+    OUT,
     click.option(
         "--preset",
         type=click.Choice(["quick", "paper"]),
@@ -39,7 +40,9 @@ OPTIONS = (
     click.option(
         "--datasets", default=",".join(DEFAULT_DATASETS), show_default=True, help="Data sets, with commas."
     ),
-    click.option("--data", multiple=True, metavar="NAME=PLACE", help="Where a data set is: folder or .npz."),
+    click.option(
+        "--data", "places", multiple=True, metavar="NAME=PLACE", help="Where a data set is: folder or .npz."
+    ),
     click.option(
         "--data-root",
         type=PATH,
@@ -59,6 +62,12 @@ OPTIONS = (
     click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate, the published one."),
     click.option("--threads", type=click.IntRange(min=1), help="Of every process.  [default: all cores]"),
 )
+OPTIONS_OF = {  # of commands that have fewer
+    "theory": (  # neither networks nor images
+        OUT,
+        click.option("--seeds", default="0", show_default=True, metavar="SEED", help="Of the quadratic."),
+    ),
+}
 
 
 @click.group()
@@ -81,30 +90,32 @@ def run(name: str, **values: Any) -> None:
     from lance_edge.errors import Interrupted
     from lance_host.reproduce.claims import reproduce as run_claim
     from lance_host.reproduce.device import STOPPED
-    from lance_host.reproduce.study import Study, counts, named_values
-    from lance_host.selection import method_names
 
-    study = Study(
-        out=values["out"],
-        preset="quick" if values["quick"] else values["preset"],
-        models=_names(values["models"]),
-        datasets=_names(values["datasets"]),
-        places={key: Path(place) for key, place in named_values("--data", values["data"]).items()},
-        data_root=values["data_root"],
-        weights=named_values("--weights", values["weights"]),
-        seeds=counts("--seeds", values["seeds"]),
-        layers=counts("--layers", values["layers"]),
-        methods=method_names(values["methods"]),
-        batch_size=values["batch_size"],
-        lr=values["lr"],
-        threads=values["threads"],
-        say=lambda text: click.echo(text, err=True),
-    )
+    study = _study(values)
     try:
         click.echo(run_claim(name, study))
     except KeyboardInterrupt:
         raise Interrupted(STOPPED) from None
     click.echo(f"\nwrote {name}.csv, .md, .png and .json to {study.out}")
+
+
+def _study(values: dict[str, Any]) -> Study:
+    """As asked for; what a command has no option for is as the study has it."""
+    from lance_host.selection import method_names
+
+    read: dict[str, Callable[[Any], Any]] = {
+        "models": _names,
+        "datasets": _names,
+        "places": lambda texts: {name: Path(place) for name, place in named_values("--data", texts).items()},
+        "weights": lambda texts: named_values("--weights", texts),
+        "seeds": lambda text: counts("--seeds", text),
+        "layers": lambda text: counts("--layers", text),
+        "methods": method_names,
+    }
+    if values.pop("quick", False):
+        values["preset"] = "quick"
+    asked = {name: read[name](value) if name in read else value for name, value in values.items()}
+    return Study(say=lambda text: click.echo(text, err=True), **asked)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -118,7 +129,7 @@ def _command(name: str) -> click.Command:
     example = EXAMPLES.get(name, "--quick --datasets cifar10 --data cifar10=data/cifar10")
     callback.__doc__ = f"{HELP[name]}\n\n\b\nlance-host reproduce {name} {example}"
     decorated: Callable[..., None] = callback
-    for option in reversed(OPTIONS):
+    for option in reversed(OPTIONS_OF.get(name, OPTIONS)):
         decorated = option(decorated)
     return click.command(name)(decorated)
 

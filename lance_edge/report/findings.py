@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lance_edge.report.names import method_name
 from lance_edge.report.results import Result, results_of
 from lance_edge.report.views import View
-from lance_edge.units import count
+from lance_edge.units import count, percent
 
 YARDSTICK = "bp"
 MOST = 3
@@ -87,5 +87,6 @@ def _accuracy(result: Result, yardstick: Result) -> str:
         return ""
     points = 100 * (own - other)
     if abs(points) < 0.05:
-        return "is as accurate"
-    return f"is {abs(points):.1f} points {'more' if points > 0 else 'less'} accurate"
+        return f"is as accurate ({percent(own)})"
+    more = "more" if points > 0 else "less"
+    return f"is {abs(points):.1f} points {more} accurate ({percent(own)} against {percent(other)})"

@@ -83,7 +83,7 @@ class LinePlot:
 
 @dataclass(frozen=True)
 class Bar:
-    """Parts that stand on each other, each in its colour; `spread` is the range of their sum."""
+    """Parts that stand on each other, each in its colour; `spread` is the band around their sum."""
 
     label: str
     parts: tuple[float, ...]

@@ -10,7 +10,10 @@ from lance_edge.report.names import benchmarks_of, distinct, features, method_na
 from lance_edge.report.plots import Bar, BarGroup, BarPlot, Line, LinePlot, Plot, Section, slug
 from lance_edge.report.views import View
 
-STACKED = "Medians of the phases, stacked; the thin line spans the fastest step and the 90th percentile."
+STACKED = (
+    "Medians of the phases, stacked, which need not add up to the median of the step; the thin line spans the"
+    " fastest step and the 90th percentile."
+)
 FEWEST_FOR_A_LINE = 3
 
 

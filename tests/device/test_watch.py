@@ -92,7 +92,11 @@ def test_it_may_be_started_before_the_run_and_sees_it_through(tmp_path):
     moments = iter((begin, describe, first_steps, more, evaluate, end))
     follower = Follower(run)
     assert watch(follower, told, 1.0, wait=lambda seconds: next(moments)()) == "finished"
-    assert told.texts == [f"waiting for a run in {run}"] * 2 + [f"{run}: a run has begun, and made no step yet"]
+    assert told.texts == [
+        f"waiting for a run in {run}, a folder that is not there yet",
+        f"waiting for a run in {run}",
+        f"{run}: a run has begun, and made no step yet",
+    ]
     assert [view.step for view, _ in told.views] == [3, 4, 20, 20]
     assert told.evaluations == [20]
     last, losses = told.views[-1]

@@ -118,7 +118,7 @@ def test_csv_alone_gives_the_data_of_each_figure(folders, tmp_path):
     output = written(*folders, "--csv", tmp_path / "data")
     assert "report.html" not in output
     accuracy = rows_of(tmp_path / "data" / "accuracy-evaluations.csv")
-    assert accuracy[0] == ["series", "training step", "accuracy, %", "lowest", "highest"]
+    assert accuracy[0] == ["series", "training step", "accuracy, %", "band from", "band to"]
     assert ["lance, test", "20", "75", "", ""] in accuracy
     times = rows_of(tmp_path / "data" / "step-time-bench.csv")
     assert times[0][:3] == ["trained layers", "bar", "data: time, ms a step"]

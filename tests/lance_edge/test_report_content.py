@@ -151,13 +151,13 @@ def test_findings_compare_like_with_like(tmp_path):
     bp = write_run(tmp_path / "bp", "bp", scales=(2.0, 2.04), accuracies=(0.75,))
     assert findings_of(open_views([lance, bp])) == (
         "lance beside bp: LANCE keeps 100 times fewer activation bytes than BP, is 2.00 times as fast, is 5.0"
-        " points less accurate.",
+        " points less accurate (70.0 % against 75.0 %).",
     )
     noisy = write_run(tmp_path / "noisy", "bp", scales=(0.8, 1.0, 1.5), accuracies=(0.7,))
     (finding,) = findings_of(open_views([lance, noisy]))
     taken = [(0.8, 1.0, 1.5)[step % 3] for step in range(2, 21)]
     spread = statistics.stdev(taken) / statistics.mean(taken)
-    assert f"takes as long (to within the spread, {spread:.0%}), is as accurate" in finding
+    assert f"takes as long (to within the spread, {spread:.0%}), is as accurate (70.0 %)" in finding
 
 
 def test_an_accuracy_is_compared_only_where_both_runs_have_ended(tmp_path):

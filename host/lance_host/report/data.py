@@ -11,6 +11,7 @@ from lance_edge.report.plots import BarPlot, LinePlot, Plot
 from lance_host.report.draw import png
 
 Rows = Iterable[tuple[object, ...]]
+BAND = ("band from", "band to")  # around a value: what it spans is in the figure's caption
 
 
 def write_csv(report: Report, folder: Path) -> list[Path]:
@@ -51,7 +52,7 @@ def _plots(report: Report) -> Iterator[Plot]:
 
 
 def _line_rows(plot: LinePlot) -> tuple[tuple[str, ...], Rows]:
-    header = ("series", plot.x_label, plot.y_label, "lowest", "highest")
+    header = ("series", plot.x_label, plot.y_label, *BAND)
     rows = []
     for line in plot.lines:
         low, high = (values or ("",) * len(line.x) for values in (line.low, line.high))
@@ -64,8 +65,7 @@ def _bar_rows(plot: BarPlot) -> tuple[tuple[str, ...], Rows]:
         plot.x_label,
         "bar",
         *(f"{part}: {plot.y_label}" for part in plot.part_names),
-        "lowest",
-        "highest",
+        *BAND,
     )
     return header, [
         (group.label, bar.label, *bar.parts, *(bar.spread or ("", "")))
