@@ -9,7 +9,7 @@ reads: C/groups k_h k_w in patch mode, C in channel mode, F of a linear layer.  
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ def explained_share(layer: LayerMemory, covariance: NDArray[np.floating]) -> flo
 def extend_memory(
     memory: Memory,
     name: str,
-    covariances: Mapping[str, NDArray[np.floating]] | Iterable[tuple[str, NDArray[np.floating]]],
+    covariances: Iterable[tuple[str, NDArray[np.floating]]],
     threshold: float,
     checkpoint_sha256: str = "",
 ) -> Memory:
@@ -153,8 +153,8 @@ def extend_memory(
 
     Args:
         name: of the task.
-        covariances: `[groups, D, D]` of every trained layer, all at once or one after the other: then none is
-            kept.  A layer that the memory does not know starts empty.
+        covariances: name and `[groups, D, D]` of every trained layer, one after the other: none is kept.  A
+            layer that the memory does not know starts empty.
         threshold: ε_cl.
         checkpoint_sha256: digest of the checkpoint file of the task.
 
@@ -165,7 +165,7 @@ def extend_memory(
         raise LanceError(f"memory: task {name} is in it already; give the task another name with --task-name")
     check_threshold(threshold)
     layers, shares = dict(memory.layers), dict[str, float]()
-    for layer, covariance in covariances.items() if isinstance(covariances, Mapping) else covariances:
+    for layer, covariance in covariances:
         before = layers.get(layer) or empty_layer(len(covariance), covariance.shape[-1])
         layers[layer] = extend_layer(before, covariance, threshold)
         shares[layer] = explained_share(layers[layer], covariance)

@@ -65,7 +65,7 @@ def open_labelled(data: Path, manifest: Manifest, classes: Sequence[str]) -> Dat
         meant = [name for name, known in tasks.items() if name and set(known) == found != set(classes)]
         if not meant:
             raise
-    raise DataError(f"{data}: these are the classes of task {meant[0]}: --task {meant[0]}")
+    raise DataError(f"{data}: expected other classes, found those of task {meant[0]}; give --task {meant[0]}")
 
 
 def on_images(network: Callable[[Float], Float], preprocessing: InputSpec) -> Classify:

@@ -76,7 +76,7 @@ def make_memory(request: MemoryRequest, feedback: Feedback) -> Memory:
     threshold = request.threshold
     if threshold is None:
         threshold = published_threshold(len(before.tasks))
-    after = extend_memory(before, past.task, covariances, threshold, past.checkpoint_sha256)
+    after = extend_memory(before, past.task, covariances.items(), threshold, past.checkpoint_sha256)
     write_memory(request.output, after)
     return after
 

@@ -117,9 +117,9 @@ def test_a_task_that_is_not_there(words, images):
 
 def test_images_of_another_task_say_which(words, images, renamed, tmp_path):
     line = refused(lance_device("eval", *words, "--data", renamed), 5)
-    assert line.endswith(f"{renamed}: these are the classes of task one: --task one")
+    assert line.endswith(f"{renamed}: expected other classes, found those of task one; give --task one")
     line = refused(lance_device("eval", *words, "--data", images, "--task", "one"), 5)
-    assert line.endswith(f"{images}: these are the classes of task two: --task two")
+    assert line.endswith(f"{images}: expected other classes, found those of task two; give --task two")
     others = write_images(tmp_path / "others")
     (others / "red").rename(others / "pink")
     line = refused(lance_device("eval", *words, "--data", others), 5)

@@ -36,8 +36,8 @@ def covariances(seed: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def memory() -> Memory:
-    first = extend_memory(empty_memory("patch", "net"), "one", covariances(0), 0.9)
-    return extend_memory(first, "two", covariances(1), 0.93)
+    first = extend_memory(empty_memory("patch", "net"), "one", covariances(0).items(), 0.9)
+    return extend_memory(first, "two", covariances(1).items(), 0.93)
 
 
 def test_the_published_threshold_grows_with_the_tasks_up_to_its_cap():
@@ -79,7 +79,7 @@ def test_the_tasks_remember_ranks_and_energies(memory):
 
 def test_a_layer_without_energy_is_explained():
     zero = np.zeros((1, 3, 3))
-    memory = extend_memory(empty_memory("patch", "net"), "dark", {"conv": zero}, 0.97)
+    memory = extend_memory(empty_memory("patch", "net"), "dark", {"conv": zero}.items(), 0.97)
     assert memory.layers["conv"].ranks == (0,)
     assert explained_share(memory.layers["conv"], zero) == 1.0
 
@@ -124,9 +124,9 @@ def test_what_cannot_be_extended(memory):
     with pytest.raises(
         LanceError, match="memory: task two is in it already; give the task another name with --task"
     ):
-        extend_memory(memory, "two", covariances(1), 0.9)
+        extend_memory(memory, "two", covariances(1).items(), 0.9)
     with pytest.raises(LanceError) as raised:
-        extend_memory(memory, "three", {"conv": np.eye(5)[None]}, 0.9)
+        extend_memory(memory, "three", {"conv": np.eye(5)[None]}.items(), 0.9)
     assert str(raised.value) == (
         "second moment: expected the shape [1, 12, 12] of the memory, found [1, 5, 5]; give statistics of the"
         " same layers and mode"

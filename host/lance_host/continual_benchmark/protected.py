@@ -43,7 +43,7 @@ def extend(job: Job, before: Kept | None) -> Kept:
     memory = before.memory if before is not None else empty_memory("patch", job.network)
     moments = moments_of(job, job.folder)
     threshold = published_threshold(job.number)
-    grown = extend_memory(memory, job.task.name, moments, threshold, _checkpoint_digest(job))
+    grown = extend_memory(memory, job.task.name, moments.items(), threshold, _checkpoint_digest(job))
     sums = dict(before.moments) if before is not None else {}
     for name, moment in moments.items():
         sums[name] = sums.get(name, 0.0) + unit_trace(moment)
