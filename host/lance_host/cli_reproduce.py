@@ -16,57 +16,70 @@ HELP = {
     "table2": "Accuracy, activation memory and multiply-adds of BP, HOSVD, ASI and LANCE.",
     "table8": "The same with batches of 4 and 8, depthwise convolutions not counted.",
     "fig2": "Angle between LANCE's and BP's gradients, epoch by epoch.",
-    "fig3": "Ablation of the energy threshold ε and the number N of calibration batches.",
-    "fig4": "Gradient angle, activation memory and accuracy over ε.",
+    "fig3": "Ablation of the energy threshold ε and the number N of calibration batches, with the most layers.",
+    "fig4": "Gradient angle, activation memory and accuracy over ε, with the most layers.",
     "fig5": "Time of a training step over 1 to 10 layers, every method, phase by phase.",
     "theory": "Descent, monotone loss and projected stationarity on a quadratic, asserted; how they break.",
 }
 EXAMPLES = {"theory": "--out reproduced/", "table2": "--data cifar10=data/cifar10 --datasets cifar10 --quick"}
 
-OUT = click.option(
-    "--out", type=PATH, default=Path("reproduced"), show_default=True, help="Folder for cells and results."
-)
-OPTIONS = (
-    OUT,
-    click.option(
+OPTIONS = {
+    "--out": click.option(
+        "--out", type=PATH, default=Path("reproduced"), show_default=True, help="Folder for cells and results."
+    ),
+    "--preset": click.option(
         "--preset",
         type=click.Choice(["quick", "paper"]),
         default="paper",
         show_default=True,
         help="paper: all images, 50 epochs; quick: 2,000 images, 5 epochs, about ten minutes with MCUNet.",
     ),
-    click.option("--quick", is_flag=True, help="The same as --preset quick."),
-    click.option("--models", default="mcunet", show_default=True, help="Networks, with commas."),
-    click.option(
+    "--quick": click.option("--quick", is_flag=True, help="The same as --preset quick."),
+    "--models": click.option("--models", default="mcunet", show_default=True, help="Networks, with commas."),
+    "--datasets": click.option(
         "--datasets", default=",".join(DEFAULT_DATASETS), show_default=True, help="Data sets, with commas."
     ),
-    click.option(
+    "--data": click.option(
         "--data", "places", multiple=True, metavar="NAME=PLACE", help="Where a data set is: folder or .npz."
     ),
-    click.option(
+    "--data-root": click.option(
         "--data-root",
         type=PATH,
         default=Path("data"),
         show_default=True,
         help="Folder of the others: ROOT/NAME.",
     ),
-    click.option(
+    "--weights": click.option(
         "--weights", multiple=True, metavar="MODEL=FILE", help="Of a network.  [default: its published ones]"
     ),
-    click.option("--seeds", default="0", show_default=True, help="0, or 0-2: each cell is run with every one."),
-    click.option("--layers", default="2,4", show_default=True, help="Counts of trained layers."),
-    click.option("--methods", default="all", show_default=True, help="Of lance,bp,asi,hosvd; lance is always."),
-    click.option(
+    "--seeds": click.option(
+        "--seeds",
+        default="0",
+        show_default=True,
+        help="0, or 0-2: each cell is run with every one; fig5 and theory take the first.",
+    ),
+    "--layers": click.option("--layers", default="2,4", show_default=True, help="Counts of trained layers."),
+    "--methods": click.option(
+        "--methods", default="all", show_default=True, help="Of lance,bp,asi,hosvd; lance is always."
+    ),
+    "--batch-size": click.option(
         "--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Of training."
     ),
-    click.option("--lr", type=float, default=0.05, show_default=True, help="Learning rate, the published one."),
-    click.option("--threads", type=click.IntRange(min=1), help="Of every process.  [default: all cores]"),
-)
-OPTIONS_OF = {  # of commands that have fewer
-    "theory": (  # neither networks nor images
-        OUT,
-        click.option("--seeds", default="0", show_default=True, metavar="SEED", help="Of the quadratic."),
+    "--lr": click.option(
+        "--lr", type=float, default=0.05, show_default=True, help="Learning rate, the published one."
     ),
+    "--threads": click.option(
+        "--threads", type=click.IntRange(min=1), help="Of every process.  [default: all cores]"
+    ),
+}
+NOT_OF = {  # options that a command would not use
+    "table1": {"--weights"},  # pretrained here
+    "table8": {"--batch-size"},
+    "fig2": {"--methods"},
+    "fig3": {"--methods"},
+    "fig4": {"--methods"},
+    "fig5": {"--layers", "--lr"},
+    "theory": {*OPTIONS} - {"--out", "--seeds"},  # neither networks nor images
 }
 
 
@@ -129,7 +142,7 @@ def _command(name: str) -> click.Command:
     example = EXAMPLES.get(name, "--quick --datasets cifar10 --data cifar10=data/cifar10")
     callback.__doc__ = f"{HELP[name]}\n\n\b\nlance-host reproduce {name} {example}"
     decorated: Callable[..., None] = callback
-    for option in reversed(OPTIONS_OF.get(name, OPTIONS)):
+    for option in reversed([OPTIONS[text] for text in OPTIONS if text not in NOT_OF.get(name, ())]):
         decorated = option(decorated)
     return click.command(name)(decorated)
 

@@ -2,22 +2,15 @@
 
 import csv
 import dataclasses
-import os
-import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from lance_edge.errors import DataError, LanceError, PlatformError
-from lance_edge.profiles import STEP_PHASES, columns
-from lance_edge.report.colours import METHODS, PHASES, PLAIN, shade
+from lance_edge.errors import DataError, LanceError
+from lance_edge.profiles import columns
 from lance_host.reproduce import cells as cells_module
-from lance_host.reproduce import device, fig3, plots
+from lance_host.reproduce import device, fig3
 from lance_host.reproduce.cells import Cells, read_seconds
-from lance_host.reproduce.claims import reproduce
-from lance_host.reproduce.fig5 import draw_phases
 from lance_host.reproduce.findings import (
     Cell,
     Finding,
@@ -27,18 +20,10 @@ from lance_host.reproduce.findings import (
     markdown_table,
     write_csv,
 )
-from lance_host.reproduce.material import (
-    AbsentError,
-    Material,
-    class_names,
-    find_data,
-    find_weights,
-    sized_data,
-)
+from lance_host.reproduce.material import Material
 from lance_host.reproduce.paper import published
-from lance_host.reproduce.plots import Axes, Panel, Stacks, draw_lines, draw_stacks
-from lance_host.reproduce.study import PRESETS, Study, check, counts, named_values
-from lance_host.reproduce.table2 import budget_plans, draw_accuracy
+from lance_host.reproduce.study import Study, check, counts, named_values
+from lance_host.reproduce.table2 import budget_plans
 from lance_host.reproduce.trained import lance_plan, method_plans, shared_plans
 
 # As the paper prints them, typed once more: (data set, method, layers) -> accuracy in %.
@@ -173,100 +158,6 @@ def test_named_values_and_counts():
         counts("--seeds", "one")
 
 
-# --- material ---
-
-
-def test_what_is_not_there_is_said(study, tmp_path, monkeypatch):
-    with pytest.raises(
-        AbsentError, match=r"no images: .*cifar10 or .*cifar10.npz is not there \(--data cifar10="
-    ):
-        find_data(study, "cifar10")
-    given = Study(out=study.out, weights={"mcunet": str(tmp_path / "none.pth")})
-    with pytest.raises(AbsentError, match=r"no weights: .*none.pth is not there"):
-        find_weights(given, "mcunet")
-    monkeypatch.setenv("LANCE_EDGE_OFFLINE", "1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(AbsentError, match=r"no weights: not tried.*\(--weights mcunet=FILE names some\)"):
-        find_weights(study, "mcunet")  # the bundled checkpoint is no stand-in
-    with pytest.raises(AbsentError, match="no network or weights: --model nonsense"):
-        find_weights(study, "nonsense")
-    (tmp_path / "data" / "empty").mkdir(parents=True)
-    for use in (class_names, sized_data):
-        with pytest.raises(AbsentError, match=r"no usable images: .*expected a folder for each class"):
-            use(study, "empty")
-
-
-def test_a_quick_study_takes_the_same_share_of_each_class(study, photos, monkeypatch):
-    monkeypatch.setitem(
-        PRESETS, "quick", PRESETS["quick"].__class__(**{**vars(PRESETS["quick"]), "train_images": 9})
-    )
-    given = Study(out=study.out, preset="quick", places={"photos": photos})
-    cut = sized_data(given, "photos")
-    counts_of = {folder.name: len(list(folder.iterdir())) for folder in (cut / "train").iterdir()}
-    assert counts_of == {"disc": 3, "square": 3, "stripes": 3}
-    assert all(path.is_symlink() and path.exists() for path in (cut / "train").rglob("*.*"))
-    assert sized_data(given, "photos") == cut
-    assert sized_data(Study(out=study.out, places={"photos": photos}), "photos") == photos
-    half = sized_data(given, "photos", ("disc", "stripes"), "half")
-    assert sorted(folder.name for folder in (half / "test").iterdir()) == ["disc", "stripes"]
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_arrays_are_cut_too(study, tmp_path, dtype):
-    y = np.repeat(np.arange(4), 50)
-    shape = (200, 8, 8, 3) if dtype is np.uint8 else (200, 7)
-    x = np.broadcast_to(y.reshape(-1, *[1] * (len(shape) - 1)), shape).astype(dtype)
-    place = tmp_path / "some.npz"
-    np.savez(place, x=x, y=y, x_test=x[::5], y_test=y[::5], classes=np.array(list("abcd")))
-    cut = sized_data(Study(out=study.out, preset="quick", places={"some": place}), "some", ("b", "d"), "half")
-    arrays = np.load(cut, allow_pickle=False)
-    assert list(arrays["classes"]) == ["b", "d"]
-    for suffix in ("", "_test"):  # every sample carries the number of its old class
-        old = arrays[f"x{suffix}"].reshape(len(arrays[f"y{suffix}"]), -1)[:, 0]
-        np.testing.assert_array_equal(np.array([1, 3])[arrays[f"y{suffix}"]], old)
-
-
-def flat_images(place, value, mtime_ns=None):
-    y = np.repeat(np.arange(2), 4)
-    np.savez(
-        place,
-        x=np.full((8, 8, 8, 3), value, np.uint8),
-        y=y,
-        x_test=np.full((8, 8, 8, 3), value, np.uint8),
-        y_test=y,
-    )
-    if mtime_ns is not None:
-        os.utime(place, ns=(mtime_ns, mtime_ns))
-    return place
-
-
-def test_another_place_or_another_content_is_another_data_set(study, tmp_path):
-    def cut(place):
-        return sized_data(dataclasses.replace(study, places={"c": place}), "c")
-
-    first, second = (
-        flat_images(tmp_path / f"{name}.npz", value, 10**18) for name, value in (("a", 1), ("b", 2))
-    )
-    assert [np.load(cut(place))["x"].max() for place in (first, second)] == [1, 2]
-    before = cut(first)
-    assert cut(first) == before
-    flat_images(first, 3)
-    assert np.load(cut(first))["x"].max() == 3
-
-
-def test_a_package_is_of_the_images_that_are_there(study, photos, tmp_path, monkeypatch):
-    """Of all images, which are not cut: the place is the same, the images are not."""
-    calibrated = []
-    monkeypatch.setattr(cells_module, "calibrate", lambda request, feedback: calibrated.append(request.output))
-    place = tmp_path / "photos"
-    shutil.copytree(photos, place)
-    material = Material("mcunet", None, "photos", place)
-    before = Cells(study).package(material, 0, layers="2")
-    assert Cells(study).package(material, 0, layers="2") == before
-    next(place.rglob("*.jpg")).unlink()
-    assert Cells(study).package(material, 0, layers="2") != before
-
-
 # --- cells ---
 
 
@@ -382,77 +273,3 @@ def test_calibration_batches_are_those_that_were_taken(study, tmp_path, monkeypa
         (plan.cell.setting, plan.package["batches"]) for plan in plans if plan.cell.setting.startswith("N")
     ]
     assert over_n == [("N 1", 1), ("N 3", 15)]
-
-
-# --- pictures ---
-
-
-def test_pictures_have_what_they_are_given(tmp_path):
-    pytest.importorskip("matplotlib")
-    axes = Axes("title", "x", "y", log_x=True, log_y=True, bound=(3.0, "bound"))
-    draw_lines(tmp_path / "a.png", Panel(axes, {"lance": [(1, 2), (2, 3)], "lance, published": [(1, 1)]}))
-    draw_lines(tmp_path / "b.png", Panel(axes, {"lance": [(1, 2), (2, 9)], "lance, published": [(1, 1)]}))
-    draw_stacks(tmp_path / "c.png", Stacks(Axes("t", "x", "y"), {("bp", 2): {"data": 1.0, "update": 2.0}}))
-    draw_lines(tmp_path / "again.png", Panel(axes, {"lance": [(1, 2), (2, 3)], "lance, published": [(1, 1)]}))
-    images = {path.stem: path.read_bytes() for path in tmp_path.glob("*.png")}
-    assert images["a"] == images["again"] != images["b"]
-    assert all(data.startswith(b"\x89PNG") and len(data) > 5000 for data in images.values())
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figure of each picture, instead of a file."""
-    pytest.importorskip("matplotlib")
-    figures = []
-    monkeypatch.setattr(plots, "_save", lambda path, figure: figures.append(figure))
-    return figures
-
-
-def test_a_dollar_in_a_name_is_a_dollar(tmp_path, drawn):
-    draw_lines(tmp_path / "a.png", Panel(Axes("$a_1$", "x$", "$y$"), {"lance, $5_$": [(1, 2)]}))
-    (plane,) = drawn[0].axes
-    texts = [plane.title, plane.xaxis.label, plane.yaxis.label, *plane.get_legend().get_texts()]
-    assert not any(text.get_parse_math() for text in texts)
-
-
-def test_each_data_set_has_a_plane_of_its_own(tmp_path, drawn):
-    findings, times = [], []
-    for dataset, value in (("c10", 1.0), ("c100", 2.0)):
-        cell = Cell("table2", "net", dataset, "lance", 2)
-        findings += [cell.found("accuracy_percent", [value]), cell.found("activation_mib", [value])]
-        times += [replace(cell, setting="phase data").found("step_ms", [value])]
-    draw_accuracy(tmp_path / "a.png", findings)
-    draw_phases(tmp_path / "b.png", times)
-    draw_phases(tmp_path / "c.png", times[:1])
-    accuracies, phases, alone = drawn
-    assert [list(plane.lines[0].get_ydata()) for plane in accuracies.axes] == [[1.0], [2.0]]
-    assert [plane.patches[0].get_height() for plane in phases.axes] == [1.0, 2.0]
-    titles = [plane.get_title() for figure in drawn for plane in figure.axes]
-    assert [title.partition(", net, ")[2] for title in titles] == ["c10", "c100", "c10", "c100", ""]
-    assert len(alone.axes) == 1
-
-
-def test_a_phase_has_the_colour_of_the_reports(tmp_path, drawn):
-    """Colour is the method, strength the phase."""
-    bars = {("lance", 2): dict.fromkeys(STEP_PHASES, 1.0), ("head only", 0): dict.fromkeys(STEP_PHASES, 1.0)}
-    draw_stacks(tmp_path / "a.png", Stacks(Axes("", "", ""), bars))
-    from matplotlib.colors import to_hex
-
-    found = [to_hex(patch.get_facecolor()) for patch in drawn[0].axes[0].patches]
-    for number, phase in enumerate(STEP_PHASES):
-        expected = [shade(colour, PHASES[phase]) for colour in (METHODS["lance"], PLAIN)]
-        assert found[2 * number : 2 * number + 2] == expected
-    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == list(STEP_PHASES)
-
-
-def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
-    """And says it before any cell is made."""
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    message = r"pip install 'lance-edge\[host\]', then run the same command again"
-    for ask in (
-        lambda: reproduce("theory", Study(out=tmp_path / "out")),
-        lambda: draw_lines(tmp_path / "a.png", Panel(Axes("", "", ""), {})),
-    ):
-        with pytest.raises(PlatformError, match=message):
-            ask()
-    assert list(tmp_path.iterdir()) == []

@@ -80,7 +80,8 @@ class Cells:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.study.say(f"calibrating {name} (--layers {request.layers}, {', '.join(request.methods)})")
+        asked = f"--layers {request.layers}, {', '.join(request.methods)}, ε {request.energy:g}"
+        self.study.say(f"calibrating {name} ({asked})")
         with self.timed(name):
             calibrate(replace(request, output=path, threads=self.study.threads), self._feedback())
         return path
@@ -95,6 +96,7 @@ class Cells:
         folder = self.study.out / "runs" / name
         self.used.append(name)
         if is_finished(folder):
+            self.study.say(f"trained before: {name}")
             return folder
         self.study.say(f"training {name}")
         goes_on = any((folder / state).exists() for state in STATES)  # and keeps the threads that it has
@@ -117,6 +119,7 @@ class Cells:
         folder = self.study.out / "benchmarks" / name
         self.used.append(name)
         if is_finished(folder):
+            self.study.say(f"measured before: {name}")
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         tries = sum(1 for _ in folder.parent.glob(f".{name}*"))

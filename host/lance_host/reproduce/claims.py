@@ -17,6 +17,7 @@ from lance_host.reproduce.fig3 import draw_ablation, fig3
 from lance_host.reproduce.fig4 import draw_energy, fig4
 from lance_host.reproduce.fig5 import draw_phases, fig5
 from lance_host.reproduce.findings import Finding, caption, comparable, markdown_table, write_csv
+from lance_host.reproduce.material import check_named
 from lance_host.reproduce.plots import require_matplotlib
 from lance_host.reproduce.study import Study, check
 from lance_host.reproduce.table1 import table1
@@ -87,13 +88,16 @@ def reproduce(name: str, study: Study) -> str:
 
     Raises:
         ReproduceError: if cells failed; all files are written.
-        LanceError: for what no cell could be run with.
+        LanceError: for what no cell could be run with; nothing is written.
     """
-    check(study)
-    require_matplotlib()
     claim, cells = CLAIMS[name], Cells(study)
+    check(study)
+    if claim.on_images:
+        check_named(study)
+    require_matplotlib()
     with cells.timed(name):
         findings, differences = comparable(claim.find(cells), study)
+    expect_numbers(findings, study.out / f"{name}.csv")
     study.out.mkdir(parents=True, exist_ok=True)
     write_csv(study.out / f"{name}.csv", findings)
     note = QUICK_NOTE if claim.on_images and study.preset == "quick" else ""
@@ -114,6 +118,17 @@ def reproduce(name: str, study: Study) -> str:
             " stand. Correct the cause and run the same command again"
         )
     return table
+
+
+def expect_numbers(findings: Sequence[Finding], path: Path) -> None:
+    """See that anything was there to run: files of nothing must not replace those of an earlier call.
+
+    Raises:
+        ReproduceError: saying what is absent.
+    """
+    if not failed_cells(findings) and all(one.measured is None for one in findings):
+        reasons = "; ".join(dict.fromkeys(one.note for one in findings if one.note))
+        raise ReproduceError(f"{path}: not written, as there was nothing to run: {reasons}")
 
 
 def failed_cells(findings: Sequence[Finding]) -> set[tuple[object, ...]]:

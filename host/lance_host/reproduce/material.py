@@ -1,4 +1,4 @@
-"""The networks and images that a study can have: what is not there is a row that says so, never an error."""
+"""The networks and images that a study can have: what nobody named and is not there is a row that says so."""
 
 import hashlib
 import os
@@ -18,6 +18,7 @@ from lance_host.published import UnreachableError, fetch
 from lance_host.reproduce.study import Study
 from lance_host.sources import open_source
 
+PAPERS = "imagenet"  # of table 1, where it is there
 WHOLE = Split(seed=0, test_fraction=0.25, validation_fraction=0.0)  # as published: all training images train
 
 
@@ -36,6 +37,34 @@ class Material:
     weights: str | None
     dataset: str
     data: Path
+
+
+def check_named(study: Study) -> None:
+    """Refuse networks, places and weights that were named, and are not there or are for nothing.
+
+    Raises:
+        LanceError: naming the first.
+    """
+    for model in study.models:
+        open_source(model)
+    for dataset, place in (study.places or {}).items():
+        if dataset not in (*study.datasets, PAPERS):
+            raise LanceError(
+                f"--data {dataset}={place}: expected one of {', '.join(study.datasets)}, found {dataset}; name"
+                " it in --datasets, too"
+            )
+        if not place.exists():
+            raise LanceError(
+                f"--data {dataset}={place}: expected a folder or an .npz, found nothing there; correct the path"
+            )
+    for model, file in (study.weights or {}).items():
+        if model not in study.models:
+            raise LanceError(
+                f"--weights {model}={file}: expected one of {', '.join(study.models)}, found {model}; name it"
+                " in --models, too"
+            )
+        if not Path(file).is_file():
+            raise LanceError(f"--weights {model}={file}: expected a file, found none there; correct the path")
 
 
 def find_material(study: Study, model: str, dataset: str) -> Material:
@@ -58,19 +87,18 @@ def find_weights(study: Study, model: str) -> str | None:
     """
     given = (study.weights or {}).get(model)
     if given is not None:
-        if not Path(given).is_file():
-            raise AbsentError(f"no weights: {given} is not there")
         return given
+    source = open_source(model)
     try:
-        source = open_source(model)
         if source.provided is not None:
             source.provided()
         elif source.published is not None:
             fetch(source.published, None)
     except UnreachableError as error:
-        raise AbsentError(f"no weights: {error} (--weights {model}=FILE names some)") from None
+        where = "" if source.published is None else f"{source.published.url}: "
+        raise AbsentError(f"no weights: {where}{error} (--weights {model}=FILE names some)") from None
     except ModelError as error:
-        raise AbsentError(f"no network or weights: {error}") from None
+        raise AbsentError(f"no weights: {error}") from None
     return None
 
 

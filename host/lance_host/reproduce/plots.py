@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lance_edge.report.colours import METHODS, PHASES, PLAIN, shade
 
 # Methods and phases have the colours of the reports; what else there is: Okabe and Ito 2008.
 COLOURS = {**METHODS, "head only": PLAIN}
+MARKERS = "osD^v"
 OTHERS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 Point = tuple[float, float]
@@ -37,11 +38,17 @@ class Axes:
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the planes of a picture."""
+    """One of the planes of a picture.
+
+    Attributes:
+        series: points by name; what stands behind a comma in it tells the marker.
+        texts: what is written beside the points of a series.
+    """
 
     axes: Axes
     series: Mapping[str, Sequence[Point]]
     joined: bool = True
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,21 @@ def draw_lines(path: Path, *panels: Panel) -> None:
 
 def _draw_lines(planes: Sequence[Any], panels: Sequence[Panel]) -> None:
     for plane, panel in zip(planes, panels, strict=True):
+        kinds = list(dict.fromkeys(map(_kind, panel.series)))
         for number, (name, points) in enumerate(panel.series.items()):
             xs, ys = [x for x, _ in points], [y for _, y in points]
             style = {"linestyle": "-" if panel.joined else "", "color": _colour(name, number)}
             hollow = {"markerfacecolor": "none"} if "published" in name else {}
-            marker = "s" if "within" in name else "o"
+            marker = MARKERS[kinds.index(_kind(name)) % len(MARKERS)]
             plane.plot(xs, ys, marker=marker, label=name, **style, **hollow)
+            for point, text in zip(points, panel.texts.get(name, [""] * len(points)), strict=True):
+                plane.annotate(text, point, xytext=(5, 4), textcoords="offset points", fontsize=7)
         _dress(plane, panel.axes)
+
+
+def _kind(name: str) -> str:
+    """`batch 4` of `lance, batch 4`; published points have the marker of their series."""
+    return name.partition(", ")[2].removesuffix("published").rstrip(", ")
 
 
 def draw_stacks(path: Path, *stacks: Stacks) -> None:

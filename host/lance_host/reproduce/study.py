@@ -9,6 +9,7 @@ from lance_edge.errors import LanceError
 from lance_edge.manifest import METHOD_NAMES
 
 DEFAULT_DATASETS = ("cifar10", "cifar100")
+EXAMPLES = {"--data": "cifar10=FOLDER", "--weights": "mcunet=FILE"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def named_values(option: str, texts: tuple[str, ...]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise LanceError(
-                f"{option}: expected NAME=VALUE, found {text!r}; write {option} cifar10=FOLDER, say"
+                f"{option}: expected NAME=VALUE, found {text!r}; write {option} {EXAMPLES[option]}, say"
             )
         found[name] = value
     return found

@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from lance_edge.errors import DataError
 from lance_host.reproduce.cells import Cells, digest
 from lance_host.reproduce.findings import Finding
-from lance_host.reproduce.material import AbsentError, Material, class_names, sized_data
+from lance_host.reproduce.material import (
+    PAPERS,
+    AbsentError,
+    Material,
+    class_names,
+    find_data,
+    sized_data,
+)
 from lance_host.reproduce.pretrain import Pretraining, pretrain
+from lance_host.reproduce.study import Study
 from lance_host.reproduce.trained import Plan, guarded, method_plans, run_plan
 
-PAPERS = "imagenet"
 LEAST_CLASSES = 4  # two of each half
 
 
@@ -20,7 +27,7 @@ def table1(cells: Cells) -> list[Finding]:
     """A row for each method and number of layers, on the half that pretraining never saw."""
     study, findings = cells.study, list[Finding]()
     for model in study.models:
-        for dataset in dict.fromkeys((PAPERS, *study.datasets)):
+        for dataset in _datasets(study):
             plans = method_plans(
                 "table1",
                 model,
@@ -33,6 +40,15 @@ def table1(cells: Cells) -> list[Finding]:
             )
             findings += _pair(cells, model, dataset, plans)
     return findings
+
+
+def _datasets(study: Study) -> list[str]:
+    """Those asked for; before them the paper's, if it is there."""
+    try:
+        find_data(study, PAPERS)
+    except AbsentError:
+        return list(study.datasets)
+    return list(dict.fromkeys((PAPERS, *study.datasets)))
 
 
 def _pair(cells: Cells, model: str, dataset: str, plans: Sequence[Plan]) -> list[Finding]:

@@ -9,7 +9,7 @@ from lance_host.reproduce.paper import published
 from lance_host.reproduce.plots import Axes, Panel, Point, draw_lines
 from lance_host.reproduce.trained import Plan, run_plans, shared_plans
 
-AXES = Axes("", "activations, MiB", "test accuracy, %", log_x=True)
+AXES = Axes("", "activations, MiB (the head alone keeps none: left edge)", "test accuracy, %", log_x=True)
 LEAST_MIB = 1e-3  # where the head alone, which keeps none, stands on a logarithmic axis
 
 
@@ -41,15 +41,20 @@ def budget_plans(cells: Cells, model: str, dataset: str) -> list[Plan]:
 
 
 def draw_accuracy(path: Path, findings: list[Finding]) -> None:
-    """Accuracy over bytes, a plane for each network and data set."""
-    pairs = by_pair(findings, "Accuracy over activation memory")
-    panels = [Panel(replace(AXES, title=title), _series(own), joined=False) for title, own in pairs.items()]
+    """Accuracy over bytes, a plane for each network and data set that was there; numbers are trained layers."""
+    found = [one for one in findings if one.measured is not None]
+    panels = []
+    for title, own in by_pair(found, "Accuracy over activation memory, and number of layers").items():
+        series = _series(own)
+        points = {name: [point for point, _ in places] for name, places in series.items()}
+        texts = {name: [text for _, text in places] for name, places in series.items()}
+        panels.append(Panel(replace(AXES, title=title), points, joined=False, texts=texts))
     draw_lines(path, *panels)
 
 
-def _series(findings: list[Finding]) -> dict[str, list[Point]]:
-    """A series for each method, the published points apart: hollow."""
-    series: dict[str, list[Point]] = {}
+def _series(findings: list[Finding]) -> dict[str, list[tuple[Point, str]]]:
+    """A series for each method, the published points apart: hollow.  Points, and what is beside them."""
+    series: dict[str, list[tuple[Point, str]]] = {}
     cells: dict[tuple[object, ...], dict[str, Finding]] = {}
     for one in findings:
         cells.setdefault((one.method, one.layers, one.setting), {})[one.quantity] = one
@@ -58,8 +63,9 @@ def _series(findings: list[Finding]) -> dict[str, list[Point]]:
             continue
         size, accuracy = found["activation_mib"], found["accuracy_percent"]
         name = ", ".join(filter(None, (accuracy.method, accuracy.setting)))
+        text = str(accuracy.layers or "")
         if size.measured is not None and accuracy.measured is not None:
-            series.setdefault(name, []).append((max(size.measured, LEAST_MIB), accuracy.measured))
+            series.setdefault(name, []).append(((max(size.measured, LEAST_MIB), accuracy.measured), text))
         if size.published is not None and accuracy.published is not None and not accuracy.setting:
-            series.setdefault(f"{name}, published", []).append((size.published, accuracy.published))
+            series.setdefault(f"{name}, published", []).append(((size.published, accuracy.published), text))
     return series
