@@ -39,7 +39,7 @@ def serving_if_asked(
     if serve is None:
         yield None
         return
-    from lance_device.serve import Address, serving  # brings http.server: 7 MiB that other runs spare
+    from lance_device.serve import Address, serving  # brings the report: 2 MiB that other runs spare
 
     address = Address(*serve)
     with serving(address, run) as found:
@@ -68,7 +68,8 @@ def watch(context: click.Context, run: Path, every: float, serve: tuple[str, int
     lance-device watch run/ --serve 8080
 
     Reads the run's folder and changes nothing; it may be started before the run or after its end. Exit codes: 0
-    the run finished, 10 it was stopped, 11 it failed, 12 its process is gone, 130 Ctrl-C (the run goes on).
+    the run finished, 10 it was stopped, 11 it failed, 12 its process is gone, 130 Ctrl-C (the run goes on). A
+    process that was killed counts as gone once nothing new has come for 30 seconds.
     With --serve the page stays after the run's end, until Ctrl-C; the exit code is then that of the run.
     """
     from lance_device.following import Follower

@@ -1,10 +1,12 @@
 """Following a run from outside: only its folder is read, and nothing in it is locked or written."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from lance_device.run_folder import RunFolder
+from lance_edge.errors import DataError
 from lance_edge.report.views import Files, View
 
 LOCKS = Path("/proc/locks")
@@ -26,14 +28,22 @@ class Sight:
 
 
 class Follower:
-    """Reads what a run writes, as it writes it; it may be there before the run, and after its end."""
+    """Reads what a run writes, as it writes it; it may be there before the run, and after its end.
+
+    Raises:
+        DataError: if the path is a file.
+    """
 
     def __init__(self, path: Path) -> None:
+        with contextlib.suppress(PermissionError):  # reading will say so
+            if path.exists() and not path.is_dir():
+                raise DataError(f"{path}: expected a run's folder, found a file; name the --out of train")
         folder = RunFolder(path)
         name = path.resolve().name or "run"
         self.path = path
         self.view = View(Files(name, folder.steps, folder.history, folder.record))
         self._changed_at = time.monotonic()
+        self._has_looked = False
 
     def look(self) -> Sight:
         """Read what is new.
@@ -42,9 +52,13 @@ class Follower:
             DataError: naming file, line and column of what cannot be read.
         """
         is_new = self.view.update()
-        if is_new:
+        if is_new and self._has_looked:  # to the first look all is new, however old
             self._changed_at = time.monotonic()
-        return Sight(self._state(), is_new)
+        self._has_looked = True
+        self.view.is_lost = False  # so that its status is what the record says
+        state = self._state()
+        self.view.is_lost = state == "lost"
+        return Sight(state, is_new)
 
     def _state(self) -> str:
         status = self.view.status

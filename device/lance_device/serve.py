@@ -1,11 +1,13 @@
 """`--serve`: the report of a run as a page, for a browser.
 
-It answers GET for one path, reads the folder of the run, and writes nothing.  One request is served at a time,
-with bounds on its size and duration, so memory is bounded and training goes on whatever clients do.
+It answers GET and HEAD for one path, reads the folder of the run, and writes nothing.  One thread serves all
+clients (`clients.py`), with bounds on their number and on each request's size and duration: none waits for
+another that is slow, memory is bounded, and training goes on whatever clients do.
 """
 
 import contextlib
 import datetime
+import errno
 import ipaddress
 import re
 import socket
@@ -15,12 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from socket import AF_INET, AF_INET6
-from typing import Any
 
-from lance_device.following import Follower
+from lance_device.clients import Clients
+from lance_device.following import ENDED, Follower, Sight
 from lance_device.svg import svg
 from lance_edge.errors import DataError, PlatformError
 from lance_edge.report.content import compose
@@ -29,7 +30,11 @@ from lance_edge.report.plots import Section
 
 REFRESH_S = 10
 FRESH_S = 2.0  # for which a page is given again instead of made anew
-REQUEST_SECONDS, REQUEST_BYTES = 5.0, 16 << 10
+OF_THE_PORT = (errno.EADDRINUSE, errno.EACCES, errno.EPERM)  # why nobody can listen, whatever the address
+REQUEST_LINE = re.compile(rb"(\S+) (\S+) HTTP/1\.[0-9]\r?")
+END_OF_HEADER = re.compile(rb"\n\r?\n")
+HOST = re.compile(rb"^host:(.*)$", re.IGNORECASE | re.MULTILINE)
+NO_REQUEST = b"expected a request of HTTP/1, such as: GET / HTTP/1.1\n"
 NOT_OURS = b"not a name of this machine: ask by its IP address, or start with --serve NAME:PORT\n"
 NO_PACKAGE = Section(
     "Ranks and spectra",
@@ -94,7 +99,7 @@ class RunPages:
 
     def __init__(self, folder: Path) -> None:
         self._follower = Follower(folder)
-        self._page, self._made_at = b"", float("-inf")
+        self._page, self._made_at, self._state = b"", float("-inf"), ""
 
     def page(self) -> bytes:
         """The present page.
@@ -105,116 +110,94 @@ class RunPages:
         if time.monotonic() - self._made_at < FRESH_S:
             return self._page
         sight = self._follower.look()
-        if sight.is_new or not self._page:
-            view = self._follower.view
-            page = _waiting(self._follower.path) if view.is_empty else _report(self._follower, sight.has_ended)
-            self._page = page.encode("utf-8", "replace")
+        if sight.is_new or sight.state != self._state:
+            page = _waiting if self._follower.view.is_empty else _report
+            self._page = page(self._follower, sight).encode("utf-8", "replace")
+            self._state = sight.state
         self._made_at = time.monotonic()
         return self._page
 
 
-def _report(follower: Follower, has_ended: bool) -> str:
+def _report(follower: Follower, sight: Sight) -> str:
     now = datetime.datetime.now().astimezone().isoformat(" ", timespec="seconds")
-    return render(compose([follower.view], now, NO_PACKAGE, refresh_s=None if has_ended else REFRESH_S), svg)
+    refresh_s = None if sight.state in ENDED else REFRESH_S  # a lost run may be taken up
+    return render(compose([follower.view], now, NO_PACKAGE, refresh_s=refresh_s), svg)
 
 
-def _waiting(folder: Path) -> str:
+def _waiting(follower: Follower, sight: Sight) -> str:
+    how = f"{sight.state}, and no step was made" if sight.has_ended else "no step was made yet"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>lance-edge</title>'
         f'<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="{REFRESH_S}">'
-        f"</head><body><p>{escape(str(folder))}: no step was made yet.</p></body></html>"
+        f"</head><body><p>{escape(str(follower.path))}: {how}.</p></body></html>"
     )
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection, one answer."""
+@dataclass(frozen=True)
+class Site:
+    """What is answered: the page, or a line that says why not."""
 
-    timeout = REQUEST_SECONDS
-    rbufsize = 0  # see `_Request`
-    server_version, sys_version = "lance-device", ""
-    server: "PageServer"
+    address: Address
+    pages: RunPages
 
-    def setup(self) -> None:
-        """Bound what the client may send."""
-        super().setup()
-        self.rfile: Any = _Request(self.rfile)
+    def respond(self, received: bytes) -> tuple[bytes, bytes] | None:
+        """Header and body for a request; `None` while more of it is to come."""
+        first, newline, fields = received.partition(b"\n")
+        line = REQUEST_LINE.fullmatch(first) if newline else None
+        if newline and line is None:
+            return _answer(HTTPStatus.BAD_REQUEST, NO_REQUEST)
+        if line is None or END_OF_HEADER.search(received) is None:
+            return None
+        verb, target = line.groups()
+        hosts = [host.decode("latin-1") for host in HOST.findall(fields)]
+        header, body = self._answer_to(verb, target, hosts)
+        return header, b"" if verb == b"HEAD" else body
 
-    def do_GET(self) -> None:
-        """The page, for the one path that there is."""
-        if not self.server.address.answers_to(self.headers.get("Host", "localhost")):
-            return self._answer(HTTPStatus.MISDIRECTED_REQUEST, NOT_OURS)
-        if self.path != "/":
-            return self._answer(HTTPStatus.NOT_FOUND, b"there is one page: /\n")
+    def _answer_to(self, verb: bytes, target: bytes, hosts: list[str]) -> tuple[bytes, bytes]:
+        if verb not in (b"GET", b"HEAD"):
+            return _answer(HTTPStatus.METHOD_NOT_ALLOWED, b"GET and HEAD only\n")
+        if not all(map(self.address.answers_to, hosts)):
+            return _answer(HTTPStatus.MISDIRECTED_REQUEST, NOT_OURS)
+        if target.partition(b"?")[0] != b"/":
+            return _answer(HTTPStatus.NOT_FOUND, b"there is one page: /\n")
         try:
-            page = self.server.pages.page()
+            return _answer(HTTPStatus.OK, self.pages.page(), "text/html; charset=utf-8")
         except DataError as error:
-            return self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode("utf-8", "replace"))
-        return self._answer(HTTPStatus.OK, page, "text/html; charset=utf-8")
-
-    def _refuse(self) -> None:
-        self._answer(HTTPStatus.METHOD_NOT_ALLOWED, b"GET only\n")
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse  # noqa: N815
-
-    def _answer(self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
-        self.send_response(status)
-        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        if status is HTTPStatus.METHOD_NOT_ALLOWED:
-            self.send_header("Allow", "GET")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *values: Any) -> None:  # noqa: A002 - the name that it overrides
-        """Nothing: the terminal is for the run."""
+            return _answer(HTTPStatus.SERVICE_UNAVAILABLE, f"{error}\n".encode("utf-8", "replace"))
+        except Exception as error:  # whatever it is: the run goes on, and the next page may be made
+            reason = f"the page could not be made ({type(error).__name__}: {error})\n"
+            return _answer(HTTPStatus.INTERNAL_SERVER_ERROR, reason.encode("utf-8", "replace"))
 
 
-class _Request:
-    """The bytes of a request, up to so many, up to so long; read singly, as the end must be seen at once."""
-
-    def __init__(self, raw: Any) -> None:
-        self._raw, self._left = raw, REQUEST_BYTES
-        self._until = time.monotonic() + REQUEST_SECONDS
-
-    def readline(self, limit: int = -1) -> bytes:
-        """A line.
-
-        Raises:
-            TimeoutError: if it is too long, or comes too slowly; the connection is closed then.
-        """
-        line = bytearray()
-        while not line.endswith(b"\n") and (limit < 0 or len(line) < limit):
-            if self._left == 0 or time.monotonic() > self._until:
-                raise TimeoutError("the request is too long, or too slow")
-            byte = self._raw.read(1)
-            if not byte:
-                break
-            line += byte
-            self._left -= 1
-        return bytes(line)
-
-    def close(self) -> None:
-        """Done."""
-        self._raw.close()
+def _answer(status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> tuple[bytes, bytes]:
+    """Header and body."""
+    fields = {**HEADERS, "Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close"}
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        fields["Allow"] = "GET, HEAD"
+    lines = (f"HTTP/1.0 {status.value} {status.phrase}", *(f"{name}: {text}" for name, text in fields.items()))
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode("ascii"), body
 
 
-class PageServer(HTTPServer):
-    """Serves one request after the other."""
+def _listener(address: Address) -> socket.socket:
+    try:
+        return _listening(address)
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no machine can have
+        reason = getattr(error, "strerror", None) or error
+        is_port = getattr(error, "errno", None) in OF_THE_PORT
+        advice = "another port" if is_port else "an address of this machine, such as 127.0.0.1 or 0.0.0.0"
+        raise PlatformError(f"--serve {address}: cannot listen there ({reason}); choose {advice}") from None
 
-    def __init__(self, address: Address, pages: RunPages) -> None:
-        self.address, self.pages = address, pages
-        self.address_family = AF_INET6 if ":" in address.host else AF_INET
-        super().__init__((address.host, address.port), Handler)
 
-    def server_bind(self) -> None:
-        """Without asking any name server who we are, as `HTTPServer` does."""
-        self.allow_reuse_address = True
-        super(HTTPServer, self).server_bind()
-        self.server_name, self.server_port = self.address.host, self.server_address[1]
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no error of the run."""
+def _listening(address: Address) -> socket.socket:
+    listener = socket.socket(AF_INET6 if ":" in address.host else AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address.host, address.port))
+        listener.listen()
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 @contextlib.contextmanager
@@ -222,18 +205,17 @@ def serving(address: Address, folder: Path) -> Iterator[Address]:
     """Serve the page of a run while the block lasts; gives the address, with the port that was free.
 
     Raises:
+        DataError: if the folder is a file.
         PlatformError: if nobody can listen there.
     """
-    try:
-        server = PageServer(address, RunPages(folder))
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PlatformError(f"--serve {address}: cannot listen there ({reason}); choose another port") from None
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True)
-    thread.start()
-    try:
-        yield Address(address.host, server.server_port)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    pages = RunPages(folder)
+    with _listener(address) as listener:
+        clients = Clients(listener, Site(address, pages).respond)
+        stopped = threading.Event()
+        thread = threading.Thread(target=clients.serve_until, args=(stopped,), daemon=True)
+        thread.start()
+        try:
+            yield Address(address.host, listener.getsockname()[1])
+        finally:
+            stopped.set()
+            thread.join()

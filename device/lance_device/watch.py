@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 
-from lance_device.following import Follower, Sight
+from lance_device.following import Follower, Sight, is_held
 from lance_device.live import Live
 from lance_device.live_table import StepView, view_of_rows
 from lance_edge.errors import Interrupted
@@ -19,9 +19,10 @@ def watch(follower: Follower, live: Live, every_s: float, wait: Callable[[float]
 
     Raises:
         DataError: if what the run writes cannot be read.
-        Interrupted: on Ctrl-C; the run goes on.
+        Interrupted: on Ctrl-C; a run goes on.
     """
-    told = None
+    told: int | None = None
+    sight: Sight | None = None
     try:
         while True:
             sight = follower.look()
@@ -30,7 +31,9 @@ def watch(follower: Follower, live: Live, every_s: float, wait: Callable[[float]
                 return sight.state
             wait(every_s)
     except KeyboardInterrupt:
-        raise Interrupted(f"no longer watching {follower.path}; the run goes on") from None
+        is_running = sight is not None and sight.state == "running" and is_held(follower.path) is not False
+        goes_on = "; the run goes on" if is_running else ""
+        raise Interrupted(f"no longer watching {follower.path}{goes_on}") from None
 
 
 def until_ctrl_c() -> None:

@@ -51,6 +51,7 @@ def _about_status(views: Sequence[View]) -> str | None:
         "running": "{} had not ended when this was made",
         "interrupted": "{} was stopped before its end",
         "failed": "{} failed",
+        "lost": "{} is lost, no process on this machine is training into it: take it up with --resume",
     }
     found = [texts[view.status].format(view.name) for view in views if view.status in texts]
     return f"{_listed(found)}." if found else None

@@ -46,7 +46,7 @@ def _joined(view: View, *paths: tuple[str, ...]) -> str:
 
 def _status(view: View) -> str:
     message = view.fact_text("message")
-    return view.fact_text("status") + ("" if message == "-" else f": {message}")
+    return ("lost" if view.is_lost else view.fact_text("status")) + ("" if message == "-" else f": {message}")
 
 
 def _command(view: View) -> str:

@@ -40,6 +40,7 @@ class View:
         peak_rss_kib: the highest of all rows, evaluations among them.
         steps: of training, so far.
         throttled: the firmware's flags of now, by the seconds at which they were read.
+        is_lost: its process is gone.  No file says so: whoever finds out sets it.
     """
 
     def __init__(self, files: Files) -> None:
@@ -47,6 +48,7 @@ class View:
         self.name = files.name
         self.record: Mapping[str, Any] | None = None
         self._record_seen: tuple[int, int] | None = None
+        self.is_lost = False
         self._begin()
 
     def _begin(self) -> None:
@@ -170,7 +172,9 @@ class View:
 
     @property
     def status(self) -> str | None:
-        """`running`, `finished`, `interrupted`, `failed`, or `None` without a record."""
+        """`running`, `finished`, `interrupted`, `failed`, `lost`, or `None` without a record."""
+        if self.is_lost:
+            return "lost"
         return None if self.record is None else str(self.record.get("status"))
 
     @property

@@ -1,25 +1,24 @@
-"""`--serve`: one page, to this machine, by GET, whatever clients do."""
+"""`--serve`: one page, to this machine, by GET or HEAD."""
 
-import http.client
+import errno
 import json
 import os
 import re
 import signal
 import socket
-import threading
 import time
 import urllib.request
 
 import pytest
 from device_harness import lance_device, refused, spawn, train, train_words
+from page_harness import LOOPBACK, ask, raw
 from report_rows import RECORD, step_rows, write_rows, write_run
 
-from lance_device import serve
+from lance_device import following, serve
+from lance_device.run_folder import RunFolder
 from lance_device.serve import Address, RunPages, serving
 from lance_edge.errors import PlatformError
 from lance_edge.profiles import StepRow
-
-LOOPBACK = "127.0.0.1"
 
 
 @pytest.fixture
@@ -33,22 +32,9 @@ def address(run):
         yield found
 
 
-def ask(address, path="/", method="GET", **headers):
-    connection = http.client.HTTPConnection(LOOPBACK, address.port, timeout=20)
-    connection.request(method, path, headers=headers)
-    response = connection.getresponse()
-    body = response.read()
-    connection.close()
-    return response, body
-
-
-def raw(address, data, wait_s=20):
-    with socket.create_connection((LOOPBACK, address.port), timeout=wait_s) as client:
-        client.sendall(data)
-        received = b""
-        while part := client.recv(65536):
-            received += part
-        return received
+def assert_ours(headers):
+    assert {name: headers[name] for name in serve.HEADERS} == serve.HEADERS
+    assert headers["Content-Type"] == "text/plain; charset=utf-8"
 
 
 def test_the_page_shows_the_run_and_is_made_anew(run, address, monkeypatch):
@@ -72,14 +58,58 @@ def test_before_the_run_there_is_a_page_that_waits(tmp_path):
     assert 'http-equiv="refresh"' in page
 
 
-def test_only_get_is_answered(run, address):
+def test_a_run_that_is_lost_before_a_step_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(following, "PATIENCE_S", 0.0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**RECORD, "status": "running"}))
+    assert "run: lost, and no step was made." in RunPages(tmp_path / "run").page().decode()
+
+
+def test_the_page_says_that_the_process_is_gone(run, monkeypatch):
+    """And is made anew for that alone: nothing is written when a process is killed."""
+    monkeypatch.setattr(serve, "FRESH_S", 0.0)
+    pages = RunPages(run)
+    with RunFolder(run).held(create=False):
+        monkeypatch.setattr(following, "PATIENCE_S", 0.0)
+        assert "run had not ended when this was made" in pages.page().decode()
+    lost = pages.page().decode()
+    assert "had not ended" not in lost
+    assert "running" not in lost
+    assert "run is lost, no process on this machine is training into it: take it up with --resume." in lost
+    assert 'http-equiv="refresh"' in lost  # it may be taken up
+    with RunFolder(run).held(create=False):
+        assert "run had not ended when this was made" in pages.page().decode()
+
+
+def test_a_first_look_late_finds_the_process_gone_at_once(run, monkeypatch):
+    """What is new to the page is not new: it began to wait when it began to serve."""
+    pages, now = RunPages(run), time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 31.0)
+    assert "run is lost" in pages.page().decode()
+
+
+def test_only_get_and_head_are_answered(run, address):
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"):
-        response, _ = ask(address, method=method)
+    for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"):
+        response, body = ask(address, method=method)
         assert response.status == 405, method
-        assert response.headers["Allow"] == "GET"
-    assert ask(address, method="BREW")[0].status == 501
+        assert response.headers["Allow"] == "GET, HEAD"
+        assert body == b"GET and HEAD only\n"
+        assert_ours(response.headers)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_head_is_get_without_the_body(address):
+    page, body = ask(address)
+    head, nothing = ask(address, method="HEAD")
+    assert (head.status, nothing) == (200, b"")
+    assert head.getheaders() == page.getheaders()
+    assert head.headers["Content-Length"] == str(len(body))
+    assert ask(address, "/other", method="HEAD")[0].status == 404
+
+
+def test_a_query_is_ignored(address):
+    assert b"5 of 20" in ask(address, "/?x=1")[1]
 
 
 PATHS = (
@@ -89,7 +119,7 @@ PATHS = (
     "/%2e%2e/etc/passwd",
     "//etc/passwd",
     "/./",
-    "/?a=b",
+    "/other?a=/",
     "*",
     "/\\..",
 )
@@ -129,6 +159,7 @@ def test_other_sites_cannot_read_the_page_in_a_browser(address):
         "127.0.0.2",
     ):
         assert ask(address, Host=host)[0].status == 200, host
+    assert raw(address, b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n").split()[1] == b"421"
     headers = ask(address)[0].headers
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert "script-src" not in headers["Content-Security-Policy"]
@@ -139,44 +170,20 @@ def test_other_sites_cannot_read_the_page_in_a_browser(address):
 @pytest.mark.parametrize(
     "data",
     [
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + os.urandom(200) + b"\n",  # TLS
-        b"GET /" + b"a" * 100_000,
-        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 50_000,
-        b"GET / HTTP/1.1\r\nHost: " + b"h" * 30_000 + b"\r\n\r\n",
-        b"GET\r\n\r\n",
-        b"\r\n",
+        b"hello\r\n\r\n",
+        b"hello\n",
+        b"GET /\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / x HTTP/1.1\r\n\r\n",
+        b"\r\n\r\n",
     ],
 )
-def test_no_request_harms_the_server(address, data, monkeypatch):
-    monkeypatch.setattr(serve, "REQUEST_SECONDS", 1.0)
-    try:
-        answer = raw(address, data)
-    except ConnectionError:  # it hung up before all was sent
-        answer = b""
-    assert b"<figure" not in answer
-    assert ask(address)[0].status == 200
-
-
-def test_a_slow_client_is_cut_off(address, monkeypatch):
-    """A byte now and then: each comes in time, the request as a whole does not."""
-    monkeypatch.setattr(serve, "REQUEST_SECONDS", 0.5)
-    with socket.create_connection((LOOPBACK, address.port), timeout=20) as client:
-        client.sendall(b"GET / HT")
-        stop = threading.Event()
-
-        def drip():
-            while not stop.wait(0.1):
-                try:
-                    client.sendall(b"x")
-                except OSError:
-                    return
-
-        thread = threading.Thread(target=drip)
-        thread.start()
-        assert ask(address)[0].status == 200  # the next one is served all the same
-        stop.set()
-        thread.join()
+def test_what_is_no_request_is_told_so_in_a_line(address, data):
+    header, _, body = raw(address, data).partition(b"\r\n\r\n")
+    status, *lines = header.decode().split("\r\n")
+    assert status == "HTTP/1.0 400 Bad Request"
+    assert body == b"expected a request of HTTP/1, such as: GET / HTTP/1.1\n"
+    assert_ours(dict(line.split(": ", 1) for line in lines))
 
 
 def test_what_cannot_be_read_is_said_and_serving_goes_on(run, address, monkeypatch):
@@ -186,6 +193,15 @@ def test_what_cannot_be_read_is_said_and_serving_goes_on(run, address, monkeypat
     assert response.status == 503
     assert b"run.json line 1, column 2: not JSON" in body
     (run / "run.json").write_text(json.dumps(RECORD))
+    assert ask(address)[0].status == 200
+
+
+def test_a_fault_of_the_page_ends_neither_serving_nor_run(address, monkeypatch):
+    monkeypatch.setattr(RunPages, "page", lambda self: 1 // 0)
+    response, body = ask(address)
+    assert response.status == 500
+    assert body == b"the page could not be made (ZeroDivisionError: integer division or modulo by zero)\n"
+    monkeypatch.undo()
     assert ask(address)[0].status == 200
 
 
@@ -235,7 +251,35 @@ def test_a_taken_port_is_an_error_before_the_run(package, images, tmp_path):
             " port"
         )
     assert not (tmp_path / "run").exists()
-    with pytest.raises(PlatformError, match="cannot listen there"), serving(Address("192.0.2.1", 0), tmp_path):
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("192.0.2.1", "Cannot assign requested address"),  # RFC 5737: nobody's
+        ("no.such.host.invalid", ".+"),  # RFC 6761; the reason depends on there being a name server
+        ("a..b", ".+"),
+    ],
+)
+def test_an_address_of_another_machine_is_said_to_be_that(tmp_path, host, reason):
+    with pytest.raises(PlatformError) as refusal, serving(Address(host, 0), tmp_path):
+        pass
+    assert re.fullmatch(
+        rf"--serve {re.escape(host)}:0: cannot listen there \({reason}\); choose an address of this machine,"
+        r" such as 127\.0\.0\.1 or 0\.0\.0\.0",
+        str(refusal.value),
+    )
+
+
+def test_a_port_that_is_not_ours_to_take_asks_for_another(tmp_path, monkeypatch):
+    def refuse(self, address):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(socket, "socket", type("Refusing", (socket.socket,), {"bind": refuse}))
+    with (
+        pytest.raises(PlatformError, match=r"\(Permission denied\); choose another port$"),
+        serving(Address(LOOPBACK, 80), tmp_path),
+    ):
         pass
 
 
@@ -265,24 +309,27 @@ def test_train_serves_its_page_while_it_trains(package, images, tmp_path):
 
 
 def test_without_serve_no_server_is_imported(package, images, tmp_path):
-    """It would cost 7 MiB."""
-    code = "import atexit, sys; atexit.register(lambda: print('http.server' in sys.modules))"
+    """It would cost 2 MiB."""
+    code = "import atexit, sys; atexit.register(lambda: print('lance_device.serve' in sys.modules))"
     process = spawn(*train_words(package, images, tmp_path / "run"), "--steps", 1, prelude=code)
     output, _ = process.communicate(timeout=60)
     assert output.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("interrupted", 10)])
+@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("interrupted", 10), ("lost", 12)])
 def test_watch_serves_a_run_that_has_ended_until_ctrl_c(tmp_path, status, code):
-    out = write_run(tmp_path / "run", record={**RECORD, "status": status})
-    process = spawn("watch", out, "--serve", 0)
+    out = write_run(tmp_path / "run", record={**RECORD, "status": "running" if status == "lost" else status})
+    impatient = "from lance_device import following; following.PATIENCE_S = 0.0"
+    process = spawn("watch", out, "--serve", 0, prelude=impatient)
     lines = iter(process.stderr.readline, "")
     said = next(line for line in lines if "the run has ended" in line)
     found = re.fullmatch(
         r"the run has ended; its page stays at (http://127\.0\.0\.1:\d+/) until Ctrl-C", said.strip()
     )
     for _ in range(2):
-        assert b"<figure " in urllib.request.urlopen(found[1], timeout=20).read()
+        page = urllib.request.urlopen(found[1], timeout=20).read()
+        assert b"<figure " in page
+        assert (b"run is lost" in page) == (status == "lost")
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)

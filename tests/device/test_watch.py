@@ -14,6 +14,7 @@ from lance_device.following import Follower, is_held
 from lance_device.live import Silent
 from lance_device.run_folder import RunFolder
 from lance_device.watch import ending, standing, watch
+from lance_edge.errors import Interrupted
 from lance_edge.profiles import StepRow
 
 
@@ -125,6 +126,11 @@ def test_a_process_that_is_gone_is_noticed(tmp_path, monkeypatch):
     assert result.exit_code == 12
     assert "lost after 5 of 20 steps" in result.stdout
     assert "no process on this machine is training into it; take it up with --resume" in result.stdout
+    follower = Follower(run)
+    assert follower.look().state == "lost"
+    record_of(run, status="finished")  # taken up and ended between two looks
+    assert follower.look().state == follower.view.status == "finished"
+    record_of(run, status="running")
     monkeypatch.setattr(following, "LOCKS", tmp_path / "absent")
     assert is_held(run) is None
     assert Follower(run).look().state == "running"  # nobody can tell
@@ -146,7 +152,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
     assert "run.json line 1, column 2: not JSON" in refused(lance_device("watch", run), 5)
 
 
-def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path):
+def test_ctrl_c_ends_the_watching(tmp_path):
     run = tmp_path / "run"
     process = spawn("watch", run)
     line = process.stderr.readline()
@@ -154,7 +160,29 @@ def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == f"error: no longer watching {run}; the run goes on"
+    assert errors.splitlines()[-1] == f"error: no longer watching {run}"  # nothing goes on: there is no run
+
+
+def stop(seconds):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_that_the_run_goes_on_where_it_does(tmp_path):
+    run = write_run(tmp_path / "run", steps=5, record={**RECORD, "status": "running"})
+    with RunFolder(run).held(create=False), pytest.raises(Interrupted) as going:
+        watch(Follower(run), Told(), 1.0, wait=stop)
+    assert str(going.value) == f"no longer watching {run}; the run goes on"
+    with pytest.raises(Interrupted) as gone:  # killed a moment ago, not lost yet
+        watch(Follower(run), Told(), 1.0, wait=stop)
+    assert str(gone.value) == f"no longer watching {run}"
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path):
+    file = tmp_path / "pkg.tar"
+    file.write_bytes(b"")
+    expected = f"error: {file}: expected a run's folder, found a file; name the --out of train"
+    assert refused(lance_device("watch", file), 5) == expected
+    assert refused(lance_device("watch", file, "--serve", 0), 5) == expected
 
 
 def test_a_run_of_another_process_is_followed_to_its_end(package, images, tmp_path):
