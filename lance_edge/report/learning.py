@@ -57,7 +57,8 @@ def tradeoff(views: Sequence[View]) -> Section:
         "activation-bytes-accuracy",
         "Accuracy against activation memory",
         "Each point is a run. Up is more accurate, left is smaller: activation bytes are what the method keeps"
-        " of the trained layers' inputs for a whole batch. Dashed: a head alone, which keeps none.",
+        " of the trained layers' inputs for a whole batch."
+        + (" Dashed: a head alone, which keeps none." if heads else ""),
         "activation bytes, KiB (log scale)",
         "test accuracy, %",
         lines,
