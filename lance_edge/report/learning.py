@@ -59,7 +59,7 @@ def tradeoff(views: Sequence[View]) -> Section:
         "Each point is a run. Up is more accurate, left is smaller: activation bytes are what the method keeps"
         " of the trained layers' inputs for a whole batch."
         + (" Dashed: a head alone, which keeps none." if heads else ""),
-        "activation bytes, KiB (log scale)",
+        "activation bytes, KiB",
         "test accuracy, %",
         lines,
         x_is_log=True,

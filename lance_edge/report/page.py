@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from lance_edge.report.colours import method_colour
+from lance_edge.report.colours import INK, PLAIN, method_colour, shade
 from lance_edge.report.names import method_name
 from lance_edge.report.plots import Line, LinePlot, Plot, Section, Table
 from lance_edge.report.views import View
@@ -20,6 +20,9 @@ RESULTS = (
     " and backward of a micro-batch."
 )
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="6 3"', "dotted": ' stroke-dasharray="2 3"'}
+KEY_BOX = '<rect width="22" height="12" rx="2" fill="{fill}"/>'
+HATCHED = shade(PLAIN, 0.34)
+HATCH = f'<path d="M1 11L11 1M7 11L17 1M13 11L21 3" stroke="{INK}"/>'
 
 Draw = Callable[[Plot], str]
 
@@ -146,7 +149,8 @@ def _figure(plot: Plot, draw: Draw) -> str:
 def _keys(plot: Plot) -> list[tuple[str, str]]:
     if isinstance(plot, LinePlot):
         return [(line.label, _line_mark(line)) for line in plot.lines if line.label]
-    return [(label, _mark(f'<rect width="22" height="12" rx="2" fill="{fill}"/>')) for label, fill in plot.keys]
+    keys = [(label, _mark(KEY_BOX.format(fill=fill))) for label, fill in plot.keys]
+    return [*keys, (plot.hatched, _mark(KEY_BOX.format(fill=HATCHED) + HATCH))] if plot.hatched else keys
 
 
 def _line_mark(line: Line) -> str:

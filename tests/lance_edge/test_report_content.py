@@ -249,6 +249,20 @@ def test_a_warning_names_what_tells_settings_apart(tmp_path):
     assert "other: LANCE, 2 layers, batch 16, micro-batch 4, 1 thread (" in notice
 
 
+def test_bars_of_a_run_say_whether_features_were_computed(tmp_path):
+    both, plain = computed_and_kept(tmp_path / "both"), write_run(tmp_path / "plain")
+    plot = plots_of([both, plain])["step-time-runs"]
+    assert [[bar.is_hatched for bar in group.bars] for group in plot.groups] == [[True, False], [True]]
+    assert plot.hatched == "features computed"
+    assert "Hatched: the frozen part computed the features; plain:" in plot.caption
+    text = render(compose(open_views([both]), "now"), lambda plot: "<svg></svg>")
+    assert "</svg><span>features computed</span></li>" in text
+    alone = plots_of([plain])["step-time-runs"]  # nothing to tell apart
+    assert not alone.groups[0].bars[0].is_hatched
+    assert alone.hatched == ""
+    assert "Hatched" not in alone.caption
+
+
 def test_an_accuracy_is_compared_only_where_both_runs_have_ended(tmp_path):
     lance = write_run(tmp_path / "lance", accuracies=(0.7,))
     for status in ("running", "interrupted", "failed", None):
