@@ -395,6 +395,18 @@ def test_the_page_is_well_formed_and_escapes_what_it_was_given(tmp_path):
     assert "run &lt;b&gt;" in page
 
 
+def test_names_break_after_dots_and_underscores_and_numbers_nowhere(tmp_path):
+    page = render(
+        compose(open_views([write_run(tmp_path / "blocks.16.point_linear&0.5")]), "now"),
+        lambda plot: "<svg></svg>",
+    )
+    name = "blocks.16.<wbr>point_<wbr>linear&amp;0.5"
+    assert f"<h3>{name}</h3>" in page
+    assert f'<td data-label="run"><span>{name}</span></td>' in page
+    assert re.search(r'<td data-label="peak RSS"><span>100\.02 MiB</span>', page)
+    assert page.count("<wbr>") == 2 * page.count(name)
+
+
 def test_the_page_says_where_and_with_what_it_was_measured(tmp_path):
     page = render(compose(open_views([write_run(tmp_path / "run")]), "now"), lambda plot: "<svg></svg>")
     found = dict(re.findall(r"<tr><td[^>]*><span>([^<]*)</span></td><td[^>]*><span>([^<]*)</span>", page))
