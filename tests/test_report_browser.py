@@ -73,6 +73,8 @@ frame.onload = () => {
     pictures: [...inner.querySelectorAll("figure > svg")].filter((e) => e.clientHeight > 100).length,
     beyond: shown.filter((e) => e.getBoundingClientRect().right > view.innerWidth + 1).map(name),
     cut: texts.filter(outside).map(name),
+    wrapped: [...inner.querySelectorAll(".results td:not(:first-child) > span")]
+      .filter((e) => e.getClientRects().length > 1).map(name),
     smallest: Math.min(...texts.map(size)),
     pale: words.filter((e) => contrast(e) < %READABLE%).map(name),
   });
@@ -135,6 +137,7 @@ def test_a_page_fits_is_legible_and_asks_no_network(page, width, tmp_path):
     assert found["beyond"] == []
     assert found["cut"] == []
     assert found["pale"] == []
+    assert found["wrapped"] == []
     assert found["requests"] == []
     assert found["figures"] == found["pictures"] >= 6
     assert found["smallest"] >= SMALLEST_TEXT_PX
@@ -157,6 +160,7 @@ def test_the_ruler_finds_what_is_wrong(tmp_path):
         '<!doctype html><body style="margin:0"><p style="width:2000px;color:#bbb">wide and pale</p>'
         '<figure><svg viewBox="0 0 1000 500" width="300" height="150"><text x="990" y="90">cut off</text></svg>'
         '</figure><img src="http://example.invalid/a.png">'
+        '<table class="results"><tr><td>run</td><td><span>111.80<br>MiB</span></td></tr></table>'
         "<img src=x onerror='document.body.id=\"ran\"'>"
     )
     found = measured(bad, 390, tmp_path)
@@ -164,6 +168,7 @@ def test_the_ruler_finds_what_is_wrong(tmp_path):
     assert found["beyond"][0].startswith("P wide")
     assert found["pale"] == ["P wide and pale"]
     assert found["cut"] == ["text cut off"]
+    assert found["wrapped"] == ["SPAN 111.80MiB"]
     assert found["smallest"] < SMALLEST_TEXT_PX
     assert "http://example.invalid/a.png" in found["requests"]
     assert found["id"] == "ran"

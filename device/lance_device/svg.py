@@ -7,15 +7,16 @@ from html import escape
 
 from lance_edge.report.colours import INK, RULE, SOFT
 from lance_edge.report.plots import Bar, BarPlot, Line, LinePlot, Plot
+from lance_edge.report.ticks import log_ticks, ticks
 
 WIDTH, HEIGHT = 360, 250  # units of the picture, of which a phone shows one as about one pixel
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
 FONT = 11
-TICKS = 5
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="5 3"', "dotted": ' stroke-dasharray="1.5 2.5"'}
 MOST_MARKED = 12  # points of a line
 BAR_SHARE = 0.84  # of a group, that its bars fill
 MOST_NAMES = 12
+HATCH_GAP = 6
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,7 @@ class Scale:
 
     def ticks(self) -> list[float]:
         """Round numbers within."""
-        if self.is_log:
-            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 2, 5) if self.high / self.low < 1000 else (1,)
-            found = [step * 10.0**exponent for exponent in exponents for step in steps]
-        else:
-            step = round_step((self.high - self.low) / TICKS)
-            first = math.ceil(self.low / step - 1e-9)
-            found = [step * number for number in range(first, first + 2 * TICKS)]
-        return [value for value in found if self.low * (1 - 1e-9) <= value <= self.high * (1 + 1e-9)]
-
-
-def round_step(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, not below `rough`."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+        return log_ticks(self.low, self.high) if self.is_log else ticks(self.low, self.high)
 
 
 def svg(plot: Plot) -> str:
@@ -115,8 +102,22 @@ def _bars(plot: BarPlot) -> list[str]:
         width = BAR_SHARE / max(len(group.bars), 2)
         for number, bar in enumerate(group.bars):
             middle = place + (number - (len(group.bars) - 1) / 2) * width
-            parts += _bar(bar, across(middle - 0.45 * width), across(middle + 0.45 * width), up)
+            edges = across(middle - 0.45 * width), across(middle + 0.45 * width)
+            parts += _bar(bar, *edges, up)
+            if bar.is_hatched:
+                parts.append(_hatch(*edges, up(sum(bar.parts)), up(0.0)))
     return parts
+
+
+def _hatch(left: float, right: float, top: float, bottom: float) -> str:
+    """Strokes that rise to the right, cut off at the edges: a `<pattern>` would need an id of its own."""
+    strokes, rise = [], right - left
+    foot = bottom + rise
+    while foot > top:
+        low, high = min(foot, bottom), max(foot - rise, top)
+        strokes.append(f"M{left + foot - low:.1f} {low:.1f}L{left + foot - high:.1f} {high:.1f}")
+        foot -= HATCH_GAP
+    return f'<path d="{"".join(strokes)}" stroke="{INK}" stroke-width=".8"/>' if strokes else ""
 
 
 def _bar(bar: Bar, left: float, right: float, up: Callable[[float], float]) -> list[str]:
@@ -169,8 +170,8 @@ def _labels(plot: Plot) -> str:
     middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
     style = f'text-anchor="middle" fill="{SOFT}"'
     return (
-        f'<text x="{middle_x}" y="{HEIGHT - 6}" {style}>{escape(plot.x_label)}</text>'
-        f'<text transform="translate(11 {middle_y}) rotate(-90)" {style}>{escape(plot.y_label)}</text>'
+        f'<text x="{middle_x}" y="{HEIGHT - 6}" {style}>{escape(plot.x_title)}</text>'
+        f'<text transform="translate(11 {middle_y}) rotate(-90)" {style}>{escape(plot.y_title)}</text>'
     )
 
 

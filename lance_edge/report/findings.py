@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lance_edge.report.names import method_name
 from lance_edge.report.results import Result, results_of
 from lance_edge.report.views import View
-from lance_edge.units import count, percent
+from lance_edge.units import count, percent, size
 
 YARDSTICK = "bp"
 MOST = 3
@@ -51,7 +51,8 @@ def _finding(result: Result, yardstick: Result) -> str:
         where = f"{result.view.name}, {count(setting.layers, 'layer')}"
     else:
         where = f"{result.view.name} beside {yardstick.view.name}"
-    parts = [_bytes(result, yardstick), _speed(result, yardstick), _accuracy(result, yardstick)]
+    clauses = (_bytes, _peak, _speed, _accuracy)
+    parts = [clause(result, yardstick) for clause in clauses]
     return f"{where}: {method_name(setting.method)} {', '.join(part for part in parts if part)}."
 
 
@@ -62,6 +63,17 @@ def _bytes(result: Result, yardstick: Result) -> str:
     if other >= own:
         return f"keeps {_times(other / own)} times fewer activation bytes than BP"
     return f"keeps {_times(own / other)} times the activation bytes of BP"
+
+
+def _peak(result: Result, yardstick: Result) -> str:
+    """Fewer activation bytes need not mean less memory: of a run the highest of all, as in its tile."""
+    own, other = (
+        one.costs.peak_rss_kib if one.view.is_benchmark else one.view.peak_rss_kib
+        for one in (result, yardstick)
+    )
+    if not own or not other:
+        return ""
+    return f"peaks at {size(1024 * own)} of RSS against {size(1024 * other)}"
 
 
 def _times(ratio: float) -> str:
@@ -78,13 +90,22 @@ def _speed(result: Result, yardstick: Result) -> str:
     return f"is {ratio:.2f} times as fast" if ratio > 1 else f"takes {1 / ratio:.2f} times as long"
 
 
-def _accuracy(result: Result, yardstick: Result) -> str:
+def compared_accuracies(result: Result, yardstick: Result) -> tuple[float, float] | None:
+    """Of two runs, fractions of 1; `None` where they are not to be compared."""
     own, other = result.view.test_accuracy, yardstick.view.test_accuracy
     if {result.view.status, yardstick.view.status} != {"finished"}:
-        return ""  # one that has not ended may still learn
+        return None  # one that has not ended may still learn
     digests = {view.fact("data", "train_sha256") for view in (result.view, yardstick.view)}
     if own is None or other is None or len(digests) != 1:
+        return None
+    return own, other
+
+
+def _accuracy(result: Result, yardstick: Result) -> str:
+    accuracies = compared_accuracies(result, yardstick)
+    if accuracies is None:
         return ""
+    own, other = accuracies
     points = 100 * (own - other)
     if abs(points) < 0.05:
         return f"is as accurate ({percent(own)})"

@@ -57,8 +57,9 @@ def tradeoff(views: Sequence[View]) -> Section:
         "activation-bytes-accuracy",
         "Accuracy against activation memory",
         "Each point is a run. Up is more accurate, left is smaller: activation bytes are what the method keeps"
-        " of the trained layers' inputs for a whole batch. Dashed: a head alone, which keeps none.",
-        "activation bytes, KiB (log scale)",
+        " of the trained layers' inputs for a whole batch."
+        + (" Dashed: a head alone, which keeps none." if heads else ""),
+        "activation bytes, KiB",
         "test accuracy, %",
         lines,
         x_is_log=True,

@@ -20,7 +20,9 @@ def memory_use(views: Sequence[View]) -> Section:
     for view in benchmarks_of(views):
         plots += [
             _by_layers(view, "peak-rss", "peak resident memory", _peak_mib, "peak RSS (VmHWM), MiB", False),
-            _by_layers(view, "activation-bytes", "activation bytes", _activation_kib, "KiB (log scale)", True),
+            _by_layers(
+                view, "activation-bytes", "activation bytes", _activation_kib, "activation bytes, KiB", True
+            ),
         ]
     return Section(
         "Memory",

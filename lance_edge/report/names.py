@@ -1,10 +1,12 @@
 """What people call things."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lance_edge.report.costs import Setting
 from lance_edge.report.views import View
+from lance_edge.units import count
 
+COMPUTED, KEPT = "features computed", "features kept"
 METHODS = {"lance": "LANCE", "bp": "BP", "asi": "ASI", "hosvd": "HOSVD"}
 
 
@@ -15,7 +17,23 @@ def method_name(method: str) -> str:
 
 def features(setting: Setting) -> str:
     """Whether the frozen part of the network ran."""
-    return "features kept" if setting.cached else "features computed"
+    return KEPT if setting.cached else COMPUTED
+
+
+TELLING: tuple[Callable[[Setting], str], ...] = (
+    lambda setting: f"batch {setting.batch_size}",
+    lambda setting: f"micro-batch {setting.micro_batch}",
+    lambda setting: count(setting.threads, "thread"),
+    features,
+)
+
+
+def setting_name(setting: Setting, among: Iterable[Setting]) -> str:
+    """`BP, 4 layers`, and what else it takes to tell it from those that it stands among."""
+    others = list(among)
+    parts = [method_name(setting.method), count(setting.layers, "layer")]
+    parts += [name(setting) for name in TELLING if len({name(other) for other in others}) > 1]
+    return ", ".join(parts)
 
 
 def distinct(values: Sequence[str]) -> tuple[str, ...]:

@@ -1,16 +1,18 @@
 """What a reader must know before believing a figure."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from lance_edge.bench_rows import LARGE_SPREAD
-from lance_edge.report.findings import yardstick_of
-from lance_edge.report.names import distinct, method_name, runs_of
+from lance_edge.report.findings import compared_accuracies, yardstick_of
+from lance_edge.report.names import distinct, runs_of, setting_name
 from lance_edge.report.results import Result, results_of
 from lance_edge.report.views import View
 from lance_edge.units import count
 
 MOST_NAMED = 3
 FEWEST_STEPS = 5
+FEW_TEST_IMAGES = 200  # of fewer, one image is more than half a point
 ALIKE_IN_RATIOS = {"inputs of": ("artifact", "input_shape"), "onnxruntime": ("versions", "onnxruntime")}
 
 Notice = Callable[[Sequence[View]], str | None]
@@ -104,9 +106,58 @@ def _about_data(views: Sequence[View]) -> str | None:
     return "The runs trained on different images: their accuracies are not to be compared."
 
 
+def _about_test_images(views: Sequence[View]) -> str | None:
+    """Where the difference of two accuracies may well be chance."""
+    results = results_of(views)
+    doubtful: dict[int, dict[str, float]] = {}  # by number of test images: runs and their accuracies
+    for result in results:
+        yardstick = yardstick_of(result, results)
+        accuracies = None if yardstick is None else compared_accuracies(result, yardstick)
+        if yardstick is None or accuracies is None:
+            continue
+        runs = (result.view, yardstick.view)
+        images = [view.fact("data", "test") for view in runs]
+        if not all(isinstance(number, int) and number > 0 for number in images):
+            continue
+        if _may_be_chance(*accuracies, min(images)):
+            for view, number, accuracy in zip(runs, images, accuracies, strict=True):
+                doubtful.setdefault(number, {})[view.name] = accuracy
+    return " ".join(_of_images(number, doubtful[number]) for number in sorted(doubtful)) or None
+
+
+def _may_be_chance(own: float, other: float, images: int) -> bool:
+    """A difference within two standard errors of an accuracy, `sqrt(p (1 - p) / n)`, or of few images.
+
+    Equal accuracies of many images claim no difference; those of few are equal by chance.
+    """
+    errors = 2 * max(_standard_error(accuracy, images) for accuracy in (own, other))
+    return images < FEW_TEST_IMAGES or 0 < abs(own - other) < errors
+
+
+def _standard_error(accuracy: float, images: int) -> float:
+    """Of the share of `images` independent ones that are right."""
+    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / images)
+
+
+def _of_images(images: int, accuracies: Mapping[str, float]) -> str:
+    names = list(accuracies)
+    whose = f"Accuracies of {_joined(names)} are" if len(names) > 1 else f"The accuracy of {names[0]} is"
+    each = " each" if len(names) > 1 else ""
+    errors = 200 * max(_standard_error(accuracy, images) for accuracy in accuracies.values())
+    chance = f", and two standard errors are {errors:.1f} points" if errors else ""
+    return f"{whose} of {count(images, 'test image')}{each}: one image is {100 / images:.3g} points{chance}."
+
+
+def _joined(names: Sequence[str]) -> str:
+    """`a, b and c`; of many, `a, b, c and 4 more`."""
+    shown = list(names[:MOST_NAMED])
+    more = len(names) - len(shown)
+    last = f"{more} more" if more else shown.pop()
+    return f"{', '.join(shown)} and {last}"
+
+
 def _named(result: Result) -> str:
-    setting = result.setting
-    return f"{result.view.name}: {method_name(setting.method)}, {count(setting.layers, 'layer')}"
+    return f"{result.view.name}: {setting_name(result.setting, result.view.measured())}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -121,6 +172,7 @@ NOTICES: tuple[Notice, ...] = (
     _about_throttling,
     _about_spread,
     _about_few_steps,
+    _about_test_images,
     _about_data,
     _about_status,
     _about_torn_rows,

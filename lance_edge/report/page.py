@@ -1,11 +1,12 @@
 """The report as one page of HTML that needs no network: style, figures and tables stand in it."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from lance_edge.report.colours import method_colour
+from lance_edge.report.colours import INK, PLAIN, method_colour, shade
 from lance_edge.report.names import method_name
 from lance_edge.report.plots import Line, LinePlot, Plot, Section, Table
 from lance_edge.report.views import View
@@ -20,6 +21,9 @@ RESULTS = (
     " and backward of a micro-batch."
 )
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="6 3"', "dotted": ' stroke-dasharray="2 3"'}
+KEY_BOX = '<rect width="22" height="12" rx="2" fill="{fill}"/>'
+HATCHED = shade(PLAIN, 0.34)
+HATCH = f'<path d="M1 11L11 1M7 11L17 1M13 11L21 3" stroke="{INK}"/>'
 
 Draw = Callable[[Plot], str]
 
@@ -79,7 +83,7 @@ def _tile(view: View) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _tile_facts(view))
     colour = "#77828d" if view.is_benchmark else method_colour(view.method)
     return (
-        f'<section class="tile" style="border-top-color: {colour}"><h3>{escape(view.name)}</h3>'
+        f'<section class="tile" style="border-top-color: {colour}"><h3>{_breakable(view.name)}</h3>'
         f'<p class="of">{escape(_subtitle(view))}</p><dl>{facts}</dl></section>'
     )
 
@@ -136,9 +140,9 @@ def _section(section: Section, draw: Draw) -> str:
 
 
 def _figure(plot: Plot, draw: Draw) -> str:
-    keys = "".join(f"<li>{mark}<span>{escape(label)}</span></li>" for label, mark in _keys(plot))
+    keys = "".join(f"<li>{mark}<span>{_breakable(label)}</span></li>" for label, mark in _keys(plot))
     return (
-        f'<figure id="{escape(plot.name)}"><h3>{escape(plot.title)}</h3><ul class="keys">{keys}</ul>'
+        f'<figure id="{escape(plot.name)}"><h3>{_breakable(plot.title)}</h3><ul class="keys">{keys}</ul>'
         f"{draw(plot)}<figcaption>{escape(plot.caption)}</figcaption></figure>"
     )
 
@@ -146,7 +150,8 @@ def _figure(plot: Plot, draw: Draw) -> str:
 def _keys(plot: Plot) -> list[tuple[str, str]]:
     if isinstance(plot, LinePlot):
         return [(line.label, _line_mark(line)) for line in plot.lines if line.label]
-    return [(label, _mark(f'<rect width="22" height="12" rx="2" fill="{fill}"/>')) for label, fill in plot.keys]
+    keys = [(label, _mark(KEY_BOX.format(fill=fill))) for label, fill in plot.keys]
+    return [*keys, (plot.hatched, _mark(KEY_BOX.format(fill=HATCHED) + HATCH))] if plot.hatched else keys
 
 
 def _line_mark(line: Line) -> str:
@@ -162,11 +167,18 @@ def _mark(shape: str) -> str:
 def _table(table: Table, kind: str) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
     body = "".join(f"<tr>{_row(table.header, row)}</tr>" for row in table.rows)
-    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    inner = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{inner}</div>'
 
 
 def _row(header: Sequence[str], cells: Sequence[str]) -> str:
+    texts = (_breakable(cells[0]), *map(escape, cells[1:]))  # the first is a name
     return "".join(
-        f'<td data-label="{escape(name)}"><span>{escape(cell)}</span></td>'
-        for name, cell in zip(header, cells, strict=True)
+        f'<td data-label="{escape(name)}"><span>{text}</span></td>'
+        for name, text in zip(header, texts, strict=True)
     )
+
+
+def _breakable(name: str) -> str:
+    """Escaped; where it is too long for a line it breaks after a dot or the like, but not within 0.5."""
+    return re.sub(r"([._/])(?=[^\W\d_])", r"\1<wbr>", escape(name))

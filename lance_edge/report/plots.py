@@ -7,6 +7,7 @@ from typing import Literal
 
 Value = str | int | float | None
 Style = Literal["solid", "dashed", "dotted", "points"]
+LOG_SCALE = " (log scale)"
 
 
 def slug(text: str) -> str:
@@ -54,6 +55,7 @@ class LinePlot:
     Attributes:
         name: of the files with its data and its picture, and of its ids on a page: see `slug`.
         caption: what there is to see, in a sentence or two.
+        x_label, y_label: of the axes (see `x_title`, `y_title`) and of columns.
         rules: dashed horizontal lines, `(y, label)`.
         shaded: stretches of x that are marked.
     """
@@ -80,6 +82,16 @@ class LinePlot:
         """Whether there is nothing to draw."""
         return not any(line.x for line in self.lines)
 
+    @property
+    def x_title(self) -> str:
+        """What stands at the axis."""
+        return self.x_label + LOG_SCALE * self.x_is_log
+
+    @property
+    def y_title(self) -> str:
+        """What stands at the axis."""
+        return self.y_label + LOG_SCALE * self.y_is_log
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -89,6 +101,7 @@ class Bar:
     parts: tuple[float, ...]
     colours: tuple[str, ...]
     spread: tuple[float, float] | None = None
+    is_hatched: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,7 @@ class BarPlot:
     Attributes:
         part_names: of every bar's parts, from the bottom.
         keys: `(label, colour)` of the legend.
+        hatched: what hatched bars are, for the legend; empty where there are none.
     """
 
     name: str
@@ -116,6 +130,7 @@ class BarPlot:
     part_names: tuple[str, ...]
     groups: tuple[BarGroup, ...]
     keys: tuple[tuple[str, str], ...]
+    hatched: str = ""
 
     def __post_init__(self) -> None:
         """Check: see `check_name`."""
@@ -125,6 +140,16 @@ class BarPlot:
     def is_empty(self) -> bool:
         """Whether there is nothing to draw."""
         return not any(group.bars for group in self.groups)
+
+    @property
+    def x_title(self) -> str:
+        """What stands at the axis."""
+        return self.x_label
+
+    @property
+    def y_title(self) -> str:
+        """What stands at the axis."""
+        return self.y_label
 
 
 Plot = LinePlot | BarPlot

@@ -6,7 +6,7 @@ from dataclasses import replace
 from lance_edge.profiles import STEP_PHASES
 from lance_edge.report.colours import METHODS, PHASES, PLAIN, method_colour, shade
 from lance_edge.report.costs import Costs, Setting
-from lance_edge.report.names import benchmarks_of, distinct, features, method_name, runs_of
+from lance_edge.report.names import COMPUTED, benchmarks_of, distinct, features, method_name, runs_of
 from lance_edge.report.plots import Bar, BarGroup, BarPlot, Line, LinePlot, Plot, Section, slug
 from lance_edge.report.views import View
 
@@ -38,26 +38,30 @@ def time_use(views: Sequence[View]) -> Section:
 
 
 def _run_bars(runs: Sequence[View], name: str, title: str) -> BarPlot:
+    """Hatched are bars of which others, plain, say what the cache saved."""
+    names = {features(setting) for view in runs for setting in view.measured()}
+    hatched = COMPUTED if len(names) > 1 else ""
     groups = []
     for view in runs:
-        bars = [_bar(setting, costs) for setting, costs in view.measured().items() if "step" in costs.phases()]
+        measured = [(setting, costs) for setting, costs in view.measured().items() if "step" in costs.phases()]
+        bars = [_bar(setting, costs, bool(hatched) and not setting.cached) for setting, costs in measured]
         if bars:
             groups.append(BarGroup(view.name, tuple(bars)))
-    kept = any(setting.cached for view in runs for setting in view.measured())
-    note = " Two bars: features computed, and later read from the cache." if kept else ""
+    note = " Hatched: the frozen part computed the features; plain: they were read from the cache."
     return BarPlot(
         name,
         title,
-        STACKED + note,
+        STACKED + note * bool(hatched),
         "run",
         "time, ms a step",
         STEP_PHASES,
         tuple(groups),
         _keys(view.method for view in runs),
+        hatched,
     )
 
 
-def _bar(setting: Setting, costs: Costs) -> Bar:
+def _bar(setting: Setting, costs: Costs, is_hatched: bool = False) -> Bar:
     phases = costs.phases()
     colour = method_colour(setting.method)
     step = phases["step"]
@@ -66,6 +70,7 @@ def _bar(setting: Setting, costs: Costs) -> Bar:
         tuple(phases[phase].p50_ms if phase in phases else 0.0 for phase in STEP_PHASES),
         tuple(shade(colour, PHASES[phase]) for phase in STEP_PHASES),
         (step.min_ms, step.p90_ms) if step.n > 1 else None,
+        is_hatched,
     )
 
 

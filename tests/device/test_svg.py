@@ -5,8 +5,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from lance_device.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, number_text, round_step, svg
+from lance_device.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, number_text, svg
 from lance_edge.report.plots import Bar, BarGroup, BarPlot, Line, LinePlot
+from lance_edge.report.ticks import round_step
 
 
 def line_plot(*lines, **changes):
@@ -104,6 +105,38 @@ def test_ticks_are_round():
     assert Scale(0, 9.3, 0, 1).ticks() == pytest.approx([0, 2, 4, 6, 8])
     assert Scale(2, 40, 0, 1, is_log=True).ticks() == pytest.approx([2, 5, 10, 20])
     assert number_text(12_500) == "12,500"
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [
+    (60.5, 80.0, [65, 70, 75, 80]),  # of a run alone: a seventh to both sides of 69.6
+    (3.0, 9.0, [4, 6, 8]),
+    (1100.0, 1200.0, [1100, 1120, 1140, 1160, 1180, 1200]),
+    (0.011, 0.012, [0.011, 0.0112, 0.0114, 0.0116, 0.0118, 0.012]),
+    (1.0, 1e6, [1, 10, 100, 1000, 10_000, 100_000, 1_000_000]),
+])  # fmt: skip
+def test_a_logarithmic_axis_has_numbers_however_little_it_spans(low, high, expected):
+    assert Scale(low, high, 0, 1, is_log=True).ticks() == pytest.approx(expected)
+
+
+def test_one_run_has_numbers_below_its_point():
+    """As the page of `train --serve` shows it."""
+    text = svg(line_plot(Line("run", "#123456", (69.6,), (80.0,), "points"), x_is_log=True))
+    assert [number for _, number in ticks(text, "middle")] == [65, 70, 75, 80]
+    assert "x, s (log scale)" in text
+
+
+def test_hatching_stays_within_its_bar():
+    bars = (Bar("a", (4.0,), ("#111111",), is_hatched=True), Bar("b", (2.0,), ("#222222",)))
+    text = svg(BarPlot("n", "T", "C.", "x", "y", ("p",), (BarGroup("1", bars),), (), "computed"))
+    (hatch,) = (e.get("d") for e in elements(text, "path") if e.get("stroke-width") == ".8")
+    (bar,) = (e for e in elements(text, "rect") if e.get("fill") == "#111111")
+    left, top, width, height = (float(bar.get(name)) for name in ("x", "y", "width", "height"))
+    strokes = re.findall(r"M([-\d.]+) ([-\d.]+)L([-\d.]+) ([-\d.]+)", hatch)
+    assert len(strokes) > height / 6
+    for a, b, c, d in (map(float, stroke) for stroke in strokes):
+        assert left - 0.11 <= a <= c <= left + width + 0.11
+        assert top - 0.11 <= d <= b <= top + height + 0.11
+        assert c - a == pytest.approx(b - d, abs=0.21)
 
 
 def test_names_of_groups_are_shortened_where_there_is_no_room():

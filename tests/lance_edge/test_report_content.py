@@ -150,14 +150,117 @@ def test_findings_compare_like_with_like(tmp_path):
     lance = write_run(tmp_path / "lance", accuracies=(0.7,))
     bp = write_run(tmp_path / "bp", "bp", scales=(2.0, 2.04), accuracies=(0.75,))
     assert findings_of(open_views([lance, bp])) == (
-        "lance beside bp: LANCE keeps 100 times fewer activation bytes than BP, is 2.00 times as fast, is 5.0"
-        " points less accurate (70.0 % against 75.0 %).",
+        "lance beside bp: LANCE keeps 100 times fewer activation bytes than BP, peaks at 100.02 MiB of RSS"
+        " against 100.02 MiB, is 2.00 times as fast, is 5.0 points less accurate (70.0 % against 75.0 %).",
     )
     noisy = write_run(tmp_path / "noisy", "bp", scales=(0.8, 1.0, 1.5), accuracies=(0.7,))
     (finding,) = findings_of(open_views([lance, noisy]))
     taken = [(0.8, 1.0, 1.5)[step % 3] for step in range(2, 21)]
     spread = statistics.stdev(taken) / statistics.mean(taken)
     assert f"takes as long (to within the spread, {spread:.0%}), is as accurate (70.0 %)" in finding
+
+
+def test_a_finding_has_the_peak_of_each_run_where_both_are_known(tmp_path):
+    lance = write_run(tmp_path / "lance", peak_rss_kib=114_514)
+    evaluation = step_rows(step=20, phase="eval", peak_rss_kib=120 * 1024)[-1]
+    write_rows(lance / "steps.csv", StepRow, [evaluation], mode="a")
+    bp = write_run(tmp_path / "bp", "bp", peak_rss_kib=109 * 1024)
+    (finding,) = findings_of(open_views([lance, bp]))
+    assert ", peaks at 120.00 MiB of RSS against 109.00 MiB, " in finding
+    unknown = write_run(tmp_path / "unknown", "bp", peak_rss_kib=None)
+    assert "RSS" not in findings_of(open_views([lance, unknown]))[0]
+    (bench,) = findings_of(open_views([write_benchmark(tmp_path / "bench", ("lance", "bp"))]))
+    assert ", peaks at 100.01 MiB of RSS against 100.01 MiB, " in bench
+
+
+def of_test_images(images, accuracy, folder, method="lance", **changes):
+    record = {**RECORD, "data": {**RECORD["data"], "test": images}, **changes}
+    return write_run(folder, method, accuracies=(accuracy,), record=record)
+
+
+# Two standard errors of 0.8 are 2 * sqrt(0.16 / n): 0.253 of 10, 0.040 of 400, 0.008 of 10,000 images.
+TEST_IMAGES = [
+    (10, 0.8, 0.7, "10 test images each: one image is 10 points, and two standard errors are 29.0 points."),
+    (10, 1.0, 1.0, "10 test images each: one image is 10 points."),
+    (160, 0.8, 0.2, "160 test images each: one image is 0.625 points, and two standard errors are 6.3 points."),
+    (400, 0.8, 0.77, "400 test images each: one image is 0.25 points, and two standard errors are 4.2 points."),
+    (400, 0.8, 0.8, None),
+    (400, 0.8, 0.75, None),
+    (10_000, 0.8, 0.795, "10000 test images each: one image is 0.01 points, and two standard errors are 0.8"
+     " points."),
+    (10_000, 0.8, 0.79, None),
+    (None, 0.8, 0.7, None),
+    (0, 0.8, 0.7, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("images", "lance", "bp", "expected"), TEST_IMAGES)
+def test_accuracies_of_few_test_images_are_doubted(tmp_path, images, lance, bp, expected):
+    folders = [
+        of_test_images(images, lance, tmp_path / "lance"),
+        of_test_images(images, bp, tmp_path / "bp", "bp"),
+    ]
+    said = () if expected is None else (f"Accuracies of lance and bp are of {expected}",)
+    assert notices_of(open_views(folders)) == said
+
+
+def test_accuracies_that_nobody_compares_are_not_doubted(tmp_path):
+    lance = of_test_images(10, 0.8, tmp_path / "lance")
+    assert notices_of(open_views([lance])) == ()
+    running = of_test_images(10, 0.7, tmp_path / "running", "bp", status="running")
+    assert not any("test images" in text for text in notices_of(open_views([lance, running])))
+
+
+def test_doubted_accuracies_of_many_runs_and_of_unlike_test_images(tmp_path):
+    methods = ("lance", "asi", "hosvd", "bp")
+    folders = [of_test_images(10, 0.8, tmp_path / method, method) for method in methods]
+    (notice,) = notices_of(open_views(folders))
+    assert notice.startswith("Accuracies of lance, bp, asi and 1 more are of 10 test images each:")
+    other = of_test_images(20, 0.9, tmp_path / "other", "bp")
+    (notice,) = notices_of(open_views([folders[0], other]))
+    assert notice == (
+        "The accuracy of lance is of 10 test images: one image is 10 points, and two standard errors are 25.3"
+        " points. The accuracy of other is of 20 test images: one image is 5 points, and two standard errors"
+        " are 13.4 points."
+    )
+
+
+def computed_and_kept(folder, method="lance", scales=(1.0, 1.02)):
+    """A run that computed features in its first ten steps, and read them later."""
+    run = write_run(folder, method, steps=10, scales=scales)
+    later = [
+        row for step in range(11, 31) for row in step_rows(method, step, scales[step % 2] / 2, cached=True)
+    ]
+    write_rows(run / "steps.csv", StepRow, later, mode="a")
+    return run
+
+
+def test_a_warning_names_what_tells_settings_apart(tmp_path):
+    views = open_views([computed_and_kept(tmp_path / "run", scales=(1.0, 1.5))])
+    (notice,) = notices_of(views)
+    assert "run: LANCE, 2 layers, features computed (22%); run: LANCE, 2 layers, features kept (21%)" in notice
+    run = write_run(tmp_path / "other", scales=(1.0, 1.5))
+    for changes in ({"micro_batch": 4}, {"threads": 4}, {"batch_size": 32}):
+        rows = [
+            row for step in range(21, 41) for row in step_rows(step=step, scale=(1, 1.5)[step % 2], **changes)
+        ]
+        write_rows(run / "steps.csv", StepRow, rows, mode="a")
+    (notice,) = notices_of(open_views([run]))
+    assert "other: LANCE, 2 layers, batch 16, micro-batch 4, 1 thread (" in notice
+
+
+def test_bars_of_a_run_say_whether_features_were_computed(tmp_path):
+    both, plain = computed_and_kept(tmp_path / "both"), write_run(tmp_path / "plain")
+    plot = plots_of([both, plain])["step-time-runs"]
+    assert [[bar.is_hatched for bar in group.bars] for group in plot.groups] == [[True, False], [True]]
+    assert plot.hatched == "features computed"
+    assert "Hatched: the frozen part computed the features; plain:" in plot.caption
+    text = render(compose(open_views([both]), "now"), lambda plot: "<svg></svg>")
+    assert "</svg><span>features computed</span></li>" in text
+    alone = plots_of([plain])["step-time-runs"]  # nothing to tell apart
+    assert not alone.groups[0].bars[0].is_hatched
+    assert alone.hatched == ""
+    assert "Hatched" not in alone.caption
 
 
 def test_an_accuracy_is_compared_only_where_both_runs_have_ended(tmp_path):
@@ -202,6 +305,9 @@ def test_a_head_alone_is_a_line_beside_the_points(tmp_path):
     plot = plots_of([head, write_run(tmp_path / "lance", accuracies=(0.7,))])["activation-bytes-accuracy"]
     assert [(line.label, line.x, line.y) for line in plot.lines] == [("lance", (4.0,), (70.0,))]
     assert plot.rules == ((60.0, "head"),)
+    assert plot.caption.endswith("Dashed: a head alone, which keeps none.")
+    alone = plots_of([write_run(tmp_path / "alone")])["activation-bytes-accuracy"]
+    assert "head" not in alone.caption
     assert plot.x_is_log
 
 
@@ -253,7 +359,7 @@ def test_a_method_keeps_its_colour_and_runs_of_it_their_shades():
 class _Checker(HTMLParser):
     """Tags are closed in order, ids are unique, and nothing is asked of a network."""
 
-    VOID = ("meta", "link")
+    VOID = ("meta", "link", "wbr")
 
     def __init__(self):
         super().__init__()
@@ -289,6 +395,18 @@ def test_the_page_is_well_formed_and_escapes_what_it_was_given(tmp_path):
     assert "run &lt;b&gt;" in page
 
 
+def test_names_break_after_dots_and_underscores_and_numbers_nowhere(tmp_path):
+    page = render(
+        compose(open_views([write_run(tmp_path / "blocks.16.point_linear&0.5")]), "now"),
+        lambda plot: "<svg></svg>",
+    )
+    name = "blocks.16.<wbr>point_<wbr>linear&amp;0.5"
+    assert f"<h3>{name}</h3>" in page
+    assert f'<td data-label="run"><span>{name}</span></td>' in page
+    assert re.search(r'<td data-label="peak RSS"><span>100\.02 MiB</span>', page)
+    assert page.count("<wbr>") == 2 * page.count(name)
+
+
 def test_the_page_says_where_and_with_what_it_was_measured(tmp_path):
     page = render(compose(open_views([write_run(tmp_path / "run")]), "now"), lambda plot: "<svg></svg>")
     found = dict(re.findall(r"<tr><td[^>]*><span>([^<]*)</span></td><td[^>]*><span>([^<]*)</span>", page))
@@ -298,7 +416,7 @@ def test_the_page_says_where_and_with_what_it_was_measured(tmp_path):
     assert found["package"] == "pkg.tar"
     assert found["package identity (SHA-256)"] == "0" * 64
     assert found["data"] == "photos"
-    assert found["images"] == "160 train, 20 validation, 40 test"
+    assert found["images"] == "160 train, 20 validation, 400 test"
     assert found["versions"] == "onnxruntime 1.31.1"
     assert found["options"] == "method lance, epochs 2, lr 0.05"
     assert found["peak memory is"] == "VmHWM, reset per phase"

@@ -8,13 +8,15 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from lance_edge.report.colours import INK, RULE, SOFT
+from lance_edge.report.colours import INK, PLAIN, RULE, SOFT, shade
 from lance_edge.report.plots import Bar, BarPlot, Line, LinePlot, Plot
+from lance_edge.report.ticks import log_ticks
 
 # Inches at 72 points each: 302 points become some 340 pixels on a phone, so text of 9.5 points is 10.7 there.
 WIDTH, HEIGHT = 4.2, 3.0
@@ -29,6 +31,7 @@ MOST_MARKED = 12  # points of a line
 BAND_STRENGTH = 0.16
 HEADROOM = 1.04  # above the highest value: a level line has no range that margins could be part of
 BAR_WIDTH = 0.84  # of a group, that its bars fill
+HATCH = "////"
 MOST_NAMED_GROUPS = 12  # more names do not fit side by side
 LETTERS_ACROSS = 42  # of names side by side
 TURNED_LETTERS = 14  # of a name that is turned, as those of several groups are where they are long
@@ -55,6 +58,7 @@ SETTINGS: dict[Any, Any] = {  # matplotlib's own type is a list of every setting
     "ytick.labelcolor": INK,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
+    "hatch.linewidth": 0.6,
 }
 
 
@@ -84,8 +88,8 @@ def png(plot: Plot) -> bytes:
 
 
 def _draw(axes: Axes, plot: Plot) -> None:
-    axes.set_xlabel(plot.x_label)
-    axes.set_ylabel(plot.y_label)
+    axes.set_xlabel(plot.x_title)
+    axes.set_ylabel(plot.y_title)
     if isinstance(plot, LinePlot):
         _draw_lines(axes, plot)
     else:
@@ -97,27 +101,39 @@ def _draw_lines(axes: Axes, plot: LinePlot) -> None:
         axes.axvspan(start, end, color="#f6c9b3", linewidth=0)
     for line in plot.lines:
         _draw_line(axes, line)
-    for height, label in plot.rules:
+    for height, _ in plot.rules:
         axes.axhline(height, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-        place: dict[str, Any] = {
-            "xycoords": ("axes fraction", "data"),
-            "xytext": (0, 2),
-            "textcoords": "offset points",
-        }
-        axes.annotate(label, (0.01, height), fontsize=8.5, color=SOFT, **place)
     if plot.x_is_log:
         axes.set_xscale("log")
-        _plain_log(axes, "x")
     elif all(float(x).is_integer() for line in plot.lines for x in line.x):
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if plot.y_is_log:
         axes.set_yscale("log")
-        _plain_log(axes, "y")
     elif plot.y_from_zero:
         axes.set_ylim(0, HEADROOM * axes.get_ylim()[1])
     axes.margins(x=0.03)
     if plot.x_from_zero:
         axes.set_xlim(left=0)
+    for axis, is_log in ((axes.xaxis, plot.x_is_log), (axes.yaxis, plot.y_is_log)):
+        if is_log:
+            _plain_log(axis)
+    for height, label in plot.rules:
+        _name_rule(axes, height, label)
+
+
+def _name_rule(axes: Axes, height: float, label: str) -> None:
+    """At the right end, where curves have levelled off, on the roomier side of the line, on white."""
+    low, high = axes.get_ylim()
+    is_low = height - low < high - height
+    place: dict[str, Any] = {
+        "xycoords": ("axes fraction", "data"),
+        "xytext": (0, 4 if is_low else -4),
+        "textcoords": "offset points",
+        "ha": "right",
+        "va": "bottom" if is_low else "top",
+        "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},
+    }
+    axes.annotate(label, (0.99, height), fontsize=8.5, color=SOFT, **place)
 
 
 def _draw_line(axes: Axes, line: Line) -> None:
@@ -130,19 +146,11 @@ def _draw_line(axes: Axes, line: Line) -> None:
         axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=BAND_STRENGTH, linewidth=0)
 
 
-def _plain_log(axes: Axes, which: str) -> None:
-    """Numbers as they are, not as powers; those in between only where an axis spans little."""
-    axis = getattr(axes, f"{which}axis")
-    low, high = sorted(axis.get_view_interval())
+def _plain_log(axis: Axis) -> None:
+    """Numbers as they are, not as powers, and all of them major ticks: minor ones stand nearer to the axis."""
+    axis.set_major_locator(FixedLocator(log_ticks(*sorted(axis.get_view_interval()))))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    if low > 0 and high / low < 30:
-        axis.set_minor_formatter(FuncFormatter(_twos_and_fives))
-    else:
-        axis.set_minor_formatter(NullFormatter())
-
-
-def _twos_and_fives(value: float, _: int | None) -> str:
-    return f"{value:,g}" if f"{value:e}"[0] in "25" else ""
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_bars(axes: Axes, plot: BarPlot) -> None:
@@ -161,6 +169,8 @@ def _draw_bar(axes: Axes, bar: Bar, middle: float, width: float) -> None:
     for height, colour in zip(bar.parts, bar.colours, strict=True):
         axes.bar(middle, height, width * 0.9, bottom, color=colour, linewidth=0)
         bottom += height
+    if bar.is_hatched:
+        axes.bar(middle, bottom, width * 0.9, fill=False, edgecolor=INK, linewidth=0, hatch=HATCH)
     if bar.spread is not None:
         axes.plot([middle, middle], bar.spread, color=INK, linewidth=0.8, alpha=0.75)
 
@@ -181,7 +191,9 @@ def _shortened(name: str, letters: int) -> str:
 
 def _legend_keys(plot: Plot) -> list[Any]:
     if isinstance(plot, BarPlot):
-        return [Patch(color=colour, label=label) for label, colour in plot.keys]
+        keys = [Patch(color=colour, label=label) for label, colour in plot.keys]
+        hatched: dict[str, Any] = {"facecolor": shade(PLAIN, 0.34), "edgecolor": INK, "linewidth": 0}
+        return [*keys, Patch(label=plot.hatched, hatch=HATCH, **hatched)] if plot.hatched else keys
     return [
         Line2D([], [], color=line.colour, linestyle=STYLES[line.style], label=line.label,
                marker="o" if line.style == "points" else "")

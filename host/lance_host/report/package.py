@@ -199,7 +199,7 @@ def _spectra_plots(
                 f"Spectrum of layer {number}: {plan.layer}",
                 "Share of the activations' variance within the first directions of each mode; the dot is the"
                 " rank.",
-                "directions kept (log scale)",
+                "directions kept",
                 "variance kept, %",
                 tuple(lines),
                 x_is_log=True,
