@@ -279,8 +279,7 @@ def test_the_other_claims_run(claim, study):
         for folder in data.iterdir():
             shutil.copytree(folder, four / folder.name)
         shutil.copytree(data / "disc", four / "another")
-    places = {"photos": data, "four": four}
-    asked = dataclasses.replace(study, datasets=("four",), places=places)
+    asked = dataclasses.replace(study, datasets=("four",), places={"four": four})
     reproduce(claim, asked)
     measured = [row for row in rows(study, claim) if row["measured"]]
     assert {row["method"] for row in measured} >= {"head only", "lance"}

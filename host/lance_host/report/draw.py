@@ -8,15 +8,14 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from lance_edge.report.colours import INK, PLAIN, RULE, SOFT, shade
 from lance_edge.report.plots import Bar, BarPlot, Line, LinePlot, Plot
-from lance_edge.report.ticks import log_ticks
+from lance_host.log_axis import plain_log
 
 # Inches at 72 points each: 302 points become some 340 pixels on a phone, so text of 9.5 points is 10.7 there.
 WIDTH, HEIGHT = 4.2, 3.0
@@ -116,7 +115,7 @@ def _draw_lines(axes: Axes, plot: LinePlot) -> None:
         axes.set_xlim(left=0)
     for axis, is_log in ((axes.xaxis, plot.x_is_log), (axes.yaxis, plot.y_is_log)):
         if is_log:
-            _plain_log(axis)
+            plain_log(axis)
     for height, label in plot.rules:
         _name_rule(axes, height, label)
 
@@ -144,13 +143,6 @@ def _draw_line(axes: Axes, line: Line) -> None:
     axes.plot(line.x, line.y, linestyle=STYLES[line.style], color=line.colour, **marks)
     if line.low:
         axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=BAND_STRENGTH, linewidth=0)
-
-
-def _plain_log(axis: Axis) -> None:
-    """Numbers as they are, not as powers, and all of them major ticks: minor ones stand nearer to the axis."""
-    axis.set_major_locator(FixedLocator(log_ticks(*sorted(axis.get_view_interval()))))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_bars(axes: Axes, plot: BarPlot) -> None:

@@ -153,12 +153,16 @@ def _drawing(path: Path, panels: int) -> Iterator[Sequence[Any]]:
 
 
 def _dress(plane: Any, axes: Axes) -> None:
+    from lance_host.log_axis import plain_log
+
     plane.set(title=axes.title, xlabel=axes.x, ylabel=axes.y)
     plane.grid(alpha=0.3)
     if axes.log_x:
         plane.set_xscale("log")
+        plain_log(plane.xaxis)
     if axes.log_y:
         plane.set_yscale("log")
+        plain_log(plane.yaxis)
     if axes.bound is not None:
         plane.axhline(axes.bound[0], linestyle="--", color="#777777", label=axes.bound[1])
     if plane.get_legend_handles_labels()[0]:
