@@ -68,6 +68,9 @@ OPTIONS = {
     "--lr": click.option(
         "--lr", type=float, default=0.05, show_default=True, help="Learning rate, the published one."
     ),
+    "--weight-decay": click.option(
+        "--weight-decay", type=float, default=0.0, show_default=True, help="The published recipe has none."
+    ),
     "--threads": click.option(
         "--threads", type=click.IntRange(min=1), help="Of every process.  [default: all cores]"
     ),
@@ -78,7 +81,7 @@ NOT_OF = {  # options that a command would not use
     "fig2": {"--methods"},
     "fig3": {"--methods"},
     "fig4": {"--methods"},
-    "fig5": {"--layers", "--lr"},
+    "fig5": {"--layers", "--lr", "--weight-decay"},
     "theory": {*OPTIONS} - {"--out", "--seeds"},  # neither networks nor images
 }
 

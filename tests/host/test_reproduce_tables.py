@@ -77,6 +77,7 @@ def test_a_claim_without_numbers_says_so(claim):
         ({}, 75.85, 11.72, []),
         ({"preset": "quick"}, None, 11.72, ["preset quick, not paper"]),
         ({"lr": 0.1}, None, 11.72, ["lr 0.1, not 0.05"]),
+        ({"weight_decay": 5e-4}, None, 11.72, ["weight decay 0.0005, not 0.0"]),
         ({"batch_size": 16}, None, None, ["batch size 16, not 128"]),
     ],
 )
@@ -204,6 +205,20 @@ def test_another_micro_batch_is_another_cell(study, tmp_path, monkeypatch):
         folders.add(cells.run(material, tmp_path / "package.tar", 0, method="lance", layers=2))
     assert len(folders) == 2
     assert [(words["micro_batch"], words["threads"]) for words in started] == [(64, 1), (64, 2), (8, 2)]
+
+
+def test_weight_decay_is_another_cell_and_none_is_as_before(study, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(cells_module, "run_device", lambda words, *_: started.append(words))
+    material = Material("mcunet", None, "c", tmp_path)
+    for decay in (0.0, 5e-4):
+        cells = Cells(dataclasses.replace(study, weight_decay=decay))
+        cells.run(material, tmp_path / "package.tar", 0, method="bp", layers=4)
+    plain, decayed = started
+    assert plain["out"] != decayed["out"]
+    assert "weight_decay" not in plain  # cells of earlier versions stay what they are
+    options = device.options(decayed)
+    assert options[options.index("--weight-decay") + 1] == "0.0005"
 
 
 def test_every_cell_has_a_log_of_its_own(study, tmp_path, monkeypatch):

@@ -90,7 +90,8 @@ class Cells:
         """The folder of a finished training run; `words` are options of `lance-device train`."""
         epochs = words.get("epochs", self.study.size.epochs)
         own = {"epochs": epochs, "eval_every": max(1, epochs // EVALUATIONS), "seed": seed, "lr": self.study.lr}
-        words = {**own, "micro_batch": MICRO_BATCH, **words}
+        decay = {"weight_decay": self.study.weight_decay} if self.study.weight_decay else {}
+        words = {**own, **decay, "micro_batch": MICRO_BATCH, **words}
         method = f"{words.get('method') or 'default'}-{words.get('layers', '')}"
         name = f"{_label(material)}-{seed}-{method}-{digest([package.name, words])}"
         folder = self.study.out / "runs" / name

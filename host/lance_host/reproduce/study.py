@@ -86,7 +86,7 @@ class Study:
         seeds: of the new head, the calibration and the order of images; a cell is run with each.
         layers: counts of trained layers, ascending; the head trains always.
         methods: of tables 1, 2, 8 and figure 5.
-        batch_size, lr: the published recipe's; table 8 has its own batches.
+        batch_size, lr, weight_decay: the published recipe's; table 8 has its own batches.
     """
 
     out: Path
@@ -101,6 +101,7 @@ class Study:
     methods: tuple[str, ...] = ("lance", "bp", "asi", "hosvd")
     batch_size: int = 128
     lr: float = 0.05
+    weight_decay: float = 0.0
     threads: int | None = None
     say: Callable[[str], None] = print
 
