@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from lance_edge.report.colours import INK, PLAIN, method_colour, shade
+from lance_edge.report.colours import INK, PHASES, PLAIN, method_colour, shade
 from lance_edge.report.names import method_name
 from lance_edge.report.plots import Line, LinePlot, Plot, Section, Table
 from lance_edge.report.views import View
@@ -22,7 +22,7 @@ RESULTS = (
 )
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="6 3"', "dotted": ' stroke-dasharray="2 3"'}
 KEY_BOX = '<rect width="22" height="12" rx="2" fill="{fill}"/>'
-HATCHED = shade(PLAIN, 0.34)
+HATCHED = shade(PLAIN, PHASES["prefix"])  # the phase that computes features
 HATCH = f'<path d="M1 11L11 1M7 11L17 1M13 11L21 3" stroke="{INK}"/>'
 
 Draw = Callable[[Plot], str]

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from lance_edge.report.colours import INK, PLAIN, RULE, SOFT, shade
+from lance_edge.report.colours import INK, PHASES, PLAIN, RULE, SOFT, shade
 from lance_edge.report.plots import Bar, BarPlot, Line, LinePlot, Plot
 from lance_host.log_axis import plain_log
 
@@ -184,7 +184,11 @@ def _shortened(name: str, letters: int) -> str:
 def _legend_keys(plot: Plot) -> list[Any]:
     if isinstance(plot, BarPlot):
         keys = [Patch(color=colour, label=label) for label, colour in plot.keys]
-        hatched: dict[str, Any] = {"facecolor": shade(PLAIN, 0.34), "edgecolor": INK, "linewidth": 0}
+        hatched: dict[str, Any] = {
+            "facecolor": shade(PLAIN, PHASES["prefix"]),
+            "edgecolor": INK,
+            "linewidth": 0,
+        }
         return [*keys, Patch(label=plot.hatched, hatch=HATCH, **hatched)] if plot.hatched else keys
     return [
         Line2D([], [], color=line.colour, linestyle=STYLES[line.style], label=line.label,
