@@ -1,7 +1,7 @@
 """Many clients, one thread: each is read and written when it is ready, so none waits for another.
 
 A client sends one request, gets one answer, and is gone.  How much it may send, how long it may take and how
-many there may be are bounded; of too many, the oldest goes.
+many there may be are bounded; of too many, the oldest goes that has not asked yet.
 """
 
 import selectors
@@ -13,6 +13,7 @@ from selectors import EVENT_READ, EVENT_WRITE
 
 MOST_CLIENTS = 32
 REQUEST_SECONDS, REQUEST_BYTES = 5.0, 16 << 10
+MOST_PIECES = 64  # of a request: each is a look at all of it
 ANSWER_SECONDS = 30.0
 TICK_S = 0.2  # between looks at the clock
 GONE = 0  # what nobody waits for
@@ -28,8 +29,8 @@ class _Client:
         connection.setblocking(False)
         self.connection = connection
         self.until = time.monotonic() + REQUEST_SECONDS
-        self._request = bytearray()
-        self._is_answered = False
+        self.is_answered = False
+        self._request, self._pieces = bytearray(), 0
         self._unsent: list[memoryview] = []  # views: clients that read slowly share the bytes of a page
 
     def go_on(self, respond: Respond) -> int:
@@ -43,16 +44,17 @@ class _Client:
         data = self.connection.recv(4096)
         if not data:
             return GONE
-        if self._is_answered:
+        if self.is_answered:
             return EVENT_READ  # a request's body: hanging up on it unread could take the answer back
         self._request += data
-        if len(self._request) > REQUEST_BYTES:
+        self._pieces += 1
+        if len(self._request) > REQUEST_BYTES or self._pieces > MOST_PIECES:
             return GONE
         parts = respond(bytes(self._request))
         if parts is None:
             return EVENT_READ
         self._request.clear()
-        self._is_answered, self._unsent = True, [memoryview(part) for part in parts if part]
+        self.is_answered, self._unsent = True, [memoryview(part) for part in parts if part]
         self.until = time.monotonic() + ANSWER_SECONDS
         return self._send()
 
@@ -82,6 +84,14 @@ class Clients:
 
     def serve_until(self, stopped: threading.Event) -> None:
         """Answer whoever comes."""
+        try:
+            self._serve_until(stopped)
+        finally:
+            for client in self._clients.copy():
+                self._drop(client)
+            self._selector.close()
+
+    def _serve_until(self, stopped: threading.Event) -> None:
         while not stopped.is_set():
             ready = [key.data for key, _ in self._selector.select(TICK_S)]
             now = time.monotonic()  # before a page is made: nobody is late for what was here already
@@ -92,9 +102,6 @@ class Clients:
                 self._welcome(stopped)
             for client in [client for client in self._clients if now > client.until]:
                 self._drop(client)
-        for client in self._clients.copy():
-            self._drop(client)
-        self._selector.close()
 
     def _welcome(self, stopped: threading.Event) -> None:
         try:
@@ -103,7 +110,8 @@ class Clients:
             stopped.wait(TICK_S)
             return
         if len(self._clients) == MOST_CLIENTS:
-            self._drop(self._clients[0])
+            silent = (client for client in self._clients if not client.is_answered)
+            self._drop(next(silent, self._clients[0]))
         client = _Client(connection)
         self._clients.append(client)
         self._selector.register(connection, EVENT_READ, client)

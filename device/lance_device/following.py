@@ -41,7 +41,8 @@ class Follower:
         folder = RunFolder(path)
         name = path.resolve().name or "run"
         self.path = path
-        self.view = View(Files(name, folder.steps, folder.history, folder.record))
+        self._files = (folder.steps, folder.history, folder.record)
+        self.view = View(Files(name, *self._files))
         self._changed_at = time.monotonic()
         self._has_looked = False
 
@@ -52,13 +53,18 @@ class Follower:
             DataError: naming file, line and column of what cannot be read.
         """
         is_new = self.view.update()
-        if is_new and self._has_looked:  # to the first look all is new, however old
-            self._changed_at = time.monotonic()
+        if is_new:  # to the first look all is new, however old
+            self._changed_at = time.monotonic() - (0.0 if self._has_looked else self._age_s())
         self._has_looked = True
         self.view.is_lost = False  # so that its status is what the record says
         state = self._state()
         self.view.is_lost = state == "lost"
         return Sight(state, is_new)
+
+    def _age_s(self) -> float:
+        """How long ago the run wrote."""
+        written = [path.stat().st_mtime for path in self._files if path.exists()]
+        return max(0.0, time.time() - max(written, default=0.0))
 
     def _state(self) -> str:
         status = self.view.status

@@ -109,11 +109,12 @@ class RunPages:
         """
         if time.monotonic() - self._made_at < FRESH_S:
             return self._page
+        before, self._state = self._state, ""  # until there is a page: what failed is tried again
         sight = self._follower.look()
-        if sight.is_new or sight.state != self._state:
+        if sight.is_new or sight.state != before:
             page = _waiting if self._follower.view.is_empty else _report
             self._page = page(self._follower, sight).encode("utf-8", "replace")
-            self._state = sight.state
+        self._state = sight.state
         self._made_at = time.monotonic()
         return self._page
 
@@ -180,7 +181,7 @@ def _answer(status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=ut
 
 def _listener(address: Address) -> socket.socket:
     try:
-        return _listening(address)
+        return _bound(address)
     except (OSError, UnicodeError) as error:  # UnicodeError: a name that no machine can have
         reason = getattr(error, "strerror", None) or error
         is_port = getattr(error, "errno", None) in OF_THE_PORT
@@ -188,7 +189,7 @@ def _listener(address: Address) -> socket.socket:
         raise PlatformError(f"--serve {address}: cannot listen there ({reason}); choose {advice}") from None
 
 
-def _listening(address: Address) -> socket.socket:
+def _bound(address: Address) -> socket.socket:
     listener = socket.socket(AF_INET6 if ":" in address.host else AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

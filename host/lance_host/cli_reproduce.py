@@ -69,7 +69,7 @@ OPTIONS = {
         "--lr", type=float, default=0.05, show_default=True, help="Learning rate, the published one."
     ),
     "--weight-decay": click.option(
-        "--weight-decay", type=float, default=0.0, show_default=True, help="The published recipe has none."
+        "--weight-decay", type=float, default=0.0, show_default=True, help="Published, as far as we know: none."
     ),
     "--threads": click.option(
         "--threads", type=click.IntRange(min=1), help="Of every process.  [default: all cores]"

@@ -128,6 +128,8 @@ def _about_test_images(views: Sequence[View]) -> str | None:
 def _may_be_chance(own: float, other: float, images: int) -> bool:
     """A difference within two standard errors of an accuracy, `sqrt(p (1 - p) / n)`, or of few images.
 
+    Both networks see the same images, so their errors go together: that of the difference is less than that of
+    two independent accuracies, which is 1.4 times as large.
     Equal accuracies of many images claim no difference; those of few are equal by chance.
     """
     errors = 2 * max(_standard_error(accuracy, images) for accuracy in (own, other))

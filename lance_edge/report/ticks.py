@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 TICKS = 5
-FEWEST_TICKS = 3  # of 1, 2 and 5 times powers of ten; an axis with fewer could hardly be read
+FEWEST_TICKS = 3  # of 1, 2 and 5 times powers of ten, before linear ones are looked for
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -15,11 +15,11 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Of a logarithmic axis: those of a linear one where it spans so little that 1, 2 and 5 are not there."""
+    """Of a logarithmic axis, `low < high`: those of a linear one where 1, 2 and 5 hardly are within."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if high / low < 1000 else (1,)
     found = _within(low, high, (step * 10.0**exponent for exponent in exponents for step in steps))
-    return found if len(found) >= FEWEST_TICKS else ticks(low, high)
+    return found if len(found) >= FEWEST_TICKS else max(found, ticks(low, high), key=len)
 
 
 def round_step(rough: float) -> float:

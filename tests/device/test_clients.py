@@ -27,8 +27,9 @@ def address(run):
         yield found
 
 
-def test_a_body_is_read_although_the_answer_is_given(address):
+def test_a_body_is_read_although_the_answer_is_given(address, monkeypatch):
     """Hanging up on what was not read would take the answer back."""
+    monkeypatch.setattr(clients, "REQUEST_SECONDS", 1000.0)
     with socket.create_connection((LOOPBACK, address.port), timeout=20) as client:
         client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 60000\r\n\r\n")
         assert read_all(client).endswith(b"\r\n\r\nGET and HEAD only\n")
@@ -40,7 +41,7 @@ def test_a_body_is_read_although_the_answer_is_given(address):
 @pytest.mark.parametrize(
     "data",
     [
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + os.urandom(200) + b"\n",  # TLS
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200)),  # TLS
         b"GET /" + b"a" * 100_000,
         b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 50_000,
         b"GET / HTTP/1.1\r\nHost: " + b"h" * 30_000 + b"\r\n\r\n",
@@ -149,6 +150,30 @@ def test_the_oldest_goes_when_there_are_too_many(address, monkeypatch):
         assert idle[0].recv(1) == b""
         idle[1].sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert idle[1].recv(8) == b"HTTP/1.0"
+
+
+def test_who_is_being_answered_does_not_go_for_those_who_are_silent(run, monkeypatch):
+    monkeypatch.setattr(clients, "REQUEST_SECONDS", 1000.0)
+    page = b"x" * (32 << 20)  # more than the kernel takes at once
+    monkeypatch.setattr(RunPages, "page", lambda self: page)
+    request = b"GET / HTTP/1.1\r\n\r\n"
+    with serving(Address(LOOPBACK, 0), run) as address, connected(address, 1, request) as (reader,):
+        begin = reader.recv(8)
+        with connected(address, 2 * MOST_CLIENTS):
+            assert (begin + read_all(reader)).endswith(page)
+
+
+def test_a_request_in_too_many_pieces_is_cut_off(monkeypatch):
+    """Each piece is a look at all that came: bytes one by one would keep the board busy."""
+    looks = []
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        client = clients._Client(ours)
+        for number in range(clients.MOST_PIECES + 1):
+            theirs.sendall(b"x\n")
+            state = client.go_on(lambda received: looks.append(received))
+            assert (state == clients.GONE) == (number == clients.MOST_PIECES)
+    assert len(looks) == clients.MOST_PIECES
 
 
 def test_who_does_not_hang_up_is_hung_up_on(address, monkeypatch):

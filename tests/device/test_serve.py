@@ -82,10 +82,28 @@ def test_the_page_says_that_the_process_is_gone(run, monkeypatch):
 
 
 def test_a_first_look_late_finds_the_process_gone_at_once(run, monkeypatch):
-    """What is new to the page is not new: it began to wait when it began to serve."""
+    """What is new to the page is not new: the files say when the run wrote."""
+    pages = RunPages(run), RunPages(run)
+    assert "run had not ended" in pages[0].page().decode()
+    for path in run.iterdir():
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 31))
+    assert "run is lost" in pages[1].page().decode()
+
+
+def test_a_run_elsewhere_that_goes_on_is_not_lost_to_a_late_first_look(run, monkeypatch):
+    """Its process holds no lock that this machine knows of; it has written just now."""
     pages, now = RunPages(run), time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 31.0)
-    assert "run is lost" in pages.page().decode()
+    assert "run had not ended" in pages.page().decode()
+
+
+def test_a_page_that_could_not_be_made_is_made_when_next_asked_for(run, monkeypatch):
+    pages = RunPages(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(serve, "compose", lambda *_, **__: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            pages.page()
+    assert b"5 of 20" in pages.page()
 
 
 def test_only_get_and_head_are_answered(run, address):

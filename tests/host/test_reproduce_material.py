@@ -51,7 +51,18 @@ def test_what_is_named_must_be_there(named, message, study, tmp_path):
     assert not study.out.exists()
 
 
-def test_where_nothing_could_run_results_stay(study):
+def test_a_data_set_that_a_claim_does_not_take_is_for_nothing(study, tmp_path):
+    given = dataclasses.replace(study, places={"imagenet": tmp_path})
+    with pytest.raises(LanceError, match="expected one of cifar10, cifar100, found imagenet"):
+        reproduce("table2", given)
+    with pytest.raises(LanceError, match=r"table1\.csv: not written"):  # which takes it, and finds no images
+        reproduce("table1", given)
+
+
+def test_where_nothing_could_run_results_stay(study, tmp_path):
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    study = dataclasses.replace(study, weights={"mcunet": str(weights)})  # else they are absent first
     study.out.mkdir()
     (study.out / "fig4.csv").write_text("of an earlier call")
     message = r"fig4\.csv: not written, as there was nothing to run: no images: .*cifar10 or .*; no images: "

@@ -92,6 +92,9 @@ def test_published_numbers_stand_beside_their_like_alone(options, accuracy, size
     assert ("In brackets what was published" in caption(kept, differences)) == (size is not None)
     budgets = budget_plans(Cells(study), "mcunet", "cifar10")
     assert len(budgets) == (2 if size else 0)  # LANCE within the published bytes, of batches of 128
+    angle = Cell("fig2", "mcunet", "any", "lance", 2, "epoch 1").found("angle_deg", [20.0])
+    (kept,), _ = comparable([angle], study)
+    assert (kept.published is None) == bool({"lr", "weight_decay", "batch_size"} & options.keys())
     small = Cell("table8", "mcunet", "any", "bp", 2, "batch 4").found("activation_mib", [0.2])
     assert comparable([small], study) == ([small], [])  # which has batches of its own
 
@@ -137,6 +140,10 @@ def test_head_only_stands_in_every_table():
         ({"methods": ("bp",)}, "--methods: expected lance and some of bp, lance, asi, hosvd, found bp;"),
         ({"methods": ("lance", "sgd")}, "found lance, sgd"),
         ({"layers": (0, 2)}, "--layers: expected counts from 1, found 0"),
+        ({"models": ()}, "--models: expected names, found none"),
+        ({"datasets": ()}, "--datasets: expected names, found none"),
+        ({"lr": float("nan")}, "--lr: expected a number that is not below 0, found nan"),
+        ({"weight_decay": -1.0}, "--weight-decay: expected a number that is not below 0, found -1"),
     ],
 )
 def test_what_cannot_be_asked_for(options, message, study):

@@ -17,7 +17,7 @@ from lance_host.reproduce.fig3 import draw_ablation, fig3
 from lance_host.reproduce.fig4 import draw_energy, fig4
 from lance_host.reproduce.fig5 import draw_phases, fig5
 from lance_host.reproduce.findings import Finding, caption, comparable, markdown_table, write_csv
-from lance_host.reproduce.material import check_named
+from lance_host.reproduce.material import PAPERS, check_named
 from lance_host.reproduce.plots import require_matplotlib
 from lance_host.reproduce.study import Study, check
 from lance_host.reproduce.table1 import table1
@@ -42,6 +42,7 @@ class Claim:
         on_images: whether anything is trained.
         epochs: which length of the preset its runs have.
         one_seed: whether it takes the first seed alone.
+        datasets: that it takes where they are there, beside those asked for.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Claim:
     on_images: bool = True
     epochs: str = "epochs"
     one_seed: bool = False
+    datasets: tuple[str, ...] = ()
 
     def seeds(self, study: Study) -> tuple[int, ...]:
         """Those of a study that it takes."""
@@ -57,7 +59,12 @@ class Claim:
 
 
 CLAIMS = {
-    "table1": Claim("Pretraining on one half of the classes, fine-tuning on the other", table1, draw_accuracy),
+    "table1": Claim(
+        "Pretraining on one half of the classes, fine-tuning on the other",
+        table1,
+        draw_accuracy,
+        datasets=(PAPERS,),
+    ),
     "table2": Claim("Accuracy, activation memory and multiply-adds", table2, draw_accuracy),
     "table8": Claim(
         "Small batches, layers counted without depthwise convolutions",
@@ -88,12 +95,12 @@ def reproduce(name: str, study: Study) -> str:
 
     Raises:
         ReproduceError: if cells failed; all files are written.
-        LanceError: for what no cell could be run with; nothing is written.
+        LanceError: for what no cell could be run with; no result is written.
     """
     claim, cells = CLAIMS[name], Cells(study)
     check(study)
     if claim.on_images:
-        check_named(study)
+        check_named(study, claim.datasets)
     require_matplotlib()
     with cells.timed(name):
         findings, differences = comparable(claim.find(cells), study)
@@ -121,14 +128,14 @@ def reproduce(name: str, study: Study) -> str:
 
 
 def expect_numbers(findings: Sequence[Finding], path: Path) -> None:
-    """See that anything was there to run: files of nothing must not replace those of an earlier call.
+    """See that anything was there to run: results of nothing must not replace those of an earlier call.
 
     Raises:
-        ReproduceError: saying what is absent.
+        LanceError: saying what is absent.
     """
     if not failed_cells(findings) and all(one.measured is None for one in findings):
         reasons = "; ".join(dict.fromkeys(one.note for one in findings if one.note))
-        raise ReproduceError(f"{path}: not written, as there was nothing to run: {reasons}")
+        raise LanceError(f"{path}: not written, as there was nothing to run: {reasons}")
 
 
 def failed_cells(findings: Sequence[Finding]) -> set[tuple[object, ...]]:
@@ -141,7 +148,7 @@ def failed_cells(findings: Sequence[Finding]) -> set[tuple[object, ...]]:
 
 
 def circumstances(study: Study, claim: Claim, seconds: float, run_options: Mapping[str, Sequence[int]]) -> str:
-    """One line: preset, seeds, micro-batch, threads, machine, time."""
+    """One line: preset, seeds, what of the recipe is another, micro-batch, threads, machine, time."""
     size = study.size
     images = "all images" if size.train_images is None else f"{size.train_images} training images"
     length = (
@@ -150,11 +157,16 @@ def circumstances(study: Study, claim: Claim, seconds: float, run_options: Mappi
         else "Float64, "
     )
     seeds = ", ".join(map(str, claim.seeds(study)))
+    recipe = "".join(
+        f"; {name.replace('_', ' ')} {getattr(study, name):g}"
+        for name in ("lr", "weight_decay")
+        if claim.on_images and getattr(study, name) != getattr(Study, name)
+    )
     options = "".join(
         f"; {name.replace('_', '-')} {', '.join(map(str, values))}" for name, values in run_options.items()
     )
     time = f"{seconds / 60:.1f} minutes for all cells"
-    return f"{length}seeds {seeds}{options}; {machine()}; {time}; lance-edge {__version__}."
+    return f"{length}seeds {seeds}{recipe}{options}; {machine()}; {time}; lance-edge {__version__}."
 
 
 def machine() -> str:

@@ -39,8 +39,11 @@ class Material:
     data: Path
 
 
-def check_named(study: Study) -> None:
+def check_named(study: Study, more: tuple[str, ...]) -> None:
     """Refuse networks, places and weights that were named, and are not there or are for nothing.
+
+    Args:
+        more: data sets that are taken where they are there, beside those of the study.
 
     Raises:
         LanceError: naming the first.
@@ -48,10 +51,11 @@ def check_named(study: Study) -> None:
     for model in study.models:
         open_source(model)
     for dataset, place in (study.places or {}).items():
-        if dataset not in (*study.datasets, PAPERS):
+        if dataset not in (*study.datasets, *more):
+            known = ", ".join((*study.datasets, *more))
             raise LanceError(
-                f"--data {dataset}={place}: expected one of {', '.join(study.datasets)}, found {dataset}; name"
-                " it in --datasets, too"
+                f"--data {dataset}={place}: expected one of {known}, found {dataset}; name it in --datasets,"
+                " too"
             )
         if not place.exists():
             raise LanceError(

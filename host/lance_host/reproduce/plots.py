@@ -157,14 +157,14 @@ def _dress(plane: Any, axes: Axes) -> None:
 
     plane.set(title=axes.title, xlabel=axes.x, ylabel=axes.y)
     plane.grid(alpha=0.3)
+    if axes.bound is not None:
+        plane.axhline(axes.bound[0], linestyle="--", color="#777777", label=axes.bound[1])
     if axes.log_x:
         plane.set_xscale("log")
         plain_log(plane.xaxis)
     if axes.log_y:
         plane.set_yscale("log")
         plain_log(plane.yaxis)
-    if axes.bound is not None:
-        plane.axhline(axes.bound[0], linestyle="--", color="#777777", label=axes.bound[1])
     if plane.get_legend_handles_labels()[0]:
         plane.legend(fontsize=8)
 

@@ -1,5 +1,6 @@
 """What somebody asks of a reproduction, and how long each of its studies is."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,12 @@ def check(study: Study) -> None:
     Raises:
         LanceError: naming the option.
     """
+    for option, names in (("--models", study.models), ("--datasets", study.datasets)):
+        if not names:
+            raise LanceError(f"{option}: expected names, found none; leave it out for the default")
+    for option, rate in (("--lr", study.lr), ("--weight-decay", study.weight_decay)):
+        if not (math.isfinite(rate) and rate >= 0):
+            raise LanceError(f"{option}: expected a number that is not below 0, found {rate:g}")
     unknown = [method for method in study.methods if method not in METHOD_NAMES]
     if unknown or "lance" not in study.methods:
         raise LanceError(
