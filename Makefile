@@ -45,7 +45,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	LANCE_ORT_PYTHON=$(wildcard $(abspath $(ORT_VENV))/bin/python) $(BIN)/python -m pytest -m slow
 
 $(ORT_INSTALLED): constraints-ort-training.txt
 	$(ORT_PYTHON) -m venv $(ORT_VENV)
@@ -56,7 +56,7 @@ $(ORT_INSTALLED): constraints-ort-training.txt
 # Exports here and trains there; then the device's own tests there, where lance-edge is a folder, not installed.
 test-ort-training: $(INSTALLED) $(ORT_INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(SOURCES) LANCE_ORT_PYTHON=$(abspath $(ORT_VENV))/bin/python \
-	    $(BIN)/python -m pytest -n 2 --dist loadfile tests/ort_training
+	    $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests/ort_training
 	OMP_NUM_THREADS=1 PYTHONPATH=$(SOURCES) \
 	    $(ORT_VENV)/bin/python -m pytest tests/device/test_session.py tests/device/test_step.py tests/device/test_train.py
 

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.ort_training import CONTENDERS, main, version_there
 
 
+@pytest.mark.slow  # a minute of processes that each import that library
 def test_whoever_is_measured_computes_the_same(photo_package, ort_python, tmp_path, capsys, monkeypatch):
     measured = CONTENDERS[1::3]  # some: both runtimes, both methods
     monkeypatch.setattr("benchmarks.ort_training.CONTENDERS", measured)
