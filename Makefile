@@ -8,7 +8,6 @@ BENCH_FLAGS ?=
 PIP_FLAGS ?=
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Modules are compiled when they are first imported (--no-compile): most of PyTorch's never are.
 # onnxruntime-training is imported as onnxruntime: an environment of its own, of CPython 3.11 on x86-64 Linux.
 ORT_PYTHON ?= python3.11
 ORT_VENV   ?= .venv-ort
@@ -34,7 +33,7 @@ install-ort: $(ORT_INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --no-compile $(PIP_FLAGS) --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -49,7 +48,7 @@ test-slow: $(INSTALLED)
 
 $(ORT_INSTALLED): constraints-ort-training.txt
 	$(ORT_PYTHON) -m venv $(ORT_VENV)
-	$(ORT_VENV)/bin/python -m pip install --no-compile $(PIP_FLAGS) --quiet --disable-pip-version-check \
+	$(ORT_VENV)/bin/python -m pip install $(PIP_FLAGS) --quiet --disable-pip-version-check \
 	    -c constraints-ort-training.txt onnxruntime-training onnx torch numpy click pillow psutil threadpoolctl pytest
 	touch $@
 
