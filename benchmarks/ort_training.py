@@ -111,7 +111,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace, folder: Path) -> None:
-    version_there(arguments.ort_python)  # before minutes of calibration
+    there = version_there(arguments.ort_python)  # before minutes of calibration
     make_folder(arguments.out)
     recipe = Recipe(
         model=arguments.model,
@@ -139,7 +139,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> None:
     make_artifacts(setup)
     rows = measure_all(setup, arguments.rounds, _say)
     write_rows(arguments.out / "steps.csv", StepRow, rows)
-    text = report(rows, _heading(setup, arguments.rounds))
+    text = report(rows, _heading(setup, arguments.rounds, there))
     with atomic_writer(arguments.out / "report.md") as file:
         file.write(text.encode())
     print(text)
@@ -291,7 +291,7 @@ def _ours(setup: Setup, contender: Contender, number: int, imports: int | None) 
     ]
 
 
-def _heading(setup: Setup, rounds: int) -> str:
+def _heading(setup: Setup, rounds: int, there: str) -> str:
     with Bundle(setup.material.package) as bundle:
         manifest = bundle.manifest
     ranks = [list(plan.ranks) for plan in manifest.variant("lance", setup.layers).layers]
@@ -303,7 +303,7 @@ def _heading(setup: Setup, rounds: int) -> str:
         f" {count(rounds, 'round')} in turns; weights: {manifest.weights_source}; LANCE's ranks {ranks};"
         f" load of the machine {load:.1f}."
     )
-    versions = {"onnxruntime-training": version_there(setup.ort_python), "onnxruntime": version("onnxruntime")}
+    versions = {"onnxruntime-training": there, "onnxruntime": version("onnxruntime")}
     return heading_of(describe_machine(), versions, facts)
 
 

@@ -27,6 +27,11 @@ def shade(colour: str, strength: float) -> str:
     return "#" + "".join(f"{round(value):02x}" for value in mixed)
 
 
+def hatched_key() -> str:
+    """Below the hatching in a legend: as strong as the phase that computes features."""
+    return shade(PLAIN, PHASES["prefix"])
+
+
 def run_colours(methods: Sequence[str]) -> tuple[str, ...]:
     """A colour for each run, by its method; a second run of a method gets another shade."""
     seen: dict[str, int] = {}

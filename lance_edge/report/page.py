@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from lance_edge.report.colours import INK, PHASES, PLAIN, method_colour, shade
+from lance_edge.report.colours import INK, hatched_key, method_colour
 from lance_edge.report.names import method_name
 from lance_edge.report.plots import Line, LinePlot, Plot, Section, Table
 from lance_edge.report.views import View
@@ -22,7 +22,6 @@ RESULTS = (
 )
 DASHES = {"solid": "", "dashed": ' stroke-dasharray="6 3"', "dotted": ' stroke-dasharray="2 3"'}
 KEY_BOX = '<rect width="22" height="12" rx="2" fill="{fill}"/>'
-HATCHED = shade(PLAIN, PHASES["prefix"])  # the phase that computes features
 HATCH = f'<path d="M1 11L11 1M7 11L17 1M13 11L21 3" stroke="{INK}"/>'
 
 Draw = Callable[[Plot], str]
@@ -151,7 +150,7 @@ def _keys(plot: Plot) -> list[tuple[str, str]]:
     if isinstance(plot, LinePlot):
         return [(line.label, _line_mark(line)) for line in plot.lines if line.label]
     keys = [(label, _mark(KEY_BOX.format(fill=fill))) for label, fill in plot.keys]
-    return [*keys, (plot.hatched, _mark(KEY_BOX.format(fill=HATCHED) + HATCH))] if plot.hatched else keys
+    return [*keys, (plot.hatched, _mark(KEY_BOX.format(fill=hatched_key()) + HATCH))] if plot.hatched else keys
 
 
 def _line_mark(line: Line) -> str:

@@ -3,7 +3,9 @@
 import contextlib
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,3 +29,22 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> TinyPackage:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders with 20 images a class: 15 to train on (12 and 3 for validation), 5 to test on."""
     return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that goes on, for tests of its page."""
+    from report_rows import RECORD, write_run
+
+    return write_run(tmp_path / "run", steps=5, record={**RECORD, "status": "running"})
+
+
+@pytest.fixture
+def address(run: Path) -> Iterator[Any]:
+    """Where its page is served."""
+    from page_harness import LOOPBACK
+
+    from lance_device.serve import Address, serving
+
+    with serving(Address(LOOPBACK, 0), run) as found:
+        yield found

@@ -9,22 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 from page_harness import LOOPBACK, ask, raw, read_all
-from report_rows import RECORD, write_run
 
 from lance_device import clients
 from lance_device.clients import MOST_CLIENTS
 from lance_device.serve import Address, RunPages, serving
-
-
-@pytest.fixture
-def run(tmp_path):
-    return write_run(tmp_path / "run", steps=5, record={**RECORD, "status": "running"})
-
-
-@pytest.fixture
-def address(run):
-    with serving(Address(LOOPBACK, 0), run) as found:
-        yield found
 
 
 def test_a_body_is_read_although_the_answer_is_given(address, monkeypatch):

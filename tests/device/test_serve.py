@@ -21,17 +21,6 @@ from lance_edge.errors import PlatformError
 from lance_edge.profiles import StepRow
 
 
-@pytest.fixture
-def run(tmp_path):
-    return write_run(tmp_path / "run", steps=5, record={**RECORD, "status": "running"})
-
-
-@pytest.fixture
-def address(run):
-    with serving(Address(LOOPBACK, 0), run) as found:
-        yield found
-
-
 def assert_ours(headers):
     assert {name: headers[name] for name in serve.HEADERS} == serve.HEADERS
     assert headers["Content-Type"] == "text/plain; charset=utf-8"

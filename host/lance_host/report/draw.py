@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from lance_edge.report.colours import INK, PHASES, PLAIN, RULE, SOFT, shade
+from lance_edge.report.colours import INK, RULE, SOFT, hatched_key
 from lance_edge.report.plots import Bar, BarPlot, Line, LinePlot, Plot
 from lance_host.log_axis import plain_log
 
@@ -185,7 +185,7 @@ def _legend_keys(plot: Plot) -> list[Any]:
     if isinstance(plot, BarPlot):
         keys = [Patch(color=colour, label=label) for label, colour in plot.keys]
         hatched: dict[str, Any] = {
-            "facecolor": shade(PLAIN, PHASES["prefix"]),
+            "facecolor": hatched_key(),
             "edgecolor": INK,
             "linewidth": 0,
         }

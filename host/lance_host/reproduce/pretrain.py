@@ -46,9 +46,10 @@ def pretrain(job: Pretraining, output: Path, say: Callable[[str], None]) -> Path
         return output
     train = open_dataset(job.data, WHOLE).train
     request = NetworkRequest(job.model, "random", "0", input=InputRequest(size=job.size), seed=job.seed)
-    network = load_network(request, int(train.labels.max()) + 1, say, lambda done, size: None)
+    classes = int(train.labels.max()) + 1
+    network = load_network(request, classes, say, lambda done, size: None)
     module, optimizer = network.module, _optimizer(network.module)
-    classes, side = int(train.labels.max()) + 1, network.preprocessing.sample_shape[-1]
+    side = network.preprocessing.sample_shape[-1]
     say(f"pretraining {job.model} on {classes} classes, {len(train)} images of {side} x {side} pixels")
     state, first = output.with_suffix(".state"), 0
     if state.exists():
